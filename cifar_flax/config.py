@@ -1,0 +1,152 @@
+"""One run as data: the parts' own settings composed, checked, and read and written as JSON."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cifar_flax import models
+from cifar_flax.checkpoint import CheckpointConfig
+from cifar_flax.data.augment import AugmentConfig
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.errors import ConfigError, require
+from cifar_flax.optim import OptimConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    batch_size: int = 128  # images
+    epochs: float = 10.0
+    label_smoothing: float = 0.0  # share of the target spread evenly over all classes
+    log_every: int = 50  # steps between the lines of metrics.jsonl
+
+    def validate(self) -> None:
+        for name in ("batch_size", "log_every"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        require(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
+        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "must be in [0, 1)")
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalConfig:
+    batch_size: int = 500  # images
+    every_epochs: int = 1  # epochs between evaluations while training
+    checkpoint: str = "newest"  # the checkpoint that counts in the end: newest | best (by validation accuracy)
+
+    def validate(self) -> None:
+        for name in ("batch_size", "every_epochs"):
+            require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), "must be at least 1")
+        require(self.checkpoint in ("newest", "best"), "eval.checkpoint", self.checkpoint, "must be newest or best")
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    seed: int = 0  # of the initial weights, the order of the examples and every random bit
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: models.ModelConfig = field(default_factory=models.CNNConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def validate(self) -> None:
+        """Raises `ConfigError` at the first field that is of a wrong type or not allowed."""
+        for path, value, kind in _fields(self):
+            require(_is_instance(value, kind), path, value, f"must be {_type_name(kind)}")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+        require(isinstance(self.model, models.config_class(self.model.name)), "model.name", self.model.name,
+                "belongs to another network than the one that the config file builds")
+        for part in (self.data, self.augment, self.model, self.optim, self.train, self.eval, self.checkpoint):
+            part.validate()
+        held_out, best = self.data.validation_fraction > 0, self.checkpoint.keep_best
+        require(held_out or not best, "checkpoint.keep_best", best,
+                "needs data.validation_fraction above 0, so that nothing is chosen on the split that is reported")
+        require(best or self.eval.checkpoint != "best", "eval.checkpoint", self.eval.checkpoint, "needs checkpoint.keep_best")
+
+
+# What may differ between a run and the use of its checkpoint: where data lies and how it is evaluated.
+LOCATIONS = ("data.data_dir", "data.archive", "data.cache_dir")
+
+
+def may_override(path: str) -> bool:
+    """Whether evaluation accepts another value for the field `path`, such as "eval.batch_size"."""
+    return path in LOCATIONS or path.startswith("eval.")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dicts of what JSON knows."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`; raises `ConfigError` for an unknown field or a value that is not allowed."""
+    require(isinstance(values, dict), "config", values, "must be a JSON object")
+    config = _build(Config, values, "")
+    config.validate()
+    return config
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines such as "optim.learning_rate: 0.002 -> 0.001", locations of data left out."""
+    before, after = ({path: value for path, value, _ in _fields(config)} for config in (old, new))
+    return [
+        f"{path}: {before.get(path)!r} -> {after.get(path)!r}"
+        for path in before | after
+        if before.get(path) != after.get(path) and path not in LOCATIONS
+    ]
+
+
+def _build(kind: type, values: dict[str, Any], path: str) -> Any:
+    known = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        require(name in known, f"{path}{name}", value, "is no field of this version's config")
+        part = known[name]
+        if dataclasses.is_dataclass(part) or path + name == "model":
+            require(isinstance(value, dict), f"{path}{name}", value, "must be a JSON object")
+            if name == "model":
+                part = models.config_class(value.get("name"))
+            value = _build(part, value, f"{path}{name}.")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)
+
+
+def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Path, value and declared type of every setting."""
+    for name, kind in typing.get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value, kind
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_is_instance(value, member) for member in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        members = typing.get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(members) and all(map(_is_instance, value, members))
+    if kind is float:  # a whole number is fine, NaN and infinity are not
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return type(value) is kind or (value is None and kind is types.NoneType)
+
+
+def _type_name(kind: Any) -> str:
+    return {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}.get(kind, str(kind))
+
+
+def check_path(config: Config, path: str) -> None:
+    """Raises `ConfigError`, with what there is instead, if the config has no field `path`."""
+    part: Any = config
+    for depth, name in enumerate(path.split(".")):
+        names = [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else []
+        if name not in names:
+            holder = ".".join(path.split(".")[:depth]) or "config"
+            raise ConfigError(f"config.{path}: no such field; {holder} has {', '.join(names) or 'no fields'}")
+        part = getattr(part, name)
+    if dataclasses.is_dataclass(part):
+        raise ConfigError(f"config.{path}: is a group of fields; set one of {', '.join(f.name for f in dataclasses.fields(part))}")

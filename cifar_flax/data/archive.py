@@ -1,0 +1,66 @@
+"""CIFAR-10's own archive, `cifar-10-binary.tar.gz`, or the folder it unpacks to.
+
+Each record is one byte of label and 3,072 bytes of pixels: red, green, blue planes of 32 rows of 32.
+Source: Krizhevsky, "The CIFAR-10 dataset", cs.toronto.edu/~kriz/cifar.html, section "Binary version".
+"""
+
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from cifar_flax.data.cache import Arrays
+from cifar_flax.errors import ConfigError, UserError
+
+_RECORD = 1 + 3 * 32 * 32  # bytes
+_RECORDS_PER_FILE = 10_000
+_FILE_SIZE = _RECORD * _RECORDS_PER_FILE
+_FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
+_CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def read_archive(path: Path, split: str) -> Arrays:
+    """The split "train" or "test". Nothing is written to disk; members with other names are passed over.
+
+    Raises `ConfigError` if there is no such file or folder, `UserError` if a member is missing, doubled or damaged.
+    """
+    if not path.exists():
+        raise ConfigError(f"data.archive={str(path)!r}: must be cifar-10-binary.tar.gz or the folder it unpacks to")
+    wanted = _FILES[split]
+    found: dict[str, bytes] = {}
+    try:
+        for name, content in _folder_members(path, wanted) if path.is_dir() else _tar_members(path, wanted):
+            if len(content) != _FILE_SIZE or name in found:
+                raise UserError(f"data.archive={str(path)!r}: {name} is damaged: it must be there once, {_FILE_SIZE} bytes long")
+            found[name] = content
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
+        raise UserError(f"data.archive={str(path)!r}: cannot be read as a gzip-compressed tar file: {error}") from error
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise UserError(f"data.archive={str(path)!r}: {', '.join(missing)} not found in it")
+    records = np.frombuffer(b"".join(found[name] for name in wanted), np.uint8).reshape(-1, _RECORD)
+    labels = records[:, 0].astype(np.int32)
+    if labels.max() >= len(_CLASS_NAMES):
+        raise UserError(f"data.archive={str(path)!r}: holds the label {labels.max()}; CIFAR-10's are 0 to 9")
+    images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return Arrays(images, labels, _CLASS_NAMES, "cifar10/binary")
+
+
+def _folder_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    for name in wanted:
+        if (path / name).is_file():
+            with (path / name).open("rb") as file:
+                yield name, file.read(_FILE_SIZE + 1)
+
+
+def _tar_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    """Streams the archive once, reading at most one byte more of each wanted member than it should have."""
+    with tarfile.open(path, mode="r|gz") as archive:
+        for member in archive:
+            name = PurePosixPath(member.name).name
+            if name in wanted and member.isfile():
+                file = archive.extractfile(member)
+                assert file is not None
+                yield name, file.read(_FILE_SIZE + 1)

@@ -1,0 +1,59 @@
+"""Batches: what every pipeline yields and every step takes."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int32, UInt8
+
+from cifar_flax.data.cache import Arrays
+
+Buffer = Array | np.ndarray
+
+
+class Batch(NamedTuple):
+    image: UInt8[Buffer, "batch height width channels"]
+    label: Int32[Buffer, " batch"]
+    index: Int32[Buffer, " batch"]  # of the example in its split: with the epoch, the source of its random bits
+    epoch: Int32[Buffer, " batch"]
+    mask: Bool[Buffer, " batch"]  # False where the place is padding and must not count
+
+
+def evaluation_batches(arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
+    """Every one of `examples` once, in order; the last batch is filled up with masked repeats of its first example."""
+    for start in range(0, len(examples), batch_size):
+        index = examples[start : start + batch_size]
+        mask = np.arange(batch_size) < len(index)
+        index = np.concatenate([index, np.full(batch_size - len(index), index[0], np.int32)])
+        yield Batch(arrays.images[index], arrays.labels[index], index, np.zeros_like(index), mask)
+
+
+def to_device(batches: Iterable[Batch], ahead: int = 2) -> Iterator[Batch]:
+    """Copies batches to the device `ahead` of their use, so that a step finds its batch already there."""
+    waiting: deque[Batch] = deque()
+    for batch in batches:
+        waiting.append(jax.device_put(batch))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+class InputTimer:
+    """Hands batches on and adds up how long its user waited for them."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches = batches
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - start

@@ -1,0 +1,122 @@
+"""Decoded arrays on disk: memory-mapped `.npy` files beside a manifest of their SHA-256 sums.
+
+Layout: `<cache_dir>/<data set>/<version>/<split>/{images.npy, labels.npy, manifest.json}`. A folder appears under its
+name only when it is complete, by one rename, so readers never see half of one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from cifar_flax.errors import UserError
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+_FILES = ("images.npy", "labels.npy")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """One split, decoded: stored bytes and class indices, with what the data set says of itself."""
+
+    images: UInt8[np.ndarray, "n height width channels"]
+    labels: Int32[np.ndarray, " n"]
+    class_names: tuple[str, ...]
+    dataset: str  # name and version, such as "cifar10/3.0.2"
+
+
+def default_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_flax"
+
+
+def newest_version(cache_dir: Path, name: str) -> str | None:
+    """The highest cached version of the data set `name`, such as "3.0.2"; None if there is none."""
+    versions = {path.parent.parent.name for path in (cache_dir / name).glob(f"*/*/{_MANIFEST}")}
+    numbered = [version for version in versions if version.replace(".", "").isdigit()]
+    return max(numbered, key=lambda version: [int(part) for part in version.split(".")], default=None)
+
+
+def load(folder: Path) -> Arrays | None:
+    """The arrays in `folder`, memory-mapped; None if there are none, or, with a warning, if they are damaged."""
+    if not (folder / _MANIFEST).exists():
+        return None
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"format {manifest['format']}")
+        for file in _FILES:
+            if _sha256(folder / file) != manifest["sha256"][file]:
+                raise ValueError(f"{file} does not match its checksum")
+        images, labels = (np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in _FILES)
+        return Arrays(images, labels, tuple(manifest["class_names"]), manifest["dataset"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"the data cache {folder} is damaged ({error}); it is built anew", stacklevel=2)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def store(
+    folder: Path,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    num_examples: int,
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...],
+    dataset: str,
+) -> Arrays:
+    """Writes `num_examples` images and labels, given in batches, to `folder` and returns them memory-mapped.
+
+    Raises `UserError` where the folder cannot be written or the batches hold another number of examples.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot write {folder.parent}: {error.strerror}") from error
+    try:
+        open_array = np.lib.format.open_memmap
+        images = open_array(partial / _FILES[0], mode="w+", dtype=np.uint8, shape=(num_examples, *image_shape))
+        labels = open_array(partial / _FILES[1], mode="w+", dtype=np.int32, shape=(num_examples,))
+        filled = 0
+        for some_images, some_labels in batches:
+            end = filled + len(some_images)
+            if end <= num_examples:
+                images[filled:end], labels[filled:end] = some_images, some_labels
+            filled = end
+        if filled != num_examples:
+            raise UserError(f"{dataset}: {filled} examples decoded where {num_examples} are expected")
+        images.flush()
+        labels.flush()
+        manifest = {
+            "format": _FORMAT,
+            "dataset": dataset,
+            "class_names": class_names,
+            "sha256": {file: _sha256(partial / file) for file in _FILES},
+        }
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        partial.chmod(0o755)  # mkdtemp's folders are closed to others
+        if not folder.exists():  # another process may have been first, with the same bytes
+            partial.rename(folder)
+    except OSError as error:
+        if not (folder / _MANIFEST).exists():
+            raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    arrays = load(folder)
+    if arrays is None:
+        raise UserError(f"data.cache_dir: {folder} cannot be read back")
+    return arrays
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

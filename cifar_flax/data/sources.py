@@ -1,0 +1,181 @@
+"""Where images come from: a data set's name and split -> `Arrays`."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_flax.data import cache
+from cifar_flax.data.archive import read_archive
+from cifar_flax.data.cache import Arrays
+from cifar_flax.errors import ConfigError, UserError, require
+
+PIPELINES = ("streaming", "resident")
+_DECODE_BATCH = 1000  # images
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    name: str = "cifar10"  # "digits", or a TFDS image-classification set: "cifar100", "svhn_cropped", "mnist:3.0.1" ...
+    data_dir: str = ""  # where TFDS keeps prepared data; "" is TFDS_DATA_DIR, else ~/tensorflow_datasets
+    archive: str = ""  # cifar-10-binary.tar.gz, or the folder it unpacks to, read instead of TFDS
+    cache_dir: str = ""  # decoded arrays; "" is cifar_flax in the user's cache folder
+    image_size: int = 0  # pixels; images are resized to this square; 0 keeps their size
+    eval_split: str = "test"  # the split that evaluation counts
+    validation_fraction: float = 0.0  # share of the train split held out to judge checkpoints on
+    pipeline: str = "streaming"  # streaming (tf.data) | resident (the whole split on the accelerator)
+
+    def validate(self) -> None:
+        fraction = self.validation_fraction
+        require(self.pipeline in PIPELINES, "data.pipeline", self.pipeline, f"must be one of {', '.join(PIPELINES)}")
+        require(0 <= fraction < 1, "data.validation_fraction", fraction, "must be in [0, 1)")
+        require(self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8")
+        if self.archive:
+            require(self.name == "cifar10", "data.name", self.name, "must be cifar10 where data.archive is set")
+        if self.archive or self.name in BUILT_IN:
+            require(self.eval_split == "test", "data.eval_split", self.eval_split, "must be test for this data set")
+            require(self.image_size == 0, "data.image_size", self.image_size, "must be 0 for this data set")
+
+
+def load(config: DataConfig, split: str) -> Arrays:
+    """The decoded split, memory-mapped where it comes from the cache.
+
+    Raises `ConfigError` where the data set or the split does not exist or does not fit, `UserError` where it cannot be
+    had or read.
+    """
+    if config.archive:
+        return read_archive(Path(config.archive), split)
+    if config.name in BUILT_IN:
+        return BUILT_IN[config.name](split)
+    return _load_tfds(config, split)
+
+
+def _digits(split: str) -> Arrays:
+    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships, enlarged four times to 32x32x3.
+
+    Every fifth example of each class is in the test split. Source: Alpaydin and Kaynak 1998, "Optical Recognition of
+    Handwritten Digits", UCI Machine Learning Repository (its test set).
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    labels = digits.target.astype(np.int32)
+    rank_in_class = np.empty(len(labels), np.int32)
+    for label in range(10):
+        rank_in_class[labels == label] = np.arange(np.sum(labels == label))
+    chosen = (rank_in_class % 5 == 4) == (split == "test")
+    gray = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    images = np.repeat(gray.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
+    return Arrays(images, labels[chosen], tuple("0123456789"), "digits")
+
+
+# Data sets that need neither TFDS nor a download: name -> reader of a split ("train" or "test").
+BUILT_IN = {"digits": _digits}
+
+
+def _load_tfds(config: DataConfig, split: str) -> Arrays:
+    """From the cache if it can, so that a second start neither imports TFDS nor decodes."""
+    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else cache.default_dir()
+    name, _, version = config.name.partition(":")
+    split_folder = f"{split}_{config.image_size}px" if config.image_size else split
+    version = version or cache.newest_version(cache_dir, name) or ""
+    cached = cache.load(cache_dir / name / version / split_folder) if version else None
+    if cached is not None:
+        return cached
+    builder = _tfds_builder(config)
+    info = builder.info
+    image_key, label_key = _supervised_keys(config, info)
+    image_shape = _image_shape(config, info.features[image_key].shape)
+    _prepare(config, builder)
+    if split not in info.splits:
+        field = "data.name" if split == "train" else "data.eval_split"
+        value = config.name if split == "train" else split
+        raise ConfigError(f"{field}={value!r}: {config.name} has no such split; it has {', '.join(info.splits)}"
+                          + ("" if split == "train" else " (set data.eval_split)"))
+    return cache.store(
+        cache_dir / name / str(info.version) / split_folder,
+        _decode(builder, split, image_key, label_key, config.image_size),
+        num_examples=info.splits[split].num_examples,
+        image_shape=image_shape,
+        class_names=tuple(info.features[label_key].names),
+        dataset=info.full_name,
+    )
+
+
+def _tfds_builder(config: DataConfig) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(config.name, data_dir=config.data_dir or None)
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        allowed = f"must be {', '.join(BUILT_IN)} or a TFDS image-classification set such as cifar10 ({reason})"
+        raise ConfigError(f"data.name={config.name!r}: {allowed}") from error
+
+
+def _supervised_keys(config: DataConfig, info: Any) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
+    keys = info.supervised_keys
+    fits = (
+        keys is not None
+        and len(keys) == 2
+        and all(isinstance(key, str) for key in keys)
+        and isinstance(info.features[keys[0]], tfds.features.Image)
+        and isinstance(info.features[keys[1]], tfds.features.ClassLabel)
+    )
+    require(fits, "data.name", config.name, "must be an image-classification set: one image, one class label")
+    return keys
+
+
+def _image_shape(config: DataConfig, shape: tuple[int | None, ...]) -> tuple[int, int, int]:
+    height, width, channels = shape
+    if config.image_size:
+        height = width = config.image_size
+    if height is None or width is None:
+        raise ConfigError(f"data.image_size={config.image_size}: {config.name} has images of various sizes; set the size "
+                          "in pixels that they are resized to")
+    require(channels in (1, 3), "data.name", config.name, f"must have 1 or 3 channels, not {channels}")
+    assert channels is not None
+    return height, width, channels
+
+
+def _prepare(config: DataConfig, builder: Any) -> None:
+    """Downloads and prepares the data set where that has not been done, with TFDS's own progress bar."""
+    # Ten lines of retries would hide the one message that helps.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # whatever the download, the disk or the parser of some data set may raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{config.name} is not prepared in {builder.data_dir} and preparing it failed "
+            f"({type(error).__name__}: {reason}). Three ways out: name a folder where TFDS has prepared it "
+            "(--config.data.data_dir=DIR or TFDS_DATA_DIR), read the official archive "
+            "(--config.data.archive=cifar-10-binary.tar.gz), or start with data that needs no download "
+            "(--config configs/quickstart.py)"
+        ) from error
+
+
+def _decode(
+    builder: Any, split: str, image_key: str, label_key: str, image_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of images and labels, in the order in which TFDS stores them."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    tf.config.set_visible_devices([], "GPU")
+    # One file after another: interleaving them would make the order depend on TFDS's defaults.
+    dataset = builder.as_dataset(split=split, read_config=tfds.ReadConfig(interleave_cycle_length=1))
+
+    def resize(example: Any) -> tuple[Any, Any]:
+        image = example[image_key]
+        if image_size:
+            image = tf.image.resize(image, (image_size, image_size), antialias=True)
+            image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+        return image, example[label_key]
+
+    yield from dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE).batch(_DECODE_BATCH).as_numpy_iterator()

@@ -1,0 +1,35 @@
+"""Training batches from host memory, by a `tf.data` graph: order -> gather -> prefetch. For data of any size."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+from jaxtyping import Int32
+
+from cifar_flax.data import order
+from cifar_flax.data.batches import Batch
+from cifar_flax.data.cache import Arrays
+
+_PREFETCH = 4  # batches
+
+
+def training_batches(
+    arrays: Arrays, examples: Int32[np.ndarray, " n"], *, batch_size: int, seed: int, start: int, stop: int
+) -> Iterator[Batch]:
+    """The batches of the steps from `start` up to `stop`, as NumPy arrays."""
+    tf.config.set_visible_devices([], "GPU")  # or TensorFlow would take the memory that JAX needs
+    images, labels = tf.constant(arrays.images), tf.constant(arrays.labels)
+
+    def gather(index: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        mask = tf.ones_like(index, tf.bool)
+        return tf.gather(images, index), tf.gather(labels, index), index, epoch, mask
+
+    index, epoch = order.positions(seed, examples, batch_size, start, stop)
+    dataset = tf.data.Dataset.from_tensor_slices((index.ravel(), epoch.ravel()))
+    dataset = dataset.batch(batch_size).map(gather, num_parallel_calls=1).prefetch(_PREFETCH)
+    options = tf.data.Options()
+    options.deterministic = True
+    # A gather of a few hundred small images needs one thread; more would take cores from the training step.
+    options.threading.private_threadpool_size = 1
+    for batch in dataset.with_options(options).as_numpy_iterator():
+        yield Batch(*batch)

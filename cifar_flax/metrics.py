@@ -1,0 +1,73 @@
+"""From sums over examples to the figures people read."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
+
+Sums = dict[str, Any]  # name -> array; adding two gives the sums over both sets of examples
+
+
+def evaluation_sums(
+    logits: Float[Array, "batch classes"], label: Int[Array, " batch"], mask: Bool[Array, " batch"]
+) -> Sums:
+    """What one batch adds to an evaluation; examples whose `mask` is False add nothing."""
+    num_classes = logits.shape[-1]
+    weight = mask.astype(jnp.int32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    probability = jax.nn.softmax(logits)
+    prediction = jnp.argmax(logits, axis=-1)
+    confidence = jnp.max(probability, axis=-1)
+    # Ties count for the lower class, as they do in argmax.
+    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+    lower = jnp.arange(num_classes)[None, :] < label[:, None]
+    rank = jnp.sum((logits > own) | ((logits == own) & lower), axis=-1)
+    bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1)
+    per_bin = jnp.zeros(CALIBRATION_BINS)
+    return {
+        "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
+        "top5": jnp.sum(weight * (rank < 5)),
+        "confusion": jnp.zeros((num_classes, num_classes), jnp.int32).at[label, prediction].add(weight),
+        "bin_confidence": per_bin.at[bins].add(jnp.where(mask, confidence, 0.0)),
+        "bin_correct": per_bin.at[bins].add(weight * (prediction == label)),
+    }
+
+
+def add(total: Sums | None, sums: Sums) -> Sums:
+    """Adds in double precision on the host."""
+    wide = {name: np.asarray(value, np.float64 if value.dtype.kind == "f" else np.int64) for name, value in sums.items()}
+    return wide if total is None else {name: total[name] + wide[name] for name in wide}
+
+
+def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Accuracy, loss, calibration and per-class figures of a whole split, as plain numbers.
+
+    `confusion_matrix[i][j]` counts examples of class i that were taken for class j. `expected_calibration_error` is
+    that of Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2. A class that is never predicted has
+    precision 0, one without examples recall 0.
+    """
+    confusion = sums["confusion"]
+    count = int(confusion.sum())
+    correct = np.diag(confusion)
+    precision = correct / np.maximum(confusion.sum(axis=0), 1)
+    recall = correct / np.maximum(confusion.sum(axis=1), 1)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    # |accuracy - confidence| of each bin, weighted by its share of the examples.
+    calibration_error = np.abs(sums["bin_correct"] - sums["bin_confidence"]).sum() / count
+    return {
+        "num_examples": count,
+        "accuracy": int(correct.sum()) / count,
+        "top5_accuracy": int(sums["top5"]) / count,
+        "loss": float(sums["loss"]) / count,
+        "expected_calibration_error": float(calibration_error),
+        "per_class": {
+            name: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i])}
+            for i, name in enumerate(class_names)
+        },
+        "confusion_matrix": confusion.tolist(),
+    }

@@ -1,0 +1,49 @@
+"""All that training changes, and how it begins."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Int32, PyTree, UInt32
+
+from cifar_flax import models
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """Plain nested dicts of arrays, so that no checkpoint depends on a library's classes."""
+
+    step: Int32[Array, ""]  # finished steps
+    seed: UInt32[Array, ""]  # of every random bit; in the state, so that all seeds share one compiled step
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+
+
+def create(
+    model: models.ModelConfig,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The network's static graph and the state before the first step."""
+
+    def build(seed: Array) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        return nnx.split(
+            models.build(model, image_shape, num_classes, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param, nnx.BatchStat
+        )
+
+    def init(seed: Array) -> TrainState:
+        _, *variables = build(seed)
+        params, batch_stats = (nnx.to_pure_dict(tree) for tree in variables)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(
+            step=step, seed=seed, params=params, batch_stats=batch_stats, opt_state=optimizer.init(params)
+        )
+
+    graphdef, _, _ = nnx.eval_shape(lambda: build(jnp.uint32(0)))
+    return graphdef, jax.jit(init)(jnp.uint32(seed))

@@ -1,0 +1,13 @@
+from cifar_flax.config import Config, TrainConfig
+from cifar_flax.data.augment import AugmentConfig
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.optim import OptimConfig
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(name="digits", pipeline="resident"),
+        augment=AugmentConfig(crop_padding=2),
+        optim=OptimConfig(name="adamw", learning_rate=1e-3, schedule="cosine", warmup_epochs=1, weight_decay=0.02),
+        train=TrainConfig(batch_size=64, epochs=12, label_smoothing=0.1, log_every=10),
+    )

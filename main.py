@@ -1,0 +1,27 @@
+"""Trains and evaluates: `python main.py --config configs/default.py`, `python main.py --mode=eval --workdir=...`."""
+
+import sys
+
+from cifar_flax import cli
+from cifar_flax.errors import UserError
+from cifar_flax.evaluate import evaluate
+from cifar_flax.train import train
+
+MODES = {"train": train, "eval": evaluate}
+
+
+def main() -> int:
+    try:
+        command = cli.parse(sys.argv[1:])
+        MODES[command.mode](command.config, command.workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
