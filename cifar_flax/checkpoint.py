@@ -54,7 +54,9 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._manager.close()
 
     def newest_step(self) -> int | None:
@@ -94,9 +96,13 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
         # Orbax would load a part of a state that does not fit.
         for name in sorted(wanted.keys() | saved.keys()):
-            ours, theirs = (f"{tree[name].shape} {tree[name].dtype}" if name in tree else "absent" for tree in (wanted, saved))
+            ours, theirs = (
+                f"{tree[name].shape} {tree[name].dtype}" if name in tree else "absent" for tree in (wanted, saved)
+            )
             if ours != theirs:
-                raise UserError(f"{self._folder}/{step} does not fit this run: {name} is {theirs} there and {ours} here")
+                raise UserError(
+                    f"{self._folder}/{step} does not fit this run: {name} is {theirs} there and {ours} here"
+                )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(unflatten_dict(abstract, sep="/")))

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from cifar_flax.config import Config, check_path, may_override
+from cifar_flax.config import LOCATIONS, Config, describe_field, may_override
 from cifar_flax.errors import ConfigError, require
 from cifar_flax.evaluate import saved_config
 
@@ -47,27 +47,31 @@ def parse(argv: Sequence[str]) -> Command:
         allow_abbrev=False,
     )
     parser.add_argument("--mode", choices=MODES, default="train", help="what to do (default: train)")
-    parser.add_argument("--config", metavar="FILE", help="train: the config file")
-    parser.add_argument("--config.FIELD", metavar="VALUE", help="another value for a field, such as --config.seed=1")
+    parser.add_argument(
+        "--config", metavar="FILE", help="train: the config file; --config.FIELD=VALUE changes a field of it"
+    )
     parser.add_argument("--workdir", metavar="DIR", help="where a run lives (train: runs/<name of the config file>)")
     arguments, overrides = parser.parse_known_args(argv)
-    for argument in overrides:
-        if argument.startswith("-") and not re.match(r"--?(no)?config\.", argument):
-            parser.error(f"unknown argument {argument}")
     if arguments.mode == "train":
         require(arguments.config is not None, "--config", arguments.config, "train needs a config file")
         config, workdir = _load(arguments.config), arguments.workdir or f"runs/{Path(arguments.config).stem}"
     else:
         allowed = "not used here: the config saved with the checkpoint is; name the run's folder by --workdir"
         require(arguments.config is None, "--config", arguments.config, allowed)
-        require(arguments.workdir is not None, "--workdir", arguments.workdir, f"{arguments.mode} needs the folder of a run")
+        require(
+            arguments.workdir is not None, "--workdir", arguments.workdir, f"{arguments.mode} needs the folder of a run"
+        )
         config, workdir = saved_config(Path(arguments.workdir)), arguments.workdir
     config, changed = _override(config, overrides)
     config.validate()
     if arguments.mode != "train":
         for path, value in changed.items():
-            require(may_override(path), f"config.{path}", value,
-                    f"cannot be changed in {arguments.mode}; only data.data_dir, data.archive, data.cache_dir and eval.* can")
+            require(
+                may_override(path),
+                path,
+                value,
+                f"cannot be changed in {arguments.mode}; {', '.join(LOCATIONS)} and eval.* can",
+            )
     return Command(arguments.mode, Path(workdir), config)
 
 
@@ -81,21 +85,30 @@ def _load(path: str) -> Config:
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
         reason = "it defines no get_config()" if str(error) == "'get_config'" else f"{type(error).__name__}: {error}"
         raise ConfigError(f"--config={path!r}: {f'line {line}: ' if line else ''}{reason}") from error
-    require(isinstance(config, Config), "--config", path, f"get_config() returns a {type(config).__name__}, not a Config")
+    require(
+        isinstance(config, Config), "--config", path, f"get_config() returns a {type(config).__name__}, not a Config"
+    )
     return config
 
 
 def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
     """A copy with the fields set that arguments such as `--config.seed=1` name; and path -> new value."""
+    allowed = {}
     for argument in arguments:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            check_path(config, match[1])
+            allowed[match[1]] = describe_field(config, match[1])
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=["", *arguments])
         rest = values(["main.py", *arguments])[1:]
-    except (flags.Error, ValueError, TypeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    except flags.IllegalFlagValueError as error:
+        match = re.match(r"flag --config\.([^=]*)=(.*?): ", str(error), re.DOTALL)
+        if match is None or match[1] not in allowed:
+            raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(f"{match[1]}={match[2]!r}: must be {allowed[match[1]]}") from error
+    except flags.Error as error:
+        raise ConfigError(f"{' '.join(str(error).split())} (see --help)") from error
     if rest:
         raise ConfigError(f"unknown argument {rest[0]!r} (see --help)")
-    return values["config"].value, config_flags.get_override_values(values["config"])
+    flag: Any = values["config"]
+    return flag.value, config_flags.get_override_values(flag)

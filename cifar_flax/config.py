@@ -1,6 +1,7 @@
 """One run as data: the parts' own settings composed, checked, and read and written as JSON."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Iterator
@@ -57,14 +58,27 @@ class Config:
         for path, value, kind in _fields(self):
             require(_is_instance(value, kind), path, value, f"must be {_type_name(kind)}")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
-        require(isinstance(self.model, models.config_class(self.model.name)), "model.name", self.model.name,
-                "belongs to another network than the one that the config file builds")
+        require(
+            isinstance(self.model, models.config_class(self.model.name)),
+            "model.name",
+            self.model.name,
+            "belongs to another network than the one that the config file builds",
+        )
         for part in (self.data, self.augment, self.model, self.optim, self.train, self.eval, self.checkpoint):
             part.validate()
         held_out, best = self.data.validation_fraction > 0, self.checkpoint.keep_best
-        require(held_out or not best, "checkpoint.keep_best", best,
-                "needs data.validation_fraction above 0, so that nothing is chosen on the split that is reported")
-        require(best or self.eval.checkpoint != "best", "eval.checkpoint", self.eval.checkpoint, "needs checkpoint.keep_best")
+        require(
+            held_out or not best,
+            "checkpoint.keep_best",
+            best,
+            "needs data.validation_fraction above 0, so that nothing is chosen on the split that is reported",
+        )
+        require(
+            best or self.eval.checkpoint != "best",
+            "eval.checkpoint",
+            self.eval.checkpoint,
+            "needs checkpoint.keep_best",
+        )
 
 
 # What may differ between a run and the use of its checkpoint: where data lies and how it is evaluated.
@@ -136,17 +150,26 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 
 def _type_name(kind: Any) -> str:
-    return {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}.get(kind, str(kind))
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_type_name(member) for member in typing.get_args(kind))
+    names = {
+        int: "a whole number",
+        float: "a finite number",
+        str: "a text",
+        bool: "true or false",
+        types.NoneType: "None",
+    }
+    return names.get(kind, str(kind))
 
 
-def check_path(config: Config, path: str) -> None:
-    """Raises `ConfigError`, with what there is instead, if the config has no field `path`."""
-    part: Any = config
-    for depth, name in enumerate(path.split(".")):
-        names = [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else []
-        if name not in names:
-            holder = ".".join(path.split(".")[:depth]) or "config"
-            raise ConfigError(f"config.{path}: no such field; {holder} has {', '.join(names) or 'no fields'}")
-        part = getattr(part, name)
-    if dataclasses.is_dataclass(part):
-        raise ConfigError(f"config.{path}: is a group of fields; set one of {', '.join(f.name for f in dataclasses.fields(part))}")
+def describe_field(config: Config, path: str) -> str:
+    """What values the field `path` takes; raises `ConfigError`, with what there is instead, if there is none."""
+    kinds = {name: kind for name, _, kind in _fields(config)}
+    if path not in kinds:
+        group = path.split(".")[0]
+        inside = [other for other in kinds if other.startswith(f"{group}.")]
+        groups = dict.fromkeys(other.split(".")[0] for other in kinds)
+        close = difflib.get_close_matches(path, kinds, n=1, cutoff=0.8)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(inside or groups)}"
+        raise ConfigError(f"{path}: no such field; {hint}")
+    return _type_name(kinds[path])

@@ -48,7 +48,10 @@ class DatasetInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -73,7 +76,9 @@ def build(config: Config, info: DatasetInfo) -> tuple[Task, TrainState]:
     Raises `ConfigError` where the config does not fit the data.
     """
     size, batch_size = info.num_examples, config.train.batch_size
-    require(batch_size <= size, "train.batch_size", batch_size, f"must be at most the {size} examples of the train split")
+    require(
+        batch_size <= size, "train.batch_size", batch_size, f"must be at most the {size} examples of the train split"
+    )
     config.augment.validate_for(info.image_shape)
     schedule = optim.make_schedule(config.optim, total_steps(config, info), size / batch_size)
     optimizer = optim.make_optimizer(config.optim, schedule)
@@ -90,9 +95,7 @@ def build(config: Config, info: DatasetInfo) -> tuple[Task, TrainState]:
     return task, initial
 
 
-def _mean_and_std(
-    images: np.ndarray, examples: Int32[np.ndarray, " n"]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_and_std(images: np.ndarray, examples: Int32[np.ndarray, " n"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per channel, over all pixels of `examples`."""
     histogram = np.zeros((images.shape[-1], 256), np.int64)
     for start in range(0, len(examples), _CHUNK):

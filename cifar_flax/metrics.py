@@ -40,7 +40,9 @@ def evaluation_sums(
 
 def add(total: Sums | None, sums: Sums) -> Sums:
     """Adds in double precision on the host."""
-    wide = {name: np.asarray(value, np.float64 if value.dtype.kind == "f" else np.int64) for name, value in sums.items()}
+    wide = {
+        name: np.asarray(value, np.float64 if value.dtype.kind == "f" else np.int64) for name, value in sums.items()
+    }
     return wide if total is None else {name: total[name] + wide[name] for name in wide}
 
 

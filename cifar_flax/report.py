@@ -23,7 +23,9 @@ def plot_confusion_matrix(path: Path, result: dict[str, Any]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(f"{result['dataset']} {result['split']}: {result['accuracy']:.2%} of {result['num_examples']:,} correct")
+    axes.set_title(
+        f"{result['dataset']} {result['split']}: {result['accuracy']:.2%} of {result['num_examples']:,} correct"
+    )
     if len(names) <= 20:  # more would not be readable
         for (row, column), count in np.ndenumerate(counts):
             if count:

@@ -32,17 +32,20 @@ def create(
 ) -> tuple[nnx.GraphDef, TrainState]:
     """The network's static graph and the state before the first step."""
 
-    def build(seed: Array) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        return nnx.split(
-            models.build(model, image_shape, num_classes, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param, nnx.BatchStat
-        )
+    def build(seed: Array) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+        network = models.build(model, image_shape, num_classes, rngs=nnx.Rngs(jax.random.key(seed)))
+        graphdef, *variables = nnx.split(network, nnx.Param, nnx.BatchStat)
+        params, batch_stats = map(nnx.to_pure_dict, variables)
+        return graphdef, params, batch_stats
 
     def init(seed: Array) -> TrainState:
-        _, *variables = build(seed)
-        params, batch_stats = (nnx.to_pure_dict(tree) for tree in variables)
-        step = jnp.zeros((), jnp.int32)
+        _, params, batch_stats = build(seed)
         return TrainState(
-            step=step, seed=seed, params=params, batch_stats=batch_stats, opt_state=optimizer.init(params)
+            step=jnp.zeros((), jnp.int32),
+            seed=seed,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=optimizer.init(params),
         )
 
     graphdef, _, _ = nnx.eval_shape(lambda: build(jnp.uint32(0)))

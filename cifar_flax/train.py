@@ -79,11 +79,11 @@ class Trainer:
                 return
             where = f"resuming at step {start} of {self.total_steps}" if start else f"{self.total_steps} steps"
             print(f"{self.info.name}: {self.info.num_examples} images, {where}, on {jax.devices()[0].device_kind}")
-            train_step = self._compile(state)
             batches = InputTimer(to_device(self._training_batches(start)))
+            train_step = self._compile(state)
             with (
                 MetricsWriter(workdir, start) as writer,
-                Progress(start=start, total=self.total_steps, epochs=self._epoch(self.total_steps)) as progress,
+                Progress(start=start, total=self.total_steps, epochs=self.config.train.epochs) as progress,
             ):
                 interval = Interval(batches)
 
@@ -181,10 +181,10 @@ def run_steps(
 
     Nothing but batches and metrics crosses between host and device: the transfer guard stops what does by accident.
     """
-    step = int(state.step)
+    first = int(state.step) + 1
     in_flight: deque[tuple[int, Values]] = deque()
     with jax.transfer_guard("disallow"):
-        for step in range(step + 1, step + count + 1):
+        for step in range(first, first + count):
             state, values = train_step(state, next(batches))
             in_flight.append((step, values))
             if len(in_flight) > READ_LAG:

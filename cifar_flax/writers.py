@@ -40,7 +40,9 @@ class MetricsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         self._events.close()
 
@@ -72,7 +74,9 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
 
     def step(self) -> None:
@@ -80,19 +84,22 @@ class Progress:
 
     def train(self, record: Record) -> None:
         self._train = record
-        self._bar.set_description(f"epoch {record['epoch']:.1f}/{self._epochs:.4g}", refresh=False)
+        self._bar.set_description(f"epoch {record['epoch']:.1f}/{self._epochs:g}", refresh=False)
         rate = f"{record['images_per_second']:,.0f} images/s"
         self._bar.set_postfix_str(f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.1%}, {rate}")
 
     def evaluation(self, record: Record) -> None:
         train, step = self._train, record["step"]
         left = (time.monotonic() - self._begin) * (self._total - step) / (step - self._start)
-        self._bar.write(
-            f"epoch {record['epoch']:.4g}/{self._epochs:.4g} | train loss {train['loss']:.4f} accuracy {train['accuracy']:.2%} | "
-            f"{record['split']} loss {record['loss']:.4f} accuracy {record['accuracy']:.2%} | "
-            f"{train['images_per_second']:,.0f} images/s, {train['input_wait_fraction']:.2%} of the time waiting for input | "
-            f"{left:.0f} s left"
+        columns = (
+            f"epoch {record['epoch']:.1f}/{self._epochs:g}",
+            f"train loss {train['loss']:.4f} accuracy {train['accuracy']:.2%}",
+            f"{record['split']} loss {record['loss']:.4f} accuracy {record['accuracy']:.2%}",
+            f"{train['images_per_second']:,.0f} images/s",
+            f"{train['input_wait_fraction']:.2%} of the time waiting for input",
+            f"{left:.0f} s left",
         )
+        self._bar.write(" | ".join(columns))
 
 
 def evaluation_table(result: Record) -> str:

@@ -1,4 +1,3 @@
-from cifar_flax.checkpoint import CheckpointConfig
 from cifar_flax.config import Config, TrainConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig

@@ -33,7 +33,9 @@ def read_archive(path: Path, split: str) -> Arrays:
     try:
         for name, content in _folder_members(path, wanted) if path.is_dir() else _tar_members(path, wanted):
             if len(content) != _FILE_SIZE or name in found:
-                raise UserError(f"data.archive={str(path)!r}: {name} is damaged: it must be there once, {_FILE_SIZE} bytes long")
+                raise UserError(
+                    f"data.archive={str(path)!r}: {name} is damaged: it must be there once, {_FILE_SIZE} bytes long"
+                )
             found[name] = content
     except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
         raise UserError(f"data.archive={str(path)!r}: cannot be read as a gzip-compressed tar file: {error}") from error

@@ -23,7 +23,9 @@ class AugmentConfig:
     def validate_for(self, image_shape: tuple[int, int, int]) -> None:
         limit = min(image_shape[:2]) - 1  # reflection repeats no pixel twice
         field, value = "augment.crop_padding", self.crop_padding
-        require(value <= limit, field, value, f"must be at most {limit} for images of {image_shape[0]}x{image_shape[1]}")
+        require(
+            value <= limit, field, value, f"must be at most {limit} for images of {image_shape[0]}x{image_shape[1]}"
+        )
 
 
 def normalize(

@@ -1,25 +1,29 @@
 """Batches: what every pipeline yields and every step takes."""
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int32, UInt8
+from jaxtyping import Bool, Int32, UInt8
 
 from cifar_flax.data.cache import Arrays
 
-Buffer = Array | np.ndarray
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """NumPy arrays on the host, JAX arrays on a device."""
 
-class Batch(NamedTuple):
-    image: UInt8[Buffer, "batch height width channels"]
-    label: Int32[Buffer, " batch"]
-    index: Int32[Buffer, " batch"]  # of the example in its split: with the epoch, the source of its random bits
-    epoch: Int32[Buffer, " batch"]
-    mask: Bool[Buffer, " batch"]  # False where the place is padding and must not count
+    image: UInt8[Any, "batch height width channels"]
+    label: Int32[Any, " batch"]
+    index: Int32[Any, " batch"]  # of the example in its split: with the epoch, the source of its random bits
+    epoch: Int32[Any, " batch"]
+    mask: Bool[Any, " batch"]  # False where the place is padding and must not count
 
 
 def evaluation_batches(arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
@@ -32,13 +36,17 @@ def evaluation_batches(arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_
 
 
 def to_device(batches: Iterable[Batch], ahead: int = 2) -> Iterator[Batch]:
-    """Copies batches to the device `ahead` of their use, so that a step finds its batch already there."""
-    waiting: deque[Batch] = deque()
-    for batch in batches:
-        waiting.append(jax.device_put(batch))
-        if len(waiting) > ahead:
+    """Copies batches to the device `ahead` of their use, the first ones at once."""
+    source = iter(batches)
+    waiting = deque(jax.device_put(batch) for batch in itertools.islice(source, ahead))
+
+    def rest() -> Iterator[Batch]:
+        for batch in source:
+            waiting.append(jax.device_put(batch))
             yield waiting.popleft()
-    yield from waiting
+        yield from waiting
+
+    return rest()
 
 
 class InputTimer:

@@ -20,4 +20,5 @@ def training_batches(
     gather = jax.jit(lambda images, labels, index: (images[index], labels[index]))
     for index, epoch in zip(*order.positions(seed, examples, batch_size, start, stop), strict=True):
         index, epoch = jax.device_put((index, epoch))
-        yield Batch(*gather(images, labels, index), index, epoch, mask)
+        image, label = gather(images, labels, index)
+        yield Batch(image, label, index, epoch, mask)

@@ -32,7 +32,9 @@ class DataConfig:
         fraction = self.validation_fraction
         require(self.pipeline in PIPELINES, "data.pipeline", self.pipeline, f"must be one of {', '.join(PIPELINES)}")
         require(0 <= fraction < 1, "data.validation_fraction", fraction, "must be in [0, 1)")
-        require(self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8")
+        require(
+            self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8"
+        )
         if self.archive:
             require(self.name == "cifar10", "data.name", self.name, "must be cifar10 where data.archive is set")
         if self.archive or self.name in BUILT_IN:
@@ -93,8 +95,10 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
     if split not in info.splits:
         field = "data.name" if split == "train" else "data.eval_split"
         value = config.name if split == "train" else split
-        raise ConfigError(f"{field}={value!r}: {config.name} has no such split; it has {', '.join(info.splits)}"
-                          + ("" if split == "train" else " (set data.eval_split)"))
+        raise ConfigError(
+            f"{field}={value!r}: {config.name} has no such split; it has {', '.join(info.splits)}"
+            + ("" if split == "train" else " (set data.eval_split)")
+        )
     return cache.store(
         cache_dir / name / str(info.version) / split_folder,
         _decode(builder, split, image_key, label_key, config.image_size),
@@ -136,8 +140,10 @@ def _image_shape(config: DataConfig, shape: tuple[int | None, ...]) -> tuple[int
     if config.image_size:
         height = width = config.image_size
     if height is None or width is None:
-        raise ConfigError(f"data.image_size={config.image_size}: {config.name} has images of various sizes; set the size "
-                          "in pixels that they are resized to")
+        raise ConfigError(
+            f"data.image_size={config.image_size}: {config.name} has images of various sizes; set the size "
+            "in pixels that they are resized to"
+        )
     require(channels in (1, 3), "data.name", config.name, f"must have 1 or 3 channels, not {channels}")
     assert channels is not None
     return height, width, channels
@@ -164,10 +170,10 @@ def _decode(
     builder: Any, split: str, image_key: str, label_key: str, image_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of images and labels, in the order in which TFDS stores them."""
-    import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    tf.config.set_visible_devices([], "GPU")
+    from cifar_flax.data.tensorflow import tf
+
     # One file after another: interleaving them would make the order depend on TFDS's defaults.
     dataset = builder.as_dataset(split=split, read_config=tfds.ReadConfig(interleave_cycle_length=1))
 

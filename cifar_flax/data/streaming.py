@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 import numpy as np
-import tensorflow as tf
 from jaxtyping import Int32
 
 from cifar_flax.data import order
 from cifar_flax.data.batches import Batch
 from cifar_flax.data.cache import Arrays
+from cifar_flax.data.tensorflow import tf
 
 _PREFETCH = 4  # batches
 
@@ -17,7 +17,6 @@ def training_batches(
     arrays: Arrays, examples: Int32[np.ndarray, " n"], *, batch_size: int, seed: int, start: int, stop: int
 ) -> Iterator[Batch]:
     """The batches of the steps from `start` up to `stop`, as NumPy arrays."""
-    tf.config.set_visible_devices([], "GPU")  # or TensorFlow would take the memory that JAX needs
     images, labels = tf.constant(arrays.images), tf.constant(arrays.labels)
 
     def gather(index: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -5,6 +5,8 @@ from flax import nnx
 from cifar_flax.errors import require
 from cifar_flax.models.cnn import CNN, CNNConfig
 
+__all__ = ["MODELS", "CNNConfig", "ModelConfig", "build", "config_class"]
+
 ModelConfig = CNNConfig  # the union of the networks' configs
 
 # name -> (its config, its module)

@@ -46,14 +46,13 @@ class CNN(nnx.Module):
         self, x: Float[Array, "batch height width channels"], dropout_keys: Key[Array, " batch"] | None = None
     ) -> Float[Array, "batch classes"]:
         """Logits in float32. With `dropout_keys` (training) BatchNorm uses and updates batch statistics."""
-        train = dropout_keys is not None
         # max(relu(x)) = relu(max(x)), on a quarter of the elements.
         x = nnx.relu(max_pool(self.conv(x)))
-        x = self.norm(x.astype(jnp.float32), use_running_average=not train).astype(self.dtype)
-        if train:
+        x = self.norm(x.astype(jnp.float32), use_running_average=dropout_keys is None).astype(self.dtype)
+        if dropout_keys is not None:
             conv_keys, hidden_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys)
             x = dropout(x, conv_keys, self.config.conv_dropout)
         x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
-        if train:
+        if dropout_keys is not None:
             x = dropout(x, hidden_keys, self.config.hidden_dropout)
         return self.head(x).astype(jnp.float32)

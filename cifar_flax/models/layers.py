@@ -64,7 +64,9 @@ def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[
     return x.reshape(batch, h_out, w_out, window, channels).max(axis=3)
 
 
-def dropout(x: Float[Array, "batch *features"], keys: Key[Array, " batch"], rate: float) -> Float[Array, "batch *features"]:
+def dropout(
+    x: Float[Array, "batch *features"], keys: Key[Array, " batch"], rate: float
+) -> Float[Array, "batch *features"]:
     """Zeroes each element with probability `rate`, rounded to 1/256, and scales the rest so that the mean stays.
 
     One key per example makes the mask a function of the example alone, wherever in the batch, and on whichever
