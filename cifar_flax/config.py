@@ -56,7 +56,7 @@ class Config:
     def validate(self) -> None:
         """Raises `ConfigError` at the first field that is of a wrong type or not allowed."""
         for path, value, kind in _fields(self):
-            require(_is_instance(value, kind), path, value, f"must be {_type_name(kind)}")
+            _check_type(path, value, kind)
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         require(
             isinstance(self.model, models.config_class(self.model.name)),
@@ -95,7 +95,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: Any) -> Config:
     """The inverse of `to_dict`; raises `ConfigError` for an unknown field or a value that is not allowed."""
     require(isinstance(values, dict), "config", values, "must be a JSON object")
     config = _build(Config, values, "")
@@ -124,7 +124,10 @@ def _build(kind: type, values: dict[str, Any], path: str) -> Any:
             if name == "model":
                 part = models.config_class(value.get("name"))
             value = _build(part, value, f"{path}{name}.")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            _check_type(f"{path}{name}", value, part)
+        arguments[name] = value
     return kind(**arguments)
 
 
@@ -136,6 +139,10 @@ def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from _fields(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value, kind
+
+
+def _check_type(path: str, value: Any, kind: Any) -> None:
+    require(_is_instance(value, kind), path, value, f"must be {_type_name(kind)}")
 
 
 def _is_instance(value: Any, kind: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,13 @@ def write_result(workdir: Path, result: dict[str, Any]) -> None:
 
 def saved_config(workdir: Path) -> Config:
     """The config saved with the newest checkpoint of `workdir`; raises `UserError` if there is none."""
-    with _open_checkpoints(workdir, Config()) as checkpoints:
+    with closing(_open_checkpoints(workdir, Config())) as checkpoints:
         return configs.from_dict(checkpoints.metadata(_newest_step(checkpoints, workdir))["config"])
 
 
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     """Evaluates the checkpoint that `config.eval.checkpoint` names on `config.data.eval_split`; returns eval.json."""
-    with _open_checkpoints(workdir, config) as checkpoints:
+    with closing(_open_checkpoints(workdir, config)) as checkpoints:
         step = _newest_step(checkpoints, workdir)
         if config.eval.checkpoint == "best":
             step = checkpoints.best_step() or step

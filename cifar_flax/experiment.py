@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -31,7 +31,7 @@ class DatasetInfo:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, arrays: Arrays, examples: Int32[np.ndarray, " n"], normalization: str) -> Self:
+    def of(cls, arrays: Arrays, examples: Int32[np.ndarray, " n"], normalization: str) -> "DatasetInfo":
         """Describes `examples`. Statistics are exact: integers are summed, then divided once."""
         _, height, width, channels = arrays.images.shape
         mean, std = (0.0,) * channels, (255.0,) * channels
@@ -47,7 +47,7 @@ class DatasetInfo:
         )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "DatasetInfo":
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }

@@ -1,6 +1,6 @@
 """All that training changes, and how it begins."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,7 @@ from jaxtyping import Array, Int32, PyTree, UInt32
 from cifar_flax import models
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainState:
+class TrainState(NamedTuple):
     """Plain nested dicts of arrays, so that no checkpoint depends on a library's classes."""
 
     step: Int32[Array, ""]  # finished steps

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Trainer:
     def run(self, workdir: Path) -> None:
         """Trains from the newest checkpoint, or from the start, to the last step and its checkpoint."""
         metadata = {"config": configs.to_dict(self.config), "dataset": self.info.to_dict()}
-        with Checkpoints(workdir / "checkpoints", self.config.checkpoint) as checkpoints:
+        with closing(Checkpoints(workdir / "checkpoints", self.config.checkpoint)) as checkpoints:
             state = self.initial_state
             start = checkpoints.newest_step() or 0
             if start:
@@ -82,8 +83,8 @@ class Trainer:
             batches = InputTimer(to_device(self._training_batches(start)))
             train_step = self._compile(state)
             with (
-                MetricsWriter(workdir, start) as writer,
-                Progress(start=start, total=self.total_steps, epochs=self.config.train.epochs) as progress,
+                closing(MetricsWriter(workdir, start)) as writer,
+                closing(Progress(start=start, total=self.total_steps, epochs=self.config.train.epochs)) as progress,
             ):
                 interval = Interval(batches)
 

@@ -6,8 +6,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -17,8 +16,9 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` at once, so that no reader and no crash sees half of it."""
+    text = json.dumps(value, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        json.dump(value, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.chmod(file.name, 0o644)  # temporary files are closed to others
@@ -37,12 +37,7 @@ class MetricsWriter:
         self._file = path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
         self._events.close()
 
@@ -71,12 +66,7 @@ class Progress:
         self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
         self._train: Record = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._bar.close()
 
     def step(self) -> None:

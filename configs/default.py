@@ -1,3 +1,11 @@
+"""The default run.
+
+Command:  python main.py --config configs/default.py
+Hardware: not measured
+Accuracy: not measured
+Time:     not measured
+"""
+
 from cifar_flax.config import Config, TrainConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig

@@ -1,3 +1,11 @@
+"""The notebook run.
+
+Command:  python main.py --config configs/notebook.py
+Hardware: not measured
+Accuracy: not measured
+Time:     not measured
+"""
+
 from cifar_flax.config import Config, TrainConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig

@@ -7,7 +7,7 @@ Source: Krizhevsky, "The CIFAR-10 dataset", cs.toronto.edu/~kriz/cifar.html, sec
 import tarfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from cifar_flax.errors import ConfigError, UserError
 _RECORD = 1 + 3 * 32 * 32  # bytes
 _RECORDS_PER_FILE = 10_000
 _FILE_SIZE = _RECORD * _RECORDS_PER_FILE
+_FOLDER = "cifar-10-batches-bin"
 _FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
 _CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -61,8 +62,8 @@ def _tar_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, byt
     """Streams the archive once, reading at most one byte more of each wanted member than it should have."""
     with tarfile.open(path, mode="r|gz") as archive:
         for member in archive:
-            name = PurePosixPath(member.name).name
-            if name in wanted and member.isfile():
+            folder, _, name = member.name.rpartition("/")
+            if folder == _FOLDER and name in wanted and member.isfile():
                 file = archive.extractfile(member)
                 assert file is not None
                 yield name, file.read(_FILE_SIZE + 1)

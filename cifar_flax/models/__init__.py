@@ -15,7 +15,7 @@ MODELS = {"cnn": (CNNConfig, CNN)}
 
 def config_class(name: object) -> type[ModelConfig]:
     """The config class of the network called `name`; raises `ConfigError` if there is none."""
-    require(name in MODELS, "model.name", name, f"must be one of {', '.join(MODELS)}")
+    require(isinstance(name, str) and name in MODELS, "model.name", name, f"must be one of {', '.join(MODELS)}")
     return MODELS[str(name)][0]
 
 

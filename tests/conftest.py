@@ -1,0 +1,50 @@
+"""Every shape and type in a signature is checked while the tests run, and no array is broadcast to a higher rank."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("cifar_flax", "typecheck.check")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from cifar_flax.config import Config, EvalConfig, TrainConfig
+from cifar_flax.data.augment import AugmentConfig
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.models import CNNConfig
+from cifar_flax.optim import OptimConfig
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Tests that build the same program share its compilation."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    """No test reads or writes the user's caches and data, or leaves runs behind."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.chdir(tmp_path)
+
+
+def make_tiny_config() -> Config:
+    """Three short epochs of a small network on the digits; augmentation, dropout and a schedule are on."""
+    return Config(
+        data=DataConfig(name="digits", pipeline="resident"),
+        augment=AugmentConfig(flip=True, crop_padding=2),
+        model=CNNConfig(width=4, hidden=16),
+        optim=OptimConfig(name="adamw", learning_rate=1e-2, schedule="cosine", warmup_epochs=0.5, weight_decay=0.01),
+        train=TrainConfig(batch_size=128, epochs=3, log_every=4),
+        eval=EvalConfig(batch_size=100),
+    )
+
+
+@pytest.fixture
+def tiny_config() -> Config:
+    return make_tiny_config()

@@ -1,0 +1,68 @@
+"""Small TFDS data sets of every kind that the real catalogue has, prepared without a network."""
+
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+class _Fake(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = Path(__file__).parent  # TFDS otherwise expects a package per data set
+    SHAPE: tuple = (12, 10, 3)
+    SPLITS = ("train", "test")
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=self.SHAPE), "label": tfds.features.ClassLabel(names=["a", "b"])}
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.SPLITS}
+
+    def _generate_examples(self, split):
+        for i in range(40 if split == "train" else 20):
+            yield i, self.example(i)
+
+    def example(self, i):
+        shape = [size or 16 + i for size in self.SHAPE]
+        # Class b is brighter, so that there is something to learn.
+        return {"image": np.full(shape, 60 + 100 * (i % 2) + i, np.uint8), "label": i % 2}
+
+
+class FakeColor(_Fake):
+    """Fixed size, not square."""
+
+
+class FakeGray(_Fake):
+    SHAPE = (8, 8, 1)
+
+
+class FakeVariable(_Fake):
+    SHAPE = (None, None, 3)
+
+
+class FakeNoTest(_Fake):
+    SPLITS = ("train", "validation")
+
+
+class FakeRegression(_Fake):
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=self.SHAPE), "label": tfds.features.Scalar(np.int32)}
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+
+class FakeDownload(_Fake):
+    """Its images are the bytes of a file that comes over the network."""
+
+    url = ""
+
+    def _split_generators(self, dl_manager):
+        self.content = dl_manager.download(self.url).read_bytes()
+        return super()._split_generators(dl_manager)
+
+    def example(self, i):
+        return {"image": np.full(self.SHAPE, self.content[i], np.uint8), "label": i % 2}

@@ -1,0 +1,74 @@
+import jax
+import numpy as np
+import pytest
+
+from cifar_flax.data import order, resident, streaming
+from cifar_flax.data.batches import Batch, InputTimer, evaluation_batches, to_device
+from cifar_flax.data.cache import Arrays
+
+FIELDS = ("image", "label", "index", "epoch", "mask")
+
+
+def make_arrays(size):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (size, 6, 5, 3), dtype=np.uint8)
+    labels = rng.integers(0, 4, size).astype(np.int32)
+    return Arrays(images, labels, tuple("abcd"), "random/1.0.0")
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_pipelines_agree_byte_for_byte(start):
+    arrays = make_arrays(30)
+    examples = np.arange(5, 30, dtype=np.int32)
+    arguments = {"batch_size": 8, "seed": 7, "start": start, "stop": 10}
+    streamed = list(streaming.training_batches(arrays, examples, **arguments))
+    gathered = list(resident.training_batches(arrays, examples, **arguments))
+    index, epoch = order.positions(7, examples, 8, start, 10)
+    assert len(streamed) == len(gathered) == 10 - start
+    for step, batches in enumerate(zip(streamed, gathered, strict=True)):
+        expected = Batch(
+            arrays.images[index[step]], arrays.labels[index[step]], index[step], epoch[step], np.ones(8, bool)
+        )
+        for batch in batches:
+            for field in FIELDS:
+                got, wanted = np.asarray(getattr(batch, field)), getattr(expected, field)
+                assert got.dtype == wanted.dtype
+                np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 25, 64])
+def test_evaluation_counts_every_example_once(batch_size):
+    arrays = make_arrays(25)
+    seen = []
+    for batch in evaluation_batches(arrays, np.arange(25, dtype=np.int32), batch_size):
+        assert batch.image.shape == (batch_size, 6, 5, 3)
+        np.testing.assert_array_equal(batch.image, arrays.images[batch.index])
+        np.testing.assert_array_equal(batch.label, arrays.labels[batch.index])
+        seen += batch.index[batch.mask].tolist()
+    assert seen == list(range(25))
+
+
+def test_batches_are_on_the_device_before_they_are_asked_for():
+    taken = []
+
+    def source():
+        for batch in evaluation_batches(make_arrays(10), np.arange(10, dtype=np.int32), 2):
+            taken.append(batch)
+            yield batch
+
+    batches = to_device(source(), ahead=2)
+    assert len(taken) == 2  # before the first is asked for
+    received = [next(batches)]
+    assert len(taken) == 3
+    received += batches
+    assert all(isinstance(batch.image, jax.Array) for batch in received)
+    assert np.concatenate([batch.index for batch in received]).tolist() == list(range(10))
+
+
+def test_waiting_is_measured(monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 20.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    batches = list(evaluation_batches(make_arrays(4), np.arange(4, dtype=np.int32), 2))
+    timer = InputTimer(iter(batches))
+    assert list(timer) == batches
+    assert timer.seconds == 2.0 + 3.0 + 0.5

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from cifar_flax.data import cache
+from cifar_flax.errors import UserError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+LABELS = np.arange(10, dtype=np.int64) % 3
+
+
+def store(folder, num_examples=10, batches=((IMAGES[:7], LABELS[:7]), (IMAGES[7:], LABELS[7:]))):
+    return cache.store(
+        folder,
+        batches,
+        num_examples=num_examples,
+        image_shape=(4, 4, 3),
+        class_names=("a", "b", "c"),
+        dataset="set/1.0.0",
+    )
+
+
+def test_round_trip_is_memory_mapped(tmp_path):
+    store(tmp_path / "train")
+    arrays = cache.load(tmp_path / "train")
+    assert isinstance(arrays.images, np.memmap)
+    assert isinstance(arrays.labels, np.memmap)
+    np.testing.assert_array_equal(arrays.images, IMAGES)
+    np.testing.assert_array_equal(arrays.labels, LABELS)
+    assert arrays.labels.dtype == np.int32
+    assert (arrays.class_names, arrays.dataset) == (("a", "b", "c"), "set/1.0.0")
+
+
+def test_nothing_there_is_no_warning(tmp_path):
+    assert cache.load(tmp_path / "train") is None
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped bit": flip_a_bit,
+    "emptied": lambda path: path.write_bytes(b""),
+    "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["images.npy", "labels.npy"])
+def test_every_damage_is_seen_and_cleared_away(tmp_path, file, damage):
+    store(tmp_path / "train")
+    DAMAGES[damage](tmp_path / "train" / file)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert cache.load(tmp_path / "train") is None
+    np.testing.assert_array_equal(store(tmp_path / "train").images, IMAGES)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1, "sha256": 3}'])
+def test_damaged_manifest(tmp_path, text):
+    store(tmp_path / "train")
+    (tmp_path / "train" / "manifest.json").write_text(text)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert cache.load(tmp_path / "train") is None
+
+
+@pytest.mark.parametrize("num_examples", [9, 11])
+def test_wrong_number_of_examples_leaves_nothing(tmp_path, num_examples):
+    with pytest.raises(UserError, match=f"10 examples decoded where {num_examples} are expected"):
+        store(tmp_path / "train", num_examples)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_decoding_leaves_nothing(tmp_path):
+    def batches():
+        yield IMAGES[:5], LABELS[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path / "train", batches=batches())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*file"):
+        store(tmp_path / "file" / "train")
+
+
+def test_newest_version_counts_numbers_not_letters(tmp_path):
+    assert cache.newest_version(tmp_path, "set") is None
+    for version in ("3.0.2", "3.0.10", "2.9.9"):
+        store(tmp_path / "set" / version / "train")
+    assert cache.newest_version(tmp_path, "set") == "3.0.10"

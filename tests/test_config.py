@@ -1,0 +1,62 @@
+import json
+import runpy
+
+import pytest
+from conftest import REPOSITORY
+
+from cifar_flax import config as configs
+from cifar_flax.config import Config
+from cifar_flax.errors import ConfigError
+
+CONFIG_FILES = sorted((REPOSITORY / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_survives_json(path):
+    config = runpy.run_path(str(path))["get_config"]()
+    config.validate()
+    assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
+    header = path.read_text().split('"""')[1]
+    for part in ("Command:", "Hardware:", "Accuracy:", "Time:"):
+        assert part in header
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sed": 1}, "sed=1: is no field"),
+        ({"optim": {"lr": 1}}, "optim.lr=1: is no field"),
+        ({"optim": 3}, "optim=3: must be a JSON object"),
+        ({"model": {"name": "vgg"}}, "model.name='vgg': must be one of cnn"),
+        ({"model": {}}, "model.name=None: must be one of cnn"),
+        ({"model": {"name": ["cnn"]}}, "model.name=['cnn']: must be one of cnn"),
+        ({"train": {"batch_size": "128"}}, "train.batch_size='128': must be a whole number"),
+        ({"train": {"batch_size": True}}, "train.batch_size=True: must be a whole number"),
+        ({"train": {"batch_size": 12.0}}, "train.batch_size=12.0: must be a whole number"),
+        ({"train": {"epochs": float("inf")}}, "train.epochs=inf: must be a finite number"),
+        ({"augment": {"flip": 1}}, "augment.flip=1: must be true or false"),
+        ({"optim": {"b1": "x"}}, "optim.b1='x': must be a finite number or None"),
+        ({"seed": -1}, "seed=-1: must be in [0, 2**32)"),
+        ({"checkpoint": {"keep_best": True}}, "checkpoint.keep_best=True: needs data.validation_fraction"),
+        ({"eval": {"checkpoint": "best"}}, "eval.checkpoint='best': needs checkpoint.keep_best"),
+        ([], "config=[]: must be a JSON object"),
+    ],
+)
+def test_bad_values_are_named(values, message):
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(values)
+    assert str(caught.value).startswith(message)
+
+
+def test_differences_leave_locations_out():
+    old, new = Config(), Config(seed=3)
+    new.data.data_dir = "/elsewhere"
+    new.optim.learning_rate = 0.5
+    assert configs.differences(old, new) == ["seed: 0 -> 3", "optim.learning_rate: 0.001 -> 0.5"]
+    assert configs.differences(old, Config()) == []
+
+
+def test_only_places_and_evaluation_may_be_overridden():
+    allowed = {path for path, _, _ in configs._fields(Config()) if configs.may_override(path)}
+    places = {"data.data_dir", "data.archive", "data.cache_dir"}
+    assert allowed == places | {"eval.batch_size", "eval.every_epochs", "eval.checkpoint"}

@@ -1,0 +1,71 @@
+"""The house keeps its order: imports go one way, and heavy libraries stay in their rooms."""
+
+import ast
+
+from conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "cifar_flax"
+
+# From the ground up; a module imports from lines above its own only.
+LEVELS = [
+    {"errors"},
+    {"data.cache", "data.order", "data.augment", "data.tensorflow", "models.layers"},
+    {"data.archive", "data.batches", "models.cnn"},
+    {"data.sources", "data.streaming", "data.resident", "models"},
+    {"optim", "metrics", "report", "writers", "state"},
+    {"steps", "checkpoint"},
+    {"config"},
+    {"experiment"},
+    {"evaluate"},
+    {"cli", "train"},
+]
+ONLY_IN = {
+    "orbax": {"checkpoint"},
+    "tensorflow": {"data.tensorflow"},
+    "tensorflow_datasets": {"data.sources"},
+    "flax.nnx": {"models", "models.cnn", "models.layers", "state", "steps"},
+    "tensorboardX": {"writers"},
+    "ml_collections": {"cli"},
+}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield name, path
+
+
+def imported(path):
+    """Full names of what a file imports: `from a import b` gives "a.b"."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_one_way():
+    level = {name: depth for depth, names in enumerate(LEVELS) for name in names}
+    for name, path in modules():
+        if name in ("", "data"):
+            assert not list(imported(path))
+            continue
+        for target in imported(path):
+            if target.startswith("cifar_flax."):
+                inside = target.removeprefix("cifar_flax.")
+                module = max((other for other in level if f"{inside}.".startswith(f"{other}.")), key=len)
+                assert level[module] < level[name], f"{name} imports {module}"
+
+
+def test_heavy_libraries_stay_in_their_rooms():
+    for name, path in modules():
+        for target in imported(path):
+            for library, rooms in ONLY_IN.items():
+                if f"{target}.".startswith(f"{library}."):
+                    assert name in rooms, f"{name} imports {library}"
+
+
+def test_no_file_is_long():
+    for name, path in modules():
+        assert len(path.read_text().splitlines()) <= 300, name

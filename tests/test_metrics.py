@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
+
+from cifar_flax import metrics
+
+CLASSES = tuple("abcdefg")
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(0, 2, (300, 7)).astype(np.float32)
+LABELS = RNG.integers(0, 7, 300).astype(np.int32)
+
+
+def evaluate(logits, labels, batch_size=300, mask=None):
+    mask = np.ones(len(labels), bool) if mask is None else mask
+    total = None
+    for i in range(0, len(labels), batch_size):
+        batch = (jnp.asarray(x[i : i + batch_size]) for x in (logits, labels, mask))
+        total = metrics.add(total, jax.device_get(metrics.evaluation_sums(*batch)))
+    return metrics.summarize(total, CLASSES)
+
+
+def test_figures_equal_scikit_learns():
+    result = evaluate(LOGITS, LABELS)
+    prediction = LOGITS.argmax(axis=1)
+    probability = np.exp(LOGITS.astype(np.float64))
+    probability /= probability.sum(axis=1, keepdims=True)
+    matrix = confusion_matrix(LABELS, prediction)
+    assert result["confusion_matrix"] == matrix.tolist()
+    assert result["num_examples"] == 300
+    assert result["accuracy"] == np.mean(prediction == LABELS)
+    assert result["top5_accuracy"] == pytest.approx(top_k_accuracy_score(LABELS, LOGITS, k=5), abs=1e-12)
+    assert result["loss"] == pytest.approx(log_loss(LABELS, probability), rel=1e-5)
+    precision, recall, f1, _ = precision_recall_fscore_support(LABELS, prediction)
+    for i, name in enumerate(CLASSES):
+        row = result["per_class"][name]
+        assert (row["precision"], row["recall"], row["f1"]) == pytest.approx((precision[i], recall[i], f1[i]))
+
+
+def test_calibration_error_is_that_of_the_definition():
+    probability = np.asarray(jax.nn.softmax(LOGITS), np.float64)
+    confidence, correct = probability.max(axis=1), LOGITS.argmax(axis=1) == LABELS
+    expected = 0.0
+    for low in range(metrics.CALIBRATION_BINS):
+        inside = (confidence > low / metrics.CALIBRATION_BINS) & (confidence <= (low + 1) / metrics.CALIBRATION_BINS)
+        if inside.any():
+            expected += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    assert evaluate(LOGITS, LABELS)["expected_calibration_error"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 299])
+def test_batch_size_does_not_matter(batch_size):
+    whole, parts = evaluate(LOGITS, LABELS), evaluate(LOGITS, LABELS, batch_size)
+    assert parts["confusion_matrix"] == whole["confusion_matrix"]
+    assert parts["top5_accuracy"] == whole["top5_accuracy"]
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert parts["expected_calibration_error"] == pytest.approx(whole["expected_calibration_error"], rel=1e-5)
+
+
+def test_masked_examples_never_count():
+    mask = RNG.random(300) < 0.7
+    garbage = np.where(mask[:, None], LOGITS, np.nan)
+    kept = evaluate(LOGITS[mask], LABELS[mask])
+    masked = evaluate(garbage, LABELS, mask=mask)
+    for name in ("num_examples", "accuracy", "top5_accuracy", "confusion_matrix", "per_class"):
+        assert masked[name] == kept[name]
+    assert masked["loss"] == pytest.approx(kept["loss"], rel=1e-6)
+    assert masked["expected_calibration_error"] == pytest.approx(kept["expected_calibration_error"], rel=1e-5)
+
+
+def test_constant_logits_are_no_top5_hit_for_the_last_classes():
+    result = evaluate(np.zeros((7, 7), np.float32), np.arange(7, dtype=np.int32))
+    assert result["accuracy"] == 1 / 7
+    assert result["top5_accuracy"] == 5 / 7
+
+
+def test_absent_classes_divide_by_nothing():
+    result = evaluate(LOGITS, np.zeros(300, np.int32))
+    assert result["per_class"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0}

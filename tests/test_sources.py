@@ -1,0 +1,138 @@
+import http.server
+import subprocess
+import sys
+import threading
+
+import fake_tfds
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from cifar_flax.data import cache, sources
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.errors import ConfigError, UserError
+
+
+def test_digits_are_split_by_class_and_enlarged():
+    train, test = (sources.load(DataConfig(name="digits"), split) for split in ("train", "test"))
+    assert len(train.labels) + len(test.labels) == 1797
+    for arrays in (train, test):
+        assert arrays.images.shape == (len(arrays.labels), 32, 32, 3)
+        assert (arrays.images.min(), arrays.images.max()) == (0, 255)
+    share = np.bincount(test.labels) / (np.bincount(train.labels) + np.bincount(test.labels))
+    np.testing.assert_allclose(share, 0.2, atol=0.01)
+    small = train.images[:, ::4, ::4]
+    np.testing.assert_array_equal(small.repeat(4, axis=1).repeat(4, axis=2), train.images)
+
+
+def expected(count, shape):
+    return np.stack([np.full(shape, 60 + 100 * (i % 2) + i, np.uint8) for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("fake_color", (12, 10, 3)), ("fake_gray", (8, 8, 1)), ("fake_color:1.0.0", (12, 10, 3))]
+)
+def test_tfds_sets_of_fixed_size(name, shape):
+    for split, count in (("train", 40), ("test", 20)):
+        arrays = sources.load(DataConfig(name=name), split)
+        assert arrays.class_names == ("a", "b")
+        assert arrays.dataset == f"{name.split(':')[0]}/1.0.0"
+        brightness = arrays.images[:, 0, 0, 0]
+        order = np.argsort(brightness)  # TFDS shuffles as it prepares
+        np.testing.assert_array_equal(np.sort(brightness), np.sort(expected(count, shape)[:, 0, 0, 0]))
+        np.testing.assert_array_equal(arrays.images, np.broadcast_to(brightness[:, None, None, None], (count, *shape)))
+        np.testing.assert_array_equal(arrays.labels[order], np.repeat([0, 1], count // 2))
+
+
+def test_variable_size_needs_image_size():
+    with pytest.raises(ConfigError, match=r"data\.image_size=0: fake_variable has images of various sizes"):
+        sources.load(DataConfig(name="fake_variable"), "train")
+    arrays = sources.load(DataConfig(name="fake_variable", image_size=9), "train")
+    assert arrays.images.shape == (40, 9, 9, 3)
+    assert sorted(arrays.images[:, 4, 4, 0]) == sorted(expected(40, ())[:])
+    assert sources.load(DataConfig(name="fake_variable", image_size=10), "train").images.shape == (40, 10, 10, 3)
+
+
+def test_missing_test_split_needs_eval_split():
+    config = DataConfig(name="fake_no_test")
+    with pytest.raises(ConfigError, match=r"data\.eval_split='test': .* it has train, validation"):
+        sources.load(config, config.eval_split)
+    assert len(sources.load(config, "validation").labels) == 20
+
+
+def test_sets_of_another_kind_are_refused():
+    with pytest.raises(ConfigError, match=r"data\.name='fake_regression': must be an image-classification set"):
+        sources.load(DataConfig(name="fake_regression"), "train")
+    with pytest.raises(ConfigError, match=r"data\.name='no_such_set': must be digits or a TFDS"):
+        sources.load(DataConfig(name="no_such_set"), "train")
+    with pytest.raises(ConfigError, match=r"data\.name='fake_color:9\.9\.9'"):
+        sources.load(DataConfig(name="fake_color:9.9.9"), "train")
+
+
+def test_second_start_needs_neither_tensorflow_nor_tfds(tmp_path):
+    first = sources.load(DataConfig(name="fake_color"), "train")
+    code = (
+        "import sys\n"
+        "from cifar_flax.data import sources\n"
+        "arrays = sources.load(sources.DataConfig(name='fake_color'), 'train')\n"
+        "assert len(arrays.labels) == 40\n"
+        "print([name for name in sys.modules if name.startswith('tensorflow')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert isinstance(first.images, np.memmap)
+
+
+def test_damaged_cache_is_rebuilt_with_a_warning():
+    config = DataConfig(name="fake_color")
+    before = np.array(sources.load(config, "test").images)
+    path = cache.default_dir() / "fake_color" / "1.0.0" / "test" / "images.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        after = sources.load(config, "test")
+    np.testing.assert_array_equal(after.images, before)
+
+
+def test_data_dir_and_cache_dir_are_honoured(tmp_path):
+    config = DataConfig(name="fake_gray", data_dir=str(tmp_path / "here"), cache_dir=str(tmp_path / "there"))
+    sources.load(config, "test")
+    assert (tmp_path / "here" / "fake_gray" / "1.0.0").is_dir()
+    assert (tmp_path / "there" / "fake_gray" / "1.0.0" / "test" / "manifest.json").is_file()
+    assert not (tmp_path / "tfds").exists()
+
+
+@pytest.fixture
+def server():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/images.bin" else 404)
+            self.end_headers()
+            self.wfile.write(bytes(range(100, 140)))
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_data_is_downloaded_where_it_is_not_prepared(server, monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(fake_tfds.FakeDownload, "url", f"{server}/images.bin")
+    arrays = sources.load(DataConfig(name="fake_download", data_dir=str(tmp_path)), "train")
+    assert sorted(arrays.images[:, 0, 0, 0]) == list(range(100, 140))
+    assert "Dl Completed" in capfd.readouterr().err  # TFDS's own progress bar
+
+
+def test_failed_download_names_three_ways_out(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(fake_tfds.FakeDownload, "url", f"{server}/gone.bin")
+    with pytest.raises(UserError) as caught:
+        sources.load(DataConfig(name="fake_download", data_dir=str(tmp_path)), "train")
+    message = str(caught.value)
+    assert "\n" not in message
+    for way in ("404", "data.data_dir=", "TFDS_DATA_DIR", "data.archive=", "configs/quickstart.py"):
+        assert way in message
+    assert caught.value.exit_code == 1

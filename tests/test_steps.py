@@ -1,0 +1,108 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cifar_flax import experiment, metrics, models, steps
+from cifar_flax.data import sources
+from cifar_flax.data.augment import AugmentConfig, normalize
+from cifar_flax.data.batches import Batch
+from cifar_flax.experiment import DatasetInfo
+from cifar_flax.models import CNNConfig
+
+
+@pytest.fixture
+def setup(tiny_config):
+    arrays = sources.load(tiny_config.data, "train")
+    info = DatasetInfo.of(arrays, np.arange(len(arrays.labels), dtype=np.int32), "standard")
+    task, state = experiment.build(tiny_config, info)
+    index = np.arange(64, dtype=np.int32)
+    batch = Batch(arrays.images[:64], arrays.labels[:64], index, np.zeros_like(index), np.ones(64, bool))
+    return task, state, jax.device_put(batch)
+
+
+def take(batch, order):
+    return jax.tree.map(lambda x: x[order], batch)
+
+
+def test_training_learns(setup):
+    task, state, batch = setup
+    step = jax.jit(functools.partial(steps.train_step, task))
+    losses = []
+    for _ in range(30):
+        state, values = step(state, batch)
+        losses.append(float(values["loss"]))
+    assert int(state.step) == 30
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_result_does_not_depend_on_the_order_within_the_batch(setup):
+    """Random bits, dropout and augmentation included, belong to the example and not to its place."""
+    task, state, batch = setup
+    step = jax.jit(functools.partial(steps.train_step, task))
+    order = np.random.default_rng(0).permutation(64)
+    (one, a), (other, b) = step(state, batch), step(state, take(batch, order))
+    assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+    assert float(a["accuracy"]) == float(b["accuracy"])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one.batch_stats, other.batch_stats)
+
+
+def test_random_bits_change_with_epoch_example_and_seed():
+    def bits(seed, epoch, index):
+        keys = steps.example_keys(jnp.uint32(seed), jnp.array([epoch], jnp.int32), jnp.array([index], jnp.int32))
+        return tuple(np.asarray(jax.random.key_data(keys)).ravel().tolist())
+
+    seen = {bits(*key) for key in np.ndindex(3, 4, 5)}
+    assert len(seen) == 3 * 4 * 5
+
+
+def test_state_is_donated(setup):
+    task, state, batch = setup
+    step = jax.jit(functools.partial(steps.train_step, task), donate_argnums=0)
+    kept = state.params["hidden"]["kernel"]
+    step(state, batch)
+    assert kept.is_deleted()
+
+
+def test_reported_figures_are_the_definitions(setup):
+    """With no augmentation and no dropout, they follow from the logits on the batch statistics."""
+    task, state, batch = setup
+    task = dataclasses.replace(task, augment=AugmentConfig(), label_smoothing=0.3, graphdef=without_dropout())
+    model = nnx.merge(task.graphdef, state.params, state.batch_stats)
+    keys = steps.example_keys(state.seed, batch.epoch, batch.index)
+    log_probability = np.asarray(jax.nn.log_softmax(model(normalize(batch.image, task.mean, task.std), keys)))
+    own = log_probability[np.arange(64), batch.label]
+    _, values = steps.train_step(task, state, batch)
+    expected = -np.mean(0.7 * own + 0.3 * log_probability.mean(axis=1))
+    assert float(values["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(values["accuracy"]) == np.mean(log_probability.argmax(axis=1) == batch.label)
+    assert float(values["learning_rate"]) == float(task.schedule(0))
+
+
+def without_dropout():
+    config = CNNConfig(width=4, hidden=16, conv_dropout=0.0, hidden_dropout=0.0)
+    return nnx.graphdef(models.build(config, (32, 32, 3), 10, rngs=nnx.Rngs(0)))
+
+
+def test_padding_changes_no_evaluation(setup):
+    task, state, batch = setup
+    step = jax.jit(functools.partial(steps.eval_step, task))
+    garbage = jax.random.randint(jax.random.key(0), (64, 32, 32, 3), 0, 256).astype(jnp.uint8)
+    mask = np.arange(64) < 40
+    padded = Batch(
+        jnp.where(mask[:, None, None, None], batch.image, garbage),
+        jnp.where(mask, batch.label, 0),
+        batch.index,
+        batch.epoch,
+        jnp.asarray(mask),
+    )
+    names = tuple("0123456789")
+    whole = metrics.add(None, jax.device_get(step(state.params, state.batch_stats, padded)))
+    masked = Batch(batch.image, batch.label, batch.index, batch.epoch, jnp.asarray(mask))
+    plain = metrics.add(None, jax.device_get(step(state.params, state.batch_stats, masked)))
+    assert metrics.summarize(whole, names) == metrics.summarize(plain, names)
+    assert metrics.summarize(whole, names)["num_examples"] == 40

@@ -1,0 +1,227 @@
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+
+import fake_tfds  # noqa: F401  registers the data sets
+import jax
+import numpy as np
+import pytest
+from conftest import make_tiny_config
+
+from cifar_flax import checkpoint, evaluate
+from cifar_flax.data import sources
+from cifar_flax.data.batches import Batch
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.state import TrainState
+from cifar_flax.train import READ_LAG, Trainer, run_steps, train
+
+NOT_TIMES = ("step", "epoch", "split", "loss", "accuracy", "learning_rate")
+FIELDS = {*NOT_TIMES, "images_per_second", "input_wait_fraction"}
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(config, workdir):
+    trainer = Trainer(config)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)
+    state = checkpoints.restore(checkpoints.newest_step(), trainer.initial_state)
+    checkpoints.close()
+    return state
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run: its folder and what it printed. Not to be written to."""
+    folder, printed = tmp_path_factory.mktemp("straight") / "tiny", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train(make_tiny_config(), folder)
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def finished(straight, workdir):
+    """A copy of that run's folder."""
+    shutil.copytree(straight[0], workdir)
+    return workdir
+
+
+def test_a_run_writes_what_it_promises(straight):
+    workdir, out = straight
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "eval.json", "confusion_matrix.png", "tensorboard"}
+
+    records = read_metrics(workdir)
+    assert all(set(record) == FIELDS for record in records)
+    steps = [record["step"] for record in records if record["split"] == "train"]
+    assert steps == sorted({*range(4, 34, 4), 12, 23, 34})  # every 4 steps and at the ends of epochs
+    assert [record["step"] for record in records if record["split"] == "test"] == [12, 23, 34]
+    assert all(record["epoch"] == pytest.approx(record["step"] * 128 / 1442) for record in records)
+    assert records[0]["learning_rate"] > 0
+    assert 0 <= records[0]["input_wait_fraction"] < 1
+
+    result = json.loads((workdir / "eval.json").read_text())
+    assert (result["dataset"], result["split"], result["step"], result["num_examples"]) == ("digits", "test", 34, 355)
+    assert np.shape(result["confusion_matrix"]) == (10, 10)
+    assert np.sum(result["confusion_matrix"]) == 355
+    assert np.trace(result["confusion_matrix"]) / 355 == result["accuracy"] == records[-1]["accuracy"]
+    assert f"{result['accuracy']:.2%}" in out
+    assert repr(result["loss"]) in out
+    assert (workdir / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_evaluation_repeats_the_same_numbers_to_the_bit(straight, finished, capsys):
+    (finished / "eval.json").unlink()
+    evaluate.evaluate(evaluate.saved_config(finished), finished)
+    assert (finished / "eval.json").read_bytes() == (straight[0] / "eval.json").read_bytes()
+    *figures, written = capsys.readouterr().out.splitlines()
+    assert straight[1].splitlines()[-1 - len(figures) : -1] == figures
+    assert written.startswith("written: ")
+
+
+@pytest.mark.parametrize("batch_size", [1, 64, 355, 1000])
+def test_evaluation_counts_each_example_once_for_any_batch_size(finished, batch_size):
+    expected = json.loads((finished / "eval.json").read_text())
+    config = evaluate.saved_config(finished)
+    config.eval.batch_size = batch_size
+    result = evaluate.evaluate(config, finished)
+    assert result["num_examples"] == 355
+    assert result["confusion_matrix"] == expected["confusion_matrix"]
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_interrupted_run_goes_on_as_if_nothing_had_happened(tiny_config, workdir, straight, monkeypatch, capsys):
+    save = checkpoint.Checkpoints.save
+
+    def save_once(self, state, metadata, accuracy):
+        if int(state.step) > 12:
+            raise KeyboardInterrupt  # after the metrics of this epoch are written
+        save(self, state, metadata, accuracy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save_once)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config, workdir)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 24, "spl')  # as a crash leaves it
+    capsys.readouterr()
+    train(tiny_config, workdir)
+    assert "resuming at step 12 of 34" in capsys.readouterr().out
+
+    states = [final_state(tiny_config, folder) for folder in (straight[0], workdir)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    logs = [[{name: r[name] for name in NOT_TIMES} for r in read_metrics(d)] for d in (straight[0], workdir)]
+    assert logs[0] == logs[1]
+    assert (workdir / "eval.json").read_bytes() == (straight[0] / "eval.json").read_bytes()
+
+
+def test_finished_run_says_so_and_evaluates(tiny_config, finished, capsys):
+    before = snapshot(finished / "checkpoints"), (finished / "metrics.jsonl").read_bytes()
+    train(tiny_config, finished)
+    out = capsys.readouterr().out
+    assert "is finished: 34 steps of 34" in out
+    assert "accuracy" in out
+    assert before == (snapshot(finished / "checkpoints"), (finished / "metrics.jsonl").read_bytes())
+
+
+def test_another_config_is_refused_and_nothing_is_touched(tiny_config, finished):
+    before = snapshot(finished)
+    tiny_config.optim.learning_rate = 0.5
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.01 -> 0\.5.*choose another --workdir"):
+        train(tiny_config, finished)
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"seed": "x"}'])
+def test_damaged_saved_config_is_one_message(tiny_config, workdir, content):
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(content)
+    with pytest.raises(UserError):
+        train(tiny_config, workdir)
+    assert (workdir / "config.json").read_text() == content
+
+
+def test_best_checkpoint_is_judged_on_held_out_examples(tiny_config, workdir, monkeypatch):
+    """A learning rate that ruins the end makes an early checkpoint the best one; keep=1 would delete it."""
+    tiny_config.data.validation_fraction = 0.2
+    tiny_config.checkpoint.keep_best = True
+    tiny_config.checkpoint.keep = 1
+    tiny_config.eval.checkpoint = "best"
+    tiny_config.train.epochs = 4
+    tiny_config.optim = dataclasses.replace(tiny_config.optim, schedule="constant", learning_rate=0.05)
+    train(tiny_config, workdir)
+    curve = {r["step"]: r["accuracy"] for r in read_metrics(workdir) if r["split"] == "validation"}
+    best, last = max(curve, key=lambda step: (curve[step], step)), max(curve)
+    assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == {best, last}
+    assert json.loads((workdir / "eval.json").read_text())["step"] == best
+    assert not any(record["split"] == "test" for record in read_metrics(workdir))
+
+
+@pytest.mark.parametrize("name", ["fake_color", "fake_gray"])
+def test_other_shapes_train_through_tf_data(tiny_config, workdir, name):
+    tiny_config.data = DataConfig(name=name, pipeline="streaming")
+    tiny_config.train = dataclasses.replace(tiny_config.train, batch_size=8, epochs=8)
+    train(tiny_config, workdir)
+    result = json.loads((workdir / "eval.json").read_text())
+    assert (result["num_examples"], np.shape(result["confusion_matrix"])) == (20, (2, 2))
+    assert result["accuracy"] == 1.0  # brightness tells the classes apart
+
+
+def test_pipelines_train_the_same_parameters(tiny_config, tmp_path):
+    tiny_config.train.epochs = 1
+    for pipeline in ("streaming", "resident"):
+        tiny_config.data.pipeline = pipeline
+        train(tiny_config, tmp_path / pipeline)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(final_state(tiny_config, tmp_path / pipeline) for pipeline in ("streaming", "resident")),
+    )
+
+
+def fake_run(count, batches=None):
+    """`run_steps` on a step that does nothing; returns the order in which things happened."""
+    events = []
+    state = TrainState(step=np.int32(0), seed=np.uint32(0), params={}, batch_stats={}, opt_state={})
+
+    def train_step(state, batch):
+        events.append(("dispatch", len([e for e in events if e[0] == "dispatch"]) + 1))
+        return state, {}
+
+    vector = np.zeros(1, np.int32)
+    batch = Batch(np.zeros((1, 2, 2, 3), np.uint8), vector, vector, vector, np.ones(1, bool))
+    run_steps(train_step, state, iter([batch] * count), count, lambda step, values: events.append(("read", step)))
+    return events
+
+
+def test_metrics_are_read_late():
+    """When a step is read, later ones are already on their way: the device never waits for the host."""
+    events = fake_run(6)
+    for step in range(1, 7):
+        ahead = min(step + READ_LAG, 6)
+        assert READ_LAG >= 1
+        assert events.index(("read", step)) > events.index(("dispatch", ahead))
+    assert [step for kind, step in events if kind == "read"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_transfer_guard_watches_the_loop(tiny_config):
+    trainer = Trainer(tiny_config)
+    arrays = sources.load(tiny_config.data, "train")
+    index = np.arange(128, dtype=np.int32)
+    on_host = Batch(arrays.images[:128], arrays.labels[:128], index, np.zeros_like(index), np.ones(128, bool))
+    step = trainer._compile(trainer.initial_state)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run_steps(step, trainer.initial_state, iter([on_host]), 1, lambda step, values: None)
