@@ -1,9 +1,9 @@
-"""The quickstart run.
+"""Handwritten digits that scikit-learn ships, through the same network and loop as CIFAR-10: no download.
 
 Command:  python main.py --config configs/quickstart.py
-Hardware: not measured
-Accuracy: not measured
-Time:     not measured
+Hardware: @HW@
+Accuracy: @ACC@
+Time:     @TIME@
 """
 
 from cifar_flax.config import Config, TrainConfig
@@ -17,5 +17,5 @@ def get_config() -> Config:
         data=DataConfig(name="digits", pipeline="resident"),
         augment=AugmentConfig(crop_padding=2),
         optim=OptimConfig(name="adamw", learning_rate=1e-3, schedule="cosine", warmup_epochs=1, weight_decay=0.02),
-        train=TrainConfig(batch_size=64, epochs=12, label_smoothing=0.1, log_every=10),
+        train=TrainConfig(batch_size=64, epochs=20, log_every=10),
     )
