@@ -12,13 +12,16 @@ MODES = {"train": train, "eval": evaluate}
 
 def main() -> int:
     try:
-        command = cli.parse(sys.argv[1:])
+        command = cli.parse(sys.argv[1:], tuple(MODES))
         MODES[command.mode](command.config, command.workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a folder that may not be written to
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("interrupted; a training run goes on from its newest checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -111,7 +111,10 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:200]
-        return UserError(f"the checkpoint {self._folder}/{step} cannot be read ({type(error).__name__}: {reason})")
+        return UserError(
+            f"the checkpoint {self._folder}/{step} cannot be read ({type(error).__name__}: {reason}); "
+            "delete that folder to go on from the one before it"
+        )
 
 
 def _accuracy(metrics: Mapping[str, float]) -> float:

@@ -16,7 +16,6 @@ from cifar_flax.config import LOCATIONS, Config, describe_field, may_override
 from cifar_flax.errors import ConfigError, require
 from cifar_flax.evaluate import saved_config
 
-MODES = ("train", "eval")
 _EXAMPLES = """
 examples:
   python main.py --config configs/quickstart.py
@@ -37,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see --help)")
 
 
-def parse(argv: Sequence[str]) -> Command:
+def parse(argv: Sequence[str], modes: Sequence[str]) -> Command:
     """Reads the arguments after the program's name; raises `ConfigError` for the first that is not allowed."""
     parser = _Parser(
         prog="main.py",
@@ -46,7 +45,7 @@ def parse(argv: Sequence[str]) -> Command:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", choices=MODES, default="train", help="what to do (default: train)")
+    parser.add_argument("--mode", choices=modes, default="train", help="what to do (default: train)")
     parser.add_argument(
         "--config", metavar="FILE", help="train: the config file; --config.FIELD=VALUE changes a field of it"
     )
@@ -83,7 +82,9 @@ def _load(path: str) -> Config:
     except Exception as error:  # whatever the file does wrong
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
-        reason = "it defines no get_config()" if str(error) == "'get_config'" else f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if str(error) == "'get_config'":
+            reason = "it defines no get_config()"
         raise ConfigError(f"--config={path!r}: {f'line {line}: ' if line else ''}{reason}") from error
     require(
         isinstance(config, Config), "--config", path, f"get_config() returns a {type(config).__name__}, not a Config"
@@ -95,8 +96,8 @@ def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, A
     """A copy with the fields set that arguments such as `--config.seed=1` name; and path -> new value."""
     allowed = {}
     for argument in arguments:
-        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            allowed[match[1]] = describe_field(config, match[1])
+        if match := re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", argument):
+            allowed[match[1]] = describe_field(config, match[1], match[2] or "")
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=["", *arguments])

@@ -73,6 +73,9 @@ class Config:
             best,
             "needs data.validation_fraction above 0, so that nothing is chosen on the split that is reported",
         )
+        every, often = self.checkpoint.every_epochs, self.eval.every_epochs
+        fits = not best or every % often == 0
+        require(fits, "checkpoint.every_epochs", every, f"must be a multiple of eval.every_epochs={often}")
         require(
             best or self.eval.checkpoint != "best",
             "eval.checkpoint",
@@ -119,7 +122,7 @@ def _build(kind: type, values: dict[str, Any], path: str) -> Any:
     for name, value in values.items():
         require(name in known, f"{path}{name}", value, "is no field of this version's config")
         part = known[name]
-        if dataclasses.is_dataclass(part) or path + name == "model":
+        if dataclasses.is_dataclass(part):
             require(isinstance(value, dict), f"{path}{name}", value, "must be a JSON object")
             if name == "model":
                 part = models.config_class(value.get("name"))
@@ -158,7 +161,7 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 def _type_name(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
-        return " or ".join(_type_name(member) for member in typing.get_args(kind))
+        return " or ".join(_type_name(member) for member in typing.get_args(kind) if member is not types.NoneType)
     names = {
         int: "a whole number",
         float: "a finite number",
@@ -169,7 +172,7 @@ def _type_name(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
-def describe_field(config: Config, path: str) -> str:
+def describe_field(config: Config, path: str, value: str) -> str:
     """What values the field `path` takes; raises `ConfigError`, with what there is instead, if there is none."""
     kinds = {name: kind for name, _, kind in _fields(config)}
     if path not in kinds:
@@ -178,5 +181,5 @@ def describe_field(config: Config, path: str) -> str:
         groups = dict.fromkeys(other.split(".")[0] for other in kinds)
         close = difflib.get_close_matches(path, kinds, n=1, cutoff=0.8)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(inside or groups)}"
-        raise ConfigError(f"{path}: no such field; {hint}")
+        raise ConfigError(f"{path}={value!r}: no such field; {hint}")
     return _type_name(kinds[path])

@@ -83,7 +83,10 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     with closing(_open_checkpoints(workdir, config)) as checkpoints:
         step = _newest_step(checkpoints, workdir)
         if config.eval.checkpoint == "best":
-            step = checkpoints.best_step() or step
+            best = checkpoints.best_step()
+            if best is None:
+                raise UserError(f"--workdir={str(workdir)!r}: none of its checkpoints has a validation accuracy")
+            step = best
         info = DatasetInfo.from_dict(checkpoints.metadata(step)["dataset"])
         arrays = sources.load(config.data, config.data.eval_split)
         info.check(arrays)

@@ -17,6 +17,7 @@ from cifar_flax.state import TrainState
 from cifar_flax.steps import Task
 
 _CHUNK = 1000  # images
+_MAX_EXAMPLES = 2**28  # shown in one run: their order is held in memory, 8 bytes each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,11 @@ def build(config: Config, info: DatasetInfo) -> tuple[Task, TrainState]:
         batch_size <= size, "train.batch_size", batch_size, f"must be at most the {size} examples of the train split"
     )
     config.augment.validate_for(info.image_shape)
-    schedule = optim.make_schedule(config.optim, total_steps(config, info), size / batch_size)
+    steps = total_steps(config, info)
+    epochs, every = config.train.epochs, config.optim.accumulate_steps
+    require(steps * batch_size <= _MAX_EXAMPLES, "train.epochs", epochs, f"must be at most {_MAX_EXAMPLES / size:.0f}")
+    require(every <= steps, "optim.accumulate_steps", every, f"must be at most the {steps} steps of the run")
+    schedule = optim.make_schedule(config.optim, steps, size / batch_size)
     optimizer = optim.make_optimizer(config.optim, schedule)
     graphdef, initial = state.create(config.model, info.image_shape, len(info.class_names), optimizer, config.seed)
     task = Task(

@@ -26,7 +26,8 @@ def evaluation_sums(
     # Ties count for the lower class, as they do in argmax.
     own = jnp.take_along_axis(logits, label[:, None], axis=-1)
     lower = jnp.arange(num_classes)[None, :] < label[:, None]
-    rank = jnp.sum((logits > own) | ((logits == own) & lower), axis=-1)
+    # `not <=` rather than `>`: a network whose logits are NaN hits nothing.
+    rank = jnp.sum(~(logits <= own) | ((logits == own) & lower), axis=-1)
     bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1)
     per_bin = jnp.zeros(CALIBRATION_BINS)
     return {

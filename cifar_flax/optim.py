@@ -19,6 +19,7 @@ class OptimConfig:
     weight_decay: float = 0.0  # adamw: decoupled; sgd: added to the gradient; on tensors of two and more axes
     b1: float | None = None  # adam, adamw: decay of the gradient's average; None is 0.9
     b2: float | None = None  # adam, adamw: decay of the squared gradient's average; None is 0.999
+    eps: float | None = None  # adam, adamw: added to the root of that average; None is 1e-8
     momentum: float | None = None  # sgd: Nesterov momentum; None is 0
     clip_norm: float = 0.0  # largest global norm of the gradient; 0 does not clip
     accumulate_steps: int = 1  # steps whose gradients are averaged for one update
@@ -30,12 +31,13 @@ class OptimConfig:
             require(getattr(self, field) >= 0, f"optim.{field}", getattr(self, field), "must be at least 0")
         require(self.accumulate_steps >= 1, "optim.accumulate_steps", self.accumulate_steps, "must be at least 1")
         used = OPTIMIZERS[self.name][1]
-        for field, unset in (("weight_decay", 0.0), ("b1", None), ("b2", None), ("momentum", None)):
+        for field, unset in (("weight_decay", 0.0), ("b1", None), ("b2", None), ("eps", None), ("momentum", None)):
             value = getattr(self, field)
             require(value == unset or field in used, f"optim.{field}", value, f"does not apply to {self.name}")
         for field in ("b1", "b2", "momentum"):
             value = getattr(self, field)
             require(value is None or 0 <= value < 1, f"optim.{field}", value, "must be in [0, 1)")
+        require(self.eps is None or self.eps > 0, "optim.eps", self.eps, "must be above 0")
 
 
 def _is_matrix(params: PyTree) -> PyTree:
@@ -43,17 +45,18 @@ def _is_matrix(params: PyTree) -> PyTree:
     return jax.tree.map(lambda param: param.ndim > 1, params)
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _adam_constants(config: OptimConfig) -> dict[str, float]:
+    """Those that are set; the others keep optax's defaults."""
+    constants = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    return {name: value for name, value in constants.items() if value is not None}
 
 
 def _adam(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adam(schedule, b1=_or(config.b1, 0.9), b2=_or(config.b2, 0.999))
+    return optax.adam(schedule, **_adam_constants(config))
 
 
 def _adamw(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    b1, b2 = _or(config.b1, 0.9), _or(config.b2, 0.999)
-    return optax.adamw(schedule, b1=b1, b2=b2, weight_decay=config.weight_decay, mask=_is_matrix)
+    return optax.adamw(schedule, **_adam_constants(config), weight_decay=config.weight_decay, mask=_is_matrix)
 
 
 def _sgd(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -63,8 +66,8 @@ def _sgd(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransfo
 
 # name -> (its optax transformation, which of the settings that not all optimizers have it uses)
 OPTIMIZERS: dict[str, tuple[Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation], set[str]]] = {
-    "adam": (_adam, {"b1", "b2"}),
-    "adamw": (_adamw, {"b1", "b2", "weight_decay"}),
+    "adam": (_adam, {"b1", "b2", "eps"}),
+    "adamw": (_adamw, {"b1", "b2", "eps", "weight_decay"}),
     "sgd": (_sgd, {"momentum", "weight_decay"}),
 }
 

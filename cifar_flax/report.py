@@ -16,11 +16,12 @@ def plot_confusion_matrix(path: Path, result: dict[str, Any]) -> None:
     counts = np.asarray(result["confusion_matrix"])
     names = list(result["per_class"])
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = 2.5 + 0.5 * len(names)
+    size = min(2.5 + 0.5 * len(names), 16)  # inches
+    font = min(10, 400 / len(names))  # points
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
+    axes.set_yticks(range(len(names)), names, fontsize=font)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(

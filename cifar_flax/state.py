@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int32, PyTree, UInt32
+from jaxtyping import Array, Int32, Key, PyTree, UInt32
 
 from cifar_flax import models
 
@@ -21,6 +21,12 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
+def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """The roots of all random bits of a run: for the initial weights, and for the examples."""
+    weights, examples = jax.random.split(jax.random.key(seed))
+    return weights, examples
+
+
 def create(
     model: models.ModelConfig,
     image_shape: tuple[int, int, int],
@@ -31,7 +37,7 @@ def create(
     """The network's static graph and the state before the first step."""
 
     def build(seed: Array) -> tuple[nnx.GraphDef, PyTree, PyTree]:
-        network = models.build(model, image_shape, num_classes, rngs=nnx.Rngs(jax.random.key(seed)))
+        network = models.build(model, image_shape, num_classes, rngs=nnx.Rngs(root_keys(seed)[0]))
         graphdef, *variables = nnx.split(network, nnx.Param, nnx.BatchStat)
         params, batch_stats = map(nnx.to_pure_dict, variables)
         return graphdef, params, batch_stats

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32, Key, PyTree
 from cifar_flax import metrics
 from cifar_flax.data.augment import AugmentConfig, augment, normalize
 from cifar_flax.data.batches import Batch
-from cifar_flax.state import TrainState
+from cifar_flax.state import TrainState, root_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array,
     It depends on nothing else: not on the example's place in the batch, on the device or on how often the run was
     interrupted.
     """
-    root = jax.random.key(seed)
+    _, root = root_keys(seed)
     return jax.vmap(lambda e, i: jax.random.fold_in(jax.random.fold_in(root, e), i))(epoch, index)
 
 

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -53,7 +54,10 @@ class Trainer:
         eval_arrays = sources.load(config.data, config.data.eval_split)
         fraction = config.data.validation_fraction
         self.examples, held_out = order.split_validation(len(self.arrays.labels), fraction)
-        require(fraction == 0 or len(held_out) > 0, "data.validation_fraction", fraction, "holds out no example")
+        fits = len(self.examples) > 0 and (fraction == 0 or len(held_out) > 0)
+        require(fits, "data.validation_fraction", fraction, "leaves the train or the validation part empty")
+        if self.arrays.dataset != eval_arrays.dataset:
+            raise UserError(f"data.name: train split is {self.arrays.dataset}, the other {eval_arrays.dataset}")
         self.info = DatasetInfo.of(self.arrays, self.examples, config.augment.normalization)
         self.info.check(eval_arrays)
         self.task, self.initial_state = experiment.build(config, self.info)
@@ -74,6 +78,7 @@ class Trainer:
             state = self.initial_state
             start = checkpoints.newest_step() or 0
             if start:
+                self._check_data(checkpoints.metadata(start)["dataset"])
                 state = checkpoints.restore(start, state)
             if start >= self.total_steps:
                 print(f"{workdir} is finished: {start} steps of {self.total_steps}; evaluating its checkpoint")
@@ -89,7 +94,13 @@ class Trainer:
                 interval = Interval(batches)
 
                 def read(step: int, values: Values) -> None:
-                    interval.add(jax.device_get(values))
+                    values = jax.device_get(values)
+                    if not math.isfinite(values["loss"]):
+                        raise UserError(
+                            f"the loss of step {step} is {values['loss']} at a learning rate of "
+                            f"{values['learning_rate']:g}; no later checkpoint was saved"
+                        )
+                    interval.add(values)
                     progress.step()
                     if step % self.config.train.log_every == 0 or step == stop:
                         record = self._record(step, "train", interval.close(self.config.train.batch_size))
@@ -98,11 +109,20 @@ class Trainer:
 
                 for stop in self._stops(start):
                     interval.open()
-                    state = run_steps(train_step, state, batches, stop - int(state.step), read)
+                    state = run_steps(train_step, state, batches, start, stop, read)
+                    start = stop
                     accuracy = self._evaluate(state, stop, writer, progress)
                     if self._is_due(stop, self.config.checkpoint.every_epochs):
                         checkpoints.save(state, metadata, accuracy if self.monitored_split == "validation" else None)
                 checkpoints.wait()
+
+    def _check_data(self, saved: dict[str, Any]) -> None:
+        """Raises `UserError` unless the run was begun on this very data: positions would mean other examples."""
+        was = DatasetInfo.from_dict(saved)
+        for field in dataclasses.fields(was):
+            before, now = getattr(was, field.name), getattr(self.info, field.name)
+            if before != now:
+                raise UserError(f"the run was begun on data whose {field.name} is {before}, not {now}")
 
     def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter, progress: Progress) -> float | None:
         """Evaluates and records where it is due; returns the accuracy."""
@@ -175,17 +195,19 @@ def run_steps(
     train_step: TrainStep,
     state: TrainState,
     batches: Iterator[Batch],
-    count: int,
+    start: int,
+    stop: int,
     read: Callable[[int, Values], None],
 ) -> TrainState:
-    """Runs `count` steps and calls `read` with the number and the metrics of each, `READ_LAG` steps late.
+    """Runs the steps from `start` to `stop` and calls `read` with the number and the metrics of each.
+
+    They are read `READ_LAG` steps late, the last ones when there is nothing more to run.
 
     Nothing but batches and metrics crosses between host and device: the transfer guard stops what does by accident.
     """
-    first = int(state.step) + 1
     in_flight: deque[tuple[int, Values]] = deque()
     with jax.transfer_guard("disallow"):
-        for step in range(first, first + count):
+        for step in range(start + 1, stop + 1):
             state, values = train_step(state, next(batches))
             in_flight.append((step, values))
             if len(in_flight) > READ_LAG:

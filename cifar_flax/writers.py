@@ -16,7 +16,10 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` at once, so that no reader and no crash sees half of it."""
-    text = json.dumps(value, indent=1)
+    _replace(path, json.dumps(value, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         file.write(text)
         file.flush()
@@ -33,7 +36,7 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= start_step]
-            path.write_text("".join(kept))
+            _replace(path, "".join(kept))
         self._file = path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 

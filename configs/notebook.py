@@ -18,6 +18,6 @@ def get_config() -> Config:
         data=DataConfig(name="cifar10"),
         augment=AugmentConfig(normalization="unit"),
         model=CNNConfig(),
-        optim=OptimConfig(name="adam", learning_rate=1e-3),
+        optim=OptimConfig(name="adam", learning_rate=1e-3, eps=1e-7),
         train=TrainConfig(batch_size=128, epochs=10),
     )

@@ -49,7 +49,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", ["images.npy", "labels.npy"])
+@pytest.mark.parametrize("file", ["images.npy", "labels.npy", "manifest.json"])
 def test_every_damage_is_seen_and_cleared_away(tmp_path, file, damage):
     store(tmp_path / "train")
     DAMAGES[damage](tmp_path / "train" / file)
@@ -71,6 +71,26 @@ def test_wrong_number_of_examples_leaves_nothing(tmp_path, num_examples):
     with pytest.raises(UserError, match=f"10 examples decoded where {num_examples} are expected"):
         store(tmp_path / "train", num_examples)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_outside_the_classes_are_refused(tmp_path, label):
+    with pytest.raises(UserError, match="labels outside 0 to 2"):
+        store(tmp_path / "train", batches=[(IMAGES, np.full(10, label))])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_set_under_the_same_name_is_not_mistaken_for_it(tmp_path):
+    store(tmp_path / "train")
+    with pytest.raises(UserError, match="cannot be read back as other"):
+        cache.store(
+            tmp_path / "train",
+            [(IMAGES, LABELS)],
+            num_examples=10,
+            image_shape=(4, 4, 3),
+            class_names=("a", "b", "c"),
+            dataset="other/1.0.0",
+        )
 
 
 def test_interrupted_decoding_leaves_nothing(tmp_path):

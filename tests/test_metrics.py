@@ -75,6 +75,11 @@ def test_constant_logits_are_no_top5_hit_for_the_last_classes():
     assert result["top5_accuracy"] == 5 / 7
 
 
+def test_a_network_without_numbers_hits_nothing():
+    result = evaluate(np.full((7, 7), np.nan, np.float32), np.arange(7, dtype=np.int32))
+    assert result["top5_accuracy"] == 0
+
+
 def test_absent_classes_divide_by_nothing():
     result = evaluate(LOGITS, np.zeros(300, np.int32))
     assert result["per_class"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0}

@@ -63,7 +63,11 @@ def test_adam_takes_its_decays():
     grads = [gradient(seed) for seed in (1, 2, 3)]
     default = run(OptimConfig(name="adam"), grads)
     assert_trees_close(default, run(OptimConfig(name="adam", b1=0.9, b2=0.999), grads))
-    for other in (OptimConfig(name="adam", b1=0.5), OptimConfig(name="adam", b2=0.9)):
+    for other in (
+        OptimConfig(name="adam", b1=0.5),
+        OptimConfig(name="adam", b2=0.9),
+        OptimConfig(name="adam", eps=1.0),
+    ):
         assert not np.allclose(run(other, grads)["kernel"], default["kernel"])
 
 
@@ -103,6 +107,8 @@ def test_accumulation_follows_the_schedule_of_steps():
         ({"name": "adam", "weight_decay": 0.1}, "optim.weight_decay=0.1: does not apply to adam"),
         ({"name": "sgd", "b1": 0.9}, "optim.b1=0.9: does not apply to sgd"),
         ({"name": "adamw", "momentum": 0.9}, "optim.momentum=0.9: does not apply to adamw"),
+        ({"name": "sgd", "eps": 1e-8}, "optim.eps=1e-08: does not apply to sgd"),
+        ({"eps": 0.0}, "optim.eps=0.0: must be above 0"),
         ({"b2": 1.0}, "optim.b2=1.0: must be in [0, 1)"),
         ({"accumulate_steps": 0}, "optim.accumulate_steps=0: must be at least 1"),
     ],

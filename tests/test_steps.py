@@ -13,6 +13,7 @@ from cifar_flax.data.augment import AugmentConfig, normalize
 from cifar_flax.data.batches import Batch
 from cifar_flax.experiment import DatasetInfo
 from cifar_flax.models import CNNConfig
+from cifar_flax.state import root_keys
 
 
 @pytest.fixture
@@ -60,12 +61,23 @@ def test_random_bits_change_with_epoch_example_and_seed():
     assert len(seen) == 3 * 4 * 5
 
 
-def test_state_is_donated(setup):
+def test_the_step_uses_epoch_and_seed(setup):
+    """The same images are augmented and dropped out differently in another epoch and in another run."""
     task, state, batch = setup
-    step = jax.jit(functools.partial(steps.train_step, task), donate_argnums=0)
-    kept = state.params["hidden"]["kernel"]
-    step(state, batch)
-    assert kept.is_deleted()
+    step = jax.jit(functools.partial(steps.train_step, task))
+
+    def loss(seed, epoch):
+        other_batch = dataclasses.replace(batch, epoch=batch.epoch + epoch)
+        return float(step(state._replace(seed=jnp.uint32(seed)), other_batch)[1]["loss"])
+
+    assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
+    assert loss(0, 0) == loss(0, 0)
+
+
+def test_weights_and_examples_have_keys_of_their_own(setup):
+    _, state, _ = setup
+    keys = [jax.random.fold_in(root, i) for root in root_keys(state.seed) for i in range(10)]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 20
 
 
 def test_reported_figures_are_the_definitions(setup):

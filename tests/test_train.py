@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import shutil
 
 import fake_tfds  # noqa: F401  registers the data sets
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 from conftest import make_tiny_config
 
-from cifar_flax import checkpoint, evaluate
+from cifar_flax import checkpoint, cli, evaluate
 from cifar_flax.data import sources
 from cifar_flax.data.batches import Batch
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.state import TrainState
 from cifar_flax.train import READ_LAG, Trainer, run_steps, train
 
+MODES = ("train", "eval")
 NOT_TIMES = ("step", "epoch", "split", "loss", "accuracy", "learning_rate")
 FIELDS = {*NOT_TIMES, "images_per_second", "input_wait_fraction"}
 
@@ -96,12 +97,17 @@ def test_evaluation_repeats_the_same_numbers_to_the_bit(straight, finished, caps
 @pytest.mark.parametrize("batch_size", [1, 64, 355, 1000])
 def test_evaluation_counts_each_example_once_for_any_batch_size(finished, batch_size):
     expected = json.loads((finished / "eval.json").read_text())
-    config = evaluate.saved_config(finished)
-    config.eval.batch_size = batch_size
-    result = evaluate.evaluate(config, finished)
+    command = cli.parse(["--mode=eval", f"--workdir={finished}", f"--config.eval.batch_size={batch_size}"], MODES)
+    result = evaluate.evaluate(command.config, command.workdir)
     assert result["num_examples"] == 355
     assert result["confusion_matrix"] == expected["confusion_matrix"]
     assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("field", ["seed=1", "optim.learning_rate=1.0", "data.name='cifar10'", "train.batch_size=1"])
+def test_evaluation_takes_no_other_field(finished, field):
+    with pytest.raises(ConfigError, match=f"^{re.escape(field)}: cannot be changed in eval; data.data_dir, "):
+        cli.parse(["--mode=eval", f"--workdir={finished}", f"--config.{field}".replace("'", "")], MODES)
 
 
 def test_interrupted_run_goes_on_as_if_nothing_had_happened(tiny_config, workdir, straight, monkeypatch, capsys):
@@ -192,29 +198,61 @@ def test_pipelines_train_the_same_parameters(tiny_config, tmp_path):
     )
 
 
-def fake_run(count, batches=None):
-    """`run_steps` on a step that does nothing; returns the order in which things happened."""
-    events = []
-    state = TrainState(step=np.int32(0), seed=np.uint32(0), params={}, batch_stats={}, opt_state={})
-
-    def train_step(state, batch):
-        events.append(("dispatch", len([e for e in events if e[0] == "dispatch"]) + 1))
-        return state, {}
-
-    vector = np.zeros(1, np.int32)
-    batch = Batch(np.zeros((1, 2, 2, 3), np.uint8), vector, vector, vector, np.ones(1, bool))
-    run_steps(train_step, state, iter([batch] * count), count, lambda step, values: events.append(("read", step)))
-    return events
-
-
 def test_metrics_are_read_late():
     """When a step is read, later ones are already on their way: the device never waits for the host."""
-    events = fake_run(6)
-    for step in range(1, 7):
-        ahead = min(step + READ_LAG, 6)
-        assert READ_LAG >= 1
-        assert events.index(("read", step)) > events.index(("dispatch", ahead))
-    assert [step for kind, step in events if kind == "read"] == [1, 2, 3, 4, 5, 6]
+    events = []
+
+    def train_step(state, batch):
+        events.append(("dispatch", int(batch.index[0])))
+        return state, {}
+
+    def batch_of(step):
+        vector = np.full(1, step, np.int32)
+        return Batch(np.zeros((1, 2, 2, 3), np.uint8), vector, vector, vector, np.ones(1, bool))
+
+    state = Trainer(make_tiny_config()).initial_state
+    batches = iter([batch_of(step) for step in range(11, 17)])
+    run_steps(train_step, state, batches, 10, 16, lambda step, values: events.append(("read", step)))
+    assert [step for kind, step in events if kind == "read"] == list(range(11, 17))
+    assert READ_LAG >= 1
+    for step in range(11, 17):
+        assert events.index(("read", step)) > events.index(("dispatch", min(step + READ_LAG, 16)))
+
+
+def test_held_out_examples_are_never_trained_on(tiny_config):
+    tiny_config.data.validation_fraction = 0.25
+    trainer = Trainer(tiny_config)
+    trained = {int(i) for batch in trainer._training_batches(0) for i in np.asarray(batch.index)}
+    judged = set(trainer.evaluator._examples.tolist())
+    assert not trained & judged
+    assert trained | judged == set(range(1442))
+    pixels = trainer.arrays.images[sorted(trained)].astype(np.float64)
+    assert trainer.info.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)))
+    assert trainer.info.std == pytest.approx(pixels.std(axis=(0, 1, 2)))
+
+
+def test_resuming_on_other_data_is_refused(tiny_config, finished, monkeypatch):
+    load = sources.load
+
+    def other(config, split):
+        return dataclasses.replace(load(config, split), dataset="digits/2")
+
+    monkeypatch.setattr(sources, "load", other)
+    with pytest.raises(UserError, match="begun on data whose name is digits, not digits/2"):
+        train(tiny_config, finished)
+
+
+def test_a_run_that_diverges_stops_with_the_step(tiny_config, workdir):
+    tiny_config.optim.learning_rate = 1e30
+    with pytest.raises(UserError, match=r"the loss of step \d+ is (nan|inf) at a learning rate of"):
+        train(tiny_config, workdir)
+
+
+def test_the_loop_donates_its_state(tiny_config):
+    trainer = Trainer(tiny_config)
+    state, step = trainer.initial_state, trainer._compile(trainer.initial_state)
+    step(state, next(iter(trainer._training_batches(0))))
+    assert state.params["hidden"]["kernel"].is_deleted()
 
 
 def test_transfer_guard_watches_the_loop(tiny_config):
@@ -224,4 +262,4 @@ def test_transfer_guard_watches_the_loop(tiny_config):
     on_host = Batch(arrays.images[:128], arrays.labels[:128], index, np.zeros_like(index), np.ones(128, bool))
     step = trainer._compile(trainer.initial_state)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        run_steps(step, trainer.initial_state, iter([on_host]), 1, lambda step, values: None)
+        run_steps(step, trainer.initial_state, iter([on_host]), 0, 1, lambda step, values: None)

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -62,6 +63,17 @@ def test_json_is_replaced_whole(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress(start=4, total=40, epochs=4)
+    progress.train(record(10, images_per_second=1234.5, input_wait_fraction=0.0))
+    progress.step()
+    progress.close()
+    bar = capsys.readouterr().err
+    for part in ("epoch 1.0/4", "5/40", "loss 0.100", "accuracy 50.0%", "1,234 images/s", "<"):  # "<": time left
+        assert part in bar
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys):

@@ -47,7 +47,7 @@ def newest_version(cache_dir: Path, name: str) -> str | None:
 
 def load(folder: Path) -> Arrays | None:
     """The arrays in `folder`, memory-mapped; None if there are none, or, with a warning, if they are damaged."""
-    if not (folder / _MANIFEST).exists():
+    if not folder.exists():
         return None
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
@@ -60,7 +60,7 @@ def load(folder: Path) -> Arrays | None:
         return Arrays(images, labels, tuple(manifest["class_names"]), manifest["dataset"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"the data cache {folder} is damaged ({error}); it is built anew", stacklevel=2)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         return None
 
 
@@ -90,6 +90,8 @@ def store(
         for some_images, some_labels in batches:
             end = filled + len(some_images)
             if end <= num_examples:
+                if some_labels.min() < 0 or some_labels.max() >= len(class_names):
+                    raise UserError(f"{dataset}: has labels outside 0 to {len(class_names) - 1}; is it unlabelled?")
                 images[filled:end], labels[filled:end] = some_images, some_labels
             filled = end
         if filled != num_examples:
@@ -112,9 +114,19 @@ def store(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     arrays = load(folder)
-    if arrays is None:
-        raise UserError(f"data.cache_dir: {folder} cannot be read back")
+    if arrays is None or arrays.dataset != dataset:
+        raise UserError(f"data.cache_dir: {folder} cannot be read back as {dataset}")
     return arrays
+
+
+def _remove(folder: Path) -> None:
+    """Removes it at once as far as others can see: they never find a part of it."""
+    try:
+        aside = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+        folder.rename(Path(aside) / folder.name)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot remove {folder}: {error.strerror}") from error
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,8 @@
 """Where images come from: a data set's name and split -> `Arrays`."""
 
 import logging
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from cifar_flax.errors import ConfigError, UserError, require
 
 PIPELINES = ("streaming", "resident")
 _DECODE_BATCH = 1000  # images
+_NAME = r"\w[\w./-]*(:[\d.]+)?"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class DataConfig:
         require(
             self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8"
         )
+        require(bool(re.fullmatch(_NAME, self.name)), "data.name", self.name, "must look like cifar10 or cifar10:3.0.2")
+        require(self.eval_split != "train", "data.eval_split", self.eval_split, "must not be the split trained on")
         if self.archive:
             require(self.name == "cifar10", "data.name", self.name, "must be cifar10 where data.archive is set")
         if self.archive or self.name in BUILT_IN:
@@ -49,7 +54,7 @@ def load(config: DataConfig, split: str) -> Arrays:
     had or read.
     """
     if config.archive:
-        return read_archive(Path(config.archive), split)
+        return read_archive(Path(config.archive).expanduser(), split)
     if config.name in BUILT_IN:
         return BUILT_IN[config.name](split)
     return _load_tfds(config, split)
@@ -113,9 +118,9 @@ def _tfds_builder(config: DataConfig) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        return tfds.builder(config.name, data_dir=config.data_dir or None)
+        return tfds.builder(config.name, data_dir=os.path.expanduser(config.data_dir) or None)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         allowed = f"must be {', '.join(BUILT_IN)} or a TFDS image-classification set such as cifar10 ({reason})"
         raise ConfigError(f"data.name={config.name!r}: {allowed}") from error
 
@@ -129,9 +134,10 @@ def _supervised_keys(config: DataConfig, info: Any) -> tuple[str, str]:
         and len(keys) == 2
         and all(isinstance(key, str) for key in keys)
         and isinstance(info.features[keys[0]], tfds.features.Image)
+        and info.features[keys[0]].dtype == np.uint8
         and isinstance(info.features[keys[1]], tfds.features.ClassLabel)
     )
-    require(fits, "data.name", config.name, "must be an image-classification set: one image, one class label")
+    require(fits, "data.name", config.name, "must be an image-classification set: one image of bytes, one class label")
     return keys
 
 
@@ -156,14 +162,18 @@ def _prepare(config: DataConfig, builder: Any) -> None:
     try:
         builder.download_and_prepare()
     except Exception as error:  # whatever the download, the disk or the parser of some data set may raise
-        reason = " ".join(str(error).split())[:200]
+        ways = ["name a folder where TFDS has prepared it (--config.data.data_dir=DIR or TFDS_DATA_DIR)"]
+        if config.name == "cifar10":
+            ways.append("read the official archive (--config.data.archive=cifar-10-binary.tar.gz)")
+        ways.append("start with data that needs no download (--config configs/quickstart.py)")
         raise UserError(
-            f"{config.name} is not prepared in {builder.data_dir} and preparing it failed "
-            f"({type(error).__name__}: {reason}). Three ways out: name a folder where TFDS has prepared it "
-            "(--config.data.data_dir=DIR or TFDS_DATA_DIR), read the official archive "
-            "(--config.data.archive=cifar-10-binary.tar.gz), or start with data that needs no download "
-            "(--config configs/quickstart.py)"
+            f"{config.name} is not prepared in {builder.data_dir} and preparing it failed ({_reason(error)}). "
+            f"Ways out: {'; '.join(ways)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _decode(
@@ -184,4 +194,7 @@ def _decode(
             image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
         return image, example[label_key]
 
-    yield from dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE).batch(_DECODE_BATCH).as_numpy_iterator()
+    try:
+        yield from dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE).batch(_DECODE_BATCH).as_numpy_iterator()
+    except tf.errors.OpError as error:
+        raise UserError(f"what TFDS prepared in {builder.data_dir} cannot be read ({_reason(error)})") from error

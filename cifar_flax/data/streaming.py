@@ -1,4 +1,4 @@
-"""Training batches from host memory, by a `tf.data` graph: order -> gather -> prefetch. For data of any size."""
+"""Training batches from host memory, by a `tf.data` graph: order -> gather -> prefetch."""
 
 from collections.abc import Iterator
 

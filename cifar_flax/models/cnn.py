@@ -25,7 +25,8 @@ class CNNConfig:
         for field in ("width", "hidden"):
             require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "must be at least 1")
         for field in ("conv_dropout", "hidden_dropout"):
-            require(0 <= getattr(self, field) < 1, f"model.{field}", getattr(self, field), "must be in [0, 1)")
+            # Rates are rounded to 1/256, and 1 would leave nothing.
+            require(0 <= getattr(self, field) <= 0.99, f"model.{field}", getattr(self, field), "must be in [0, 0.99]")
 
 
 class CNN(nnx.Module):
