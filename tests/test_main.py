@@ -160,6 +160,7 @@ def loaded_tensorflow(tmp_path, *arguments):
         "print(sorted(name for name in sys.modules if name in ('tensorflow', 'tensorflow_datasets')))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
     return done.stdout.splitlines()[-1]
 
 

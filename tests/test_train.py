@@ -16,6 +16,7 @@ from cifar_flax.data import sources
 from cifar_flax.data.batches import Batch
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.optim import OptimConfig
 from cifar_flax.train import READ_LAG, Trainer, run_steps, train
 
 MODES = ("train", "eval")
@@ -217,6 +218,27 @@ def test_metrics_are_read_late():
     assert READ_LAG >= 1
     for step in range(11, 17):
         assert events.index(("read", step)) > events.index(("dispatch", min(step + READ_LAG, 16)))
+
+
+@pytest.mark.parametrize(
+    ("optim", "dtype"),
+    [
+        ({"name": "adam", "eps": 1e-7}, "float32"),
+        ({"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4, "schedule": "linear"}, "float32"),
+        ({"name": "adamw", "clip_norm": 1.0, "accumulate_steps": 2}, "bfloat16"),
+    ],
+    ids=["adam", "sgd", "accumulation in bfloat16"],
+)
+def test_every_kind_of_state_survives_a_checkpoint(tiny_config, workdir, optim, dtype):
+    tiny_config.optim = OptimConfig(learning_rate=0.01, **optim)
+    tiny_config.model.dtype = dtype
+    tiny_config.train.epochs = 1
+    train(tiny_config, workdir)
+    assert json.loads((workdir / "eval.json").read_text())["accuracy"] > 0.2
+    state = final_state(tiny_config, workdir)
+    assert int(state.step) == 12
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {np.dtype("float32")}
+    assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(state.opt_state)) > 0
 
 
 def test_held_out_examples_are_never_trained_on(tiny_config):

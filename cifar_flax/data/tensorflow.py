@@ -5,7 +5,8 @@ Imported only where it is used: it takes seconds and hundreds of megabytes.
 
 import os
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# It tells of these kernels on every start, and no reader of data uses them.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import tensorflow as tf
 
