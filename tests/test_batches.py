@@ -1,3 +1,5 @@
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -57,12 +59,31 @@ def test_batches_are_on_the_device_before_they_are_asked_for():
             yield batch
 
     batches = to_device(source(), ahead=2)
-    assert len(taken) == 2  # before the first is asked for
+    wait_until(lambda: len(taken) == 2)  # before the first is asked for
     received = [next(batches)]
-    assert len(taken) == 3
+    wait_until(lambda: len(taken) == 3)
+    time.sleep(0.05)
+    assert len(taken) == 3  # and no further
     received += batches
     assert all(isinstance(batch.image, jax.Array) for batch in received)
     assert np.concatenate([batch.index for batch in received]).tolist() == list(range(10))
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_errors_of_the_source_reach_the_loop():
+    def source():
+        yield from evaluation_batches(make_arrays(4), np.arange(4, dtype=np.int32), 2)
+        raise OSError("the disk is gone")
+
+    batches = to_device(source())
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(batches)
 
 
 def test_waiting_is_measured(monkeypatch):

@@ -1,9 +1,9 @@
 """Batches: what every pipeline yields and every step takes."""
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,15 +36,24 @@ def evaluation_batches(arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_
 
 
 def to_device(batches: Iterable[Batch], ahead: int = 2) -> Iterator[Batch]:
-    """Copies batches to the device `ahead` of their use, the first ones at once."""
+    """Copies batches to the device in a thread of its own, from now on `ahead` of their use.
+
+    The thread does one batch for each that is taken, so it never runs on when its user stops.
+    """
     source = iter(batches)
-    waiting = deque(jax.device_put(batch) for batch in itertools.islice(source, ahead))
+
+    def fetch() -> Batch | None:
+        batch = next(source, None)
+        return None if batch is None else jax.device_put(batch)
+
+    executor = ThreadPoolExecutor(max_workers=1)
+    waiting = deque(executor.submit(fetch) for _ in range(ahead))
 
     def rest() -> Iterator[Batch]:
-        for batch in source:
-            waiting.append(jax.device_put(batch))
-            yield waiting.popleft()
-        yield from waiting
+        with executor:
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(executor.submit(fetch))
+                yield batch
 
     return rest()
 
