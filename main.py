@@ -2,7 +2,7 @@
 
 import sys
 
-from cifar_flax import cli
+from cifar_flax import allocator, cli
 from cifar_flax.errors import UserError
 from cifar_flax.evaluate import evaluate
 from cifar_flax.train import train
@@ -11,6 +11,7 @@ MODES = {"train": train, "eval": evaluate}
 
 
 def main() -> int:
+    allocator.keep_freed_memory()
     try:
         command = cli.parse(sys.argv[1:], tuple(MODES))
         MODES[command.mode](command.config, command.workdir)
