@@ -74,10 +74,15 @@ def test_the_step_uses_epoch_and_seed(setup):
     assert loss(0, 0) == loss(0, 0)
 
 
-def test_weights_and_examples_have_keys_of_their_own(setup):
+def test_weights_and_examples_have_keys_of_their_own(tiny_config, setup):
     _, state, _ = setup
-    keys = [jax.random.fold_in(root, i) for root in root_keys(state.seed) for i in range(10)]
-    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 20
+    weights, examples = root_keys(state.seed)
+    assert not np.array_equal(jax.random.key_data(weights), jax.random.key_data(examples))
+    network = models.build(tiny_config.model, (32, 32, 3), 10, rngs=nnx.Rngs(weights))
+    np.testing.assert_allclose(state.params["head"]["kernel"], network.head.kernel[...], rtol=1e-6)
+    key = steps.example_keys(state.seed, jnp.array([2], jnp.int32), jnp.array([3], jnp.int32))[0]
+    expected = jax.random.fold_in(jax.random.fold_in(examples, 2), 3)
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))
 
 
 def test_reported_figures_are_the_definitions(setup):
