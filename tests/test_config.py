@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 
 import pytest
@@ -17,8 +18,8 @@ def test_every_config_is_valid_and_survives_json(path):
     config.validate()
     assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
     header = path.read_text().split('"""')[1]
-    for part in ("Command:", "Hardware:", "Accuracy:", "Time:"):
-        assert part in header
+    for part in ("Command", "Hardware", "Accuracy", "Time"):
+        assert re.search(rf"^{part}: +\w", header, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

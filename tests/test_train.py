@@ -234,7 +234,8 @@ def test_every_kind_of_state_survives_a_checkpoint(tiny_config, workdir, optim, 
     tiny_config.model.dtype = dtype
     tiny_config.train.epochs = 1
     train(tiny_config, workdir)
-    assert json.loads((workdir / "eval.json").read_text())["accuracy"] > 0.2
+    losses = [record["loss"] for record in read_metrics(workdir) if record["split"] == "train"]
+    assert losses[-1] < losses[0]
     state = final_state(tiny_config, workdir)
     assert int(state.step) == 12
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {np.dtype("float32")}
