@@ -8,6 +8,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("cifar_flax", "typecheck.check")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compile more than they compute. Those that start main.py run it fully optimized.
+jax.config.update("jax_disable_most_optimizations", True)
 
 from cifar_flax.config import Config, EvalConfig, TrainConfig
 from cifar_flax.data.augment import AugmentConfig
