@@ -1,9 +1,16 @@
-"""The notebook run.
+"""The reference CNN the Keras notebook's way: Adam with a constant learning rate, no augmentation.
 
 Command:  python main.py --config configs/notebook.py
-Hardware: not measured
-Accuracy: not measured
-Time:     not measured
+Hardware: two cores of an AMD EPYC (Zen 3), no GPU; Python 3.11, jax 0.10.2
+Accuracy: after 10 epochs 65.11 % of the test split, at the best of them 66.95 % (means of seeds 0 to 5; standard
+          deviations 1.77 and 0.83)
+Keras:    63.52 % and 65.60 % (2.04 and 1.16), Keras 3.15 on TensorFlow 2.21, by
+          python -m benchmarks.keras_notebook --seeds 0 1 2 3 4 5
+Time:     5 min 33 s (seed 5), compilation and evaluations included
+
+Both learn alike: Keras' training accuracy after epochs 1 to 7 is 48, 60, 65, 70, 73, 76, 78 %, here it is 47, 59, 65,
+69, 72, 76, 78 %. The test split's swings by several points from epoch to epoch in both, because at a constant learning
+rate BatchNorm's running averages trail the weights: measured afresh, they lead to 68 or 69 % for seeds 0, 1, 2.
 """
 
 from cifar_flax.config import Config, TrainConfig
