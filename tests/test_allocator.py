@@ -7,8 +7,9 @@ from conftest import REPOSITORY
 
 # Allocates and frees 64 MB twenty times in a thread, as XLA does, and prints how many pages the kernel had to supply.
 PROGRAM = """
-import resource, sys, threading
+import ctypes, resource, sys, threading
 from cifar_flax.allocator import keep_freed_memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: count small pages, whatever the kernel's default
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def work():
