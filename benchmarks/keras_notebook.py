@@ -1,59 +1,80 @@
-"""The reference CNN trained by Keras on TensorFlow: what `configs/notebook.py` is compared with.
+"""Keras on TensorFlow trains what `configs/notebook.py` trains, from the same initial weights.
 
-    pip install keras tensorflow-cpu tensorflow-datasets importlib_resources
-    python -m benchmarks.keras_notebook --seeds 0 1 2 --epochs 10
+    python -m benchmarks.keras_notebook --seeds 0 1 2
 
-Adam 1e-3, batch 128, no augmentation, inputs scaled to [0, 1]. One line of JSON per seed on standard output.
+Network, data, optimizer and batch size are the config's; the order of the examples and the dropout masks are Keras'
+own. One line of JSON per seed on standard output.
 """
 
 import argparse
 import json
 import time
+from typing import Any
 
 import keras
 import numpy as np
-import tensorflow_datasets as tfds
+import tensorflow as tf
 from keras import layers
 
+from cifar_flax import evaluate, experiment
+from cifar_flax.data import sources
+from cifar_flax.data.cache import Arrays
+from cifar_flax.experiment import DatasetInfo
+from cifar_flax.models import CNNConfig
+from configs import notebook
 
-def load(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """A CIFAR-10 split as float32 images in [0, 1], [N, 32, 32, 3], and integer labels [N]."""
-    data = tfds.load("cifar10", split=split, batch_size=-1, as_supervised=True)
-    images, labels = tfds.as_numpy(data)
-    return images.astype(np.float32) / 255, labels
 
-
-def build() -> keras.Model:
-    return keras.Sequential(
+def build(network: CNNConfig, params: dict[str, Any]) -> keras.Model:
+    """The reference network for images [32, 32, 3] and 10 classes, as Keras spells it, with our weights `params`."""
+    model = keras.Sequential(
         [
             layers.Input((32, 32, 3)),
-            layers.Conv2D(32, 3, activation="relu"),
+            layers.Conv2D(network.width, 3, activation="relu", name="conv"),
             layers.MaxPooling2D(2),
-            layers.BatchNormalization(),
-            layers.Dropout(0.2),
+            layers.BatchNormalization(name="norm"),
+            layers.Dropout(network.conv_dropout),
             layers.Flatten(),
-            layers.Dense(512, activation="relu"),
-            layers.Dropout(0.5),
-            layers.Dense(10, activation="softmax"),
+            layers.Dense(network.hidden, activation="relu", name="hidden"),
+            layers.Dropout(network.hidden_dropout),
+            layers.Dense(10, activation="softmax", name="head"),
         ]
     )
+    for name in ("conv", "hidden", "head"):
+        model.get_layer(name).set_weights([np.asarray(params[name][part]) for part in ("kernel", "bias")])
+    return model
+
+
+def dataset(arrays: Arrays, batch_size: int, shuffle_seed: int | None = None) -> tf.data.Dataset:
+    """Batches of images in [0, 1], float32 [B, 32, 32, 3], and labels [B]; with a seed, in a new order each epoch.
+
+    The shuffling of `fit` itself would not do: after `set_random_seed` it repeats one order in every epoch.
+    """
+    batches = tf.data.Dataset.from_tensor_slices((arrays.images, arrays.labels))
+    if shuffle_seed is not None:
+        batches = batches.shuffle(len(arrays.labels), shuffle_seed)
+    return batches.batch(batch_size).map(lambda image, label: (tf.cast(image, tf.float32) / 255, label))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=10)
     args = parser.parse_args()
-    train, test = load("train"), load("test")
+    config = notebook.get_config()
+    train, test = sources.load(config.data, "train"), sources.load(config.data, "test")
+    info = DatasetInfo.of(train, evaluate.all_examples(train), config.augment.normalization)
     for seed in args.seeds:
+        config.seed = seed
+        _, initial = experiment.build(config, info)
         keras.utils.set_random_seed(seed)
-        model = build()
-        model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
+        model = build(config.model, initial.params)
+        adam = keras.optimizers.Adam(config.optim.learning_rate, epsilon=config.optim.eps)
+        model.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
         start = time.perf_counter()
+        batches = dataset(train, config.train.batch_size, seed)
         history = model.fit(
-            *train, batch_size=128, epochs=args.epochs, validation_data=test, validation_batch_size=500, verbose=0
+            batches, epochs=config.train.epochs, validation_data=dataset(test, 500), shuffle=False, verbose=0
         )
-        accuracies = [round(100 * a, 2) for a in history.history["val_accuracy"]]
+        accuracies = [round(100 * accuracy, 2) for accuracy in history.history["val_accuracy"]]
         result = {"seed": seed, "test_accuracy_per_epoch": accuracies, "best": max(accuracies), "last": accuracies[-1]}
         print(json.dumps(result | {"seconds": round(time.perf_counter() - start)}), flush=True)
 
