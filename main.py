@@ -1,5 +1,6 @@
 """Trains and evaluates: `python main.py --config configs/default.py`, `python main.py --mode=eval --workdir=...`."""
 
+import io
 import sys
 
 from cifar_flax import allocator, cli
@@ -12,6 +13,8 @@ MODES = {"train": train, "eval": evaluate}
 
 def main() -> int:
     allocator.keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once, and keeps it if the run is killed
     try:
         command = cli.parse(sys.argv[1:], tuple(MODES))
         MODES[command.mode](command.config, command.workdir)

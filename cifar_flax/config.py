@@ -122,9 +122,9 @@ def _build(kind: type, values: dict[str, Any], path: str) -> Any:
     for name, value in values.items():
         require(name in known, f"{path}{name}", value, "is no field of this version's config")
         part = known[name]
-        if dataclasses.is_dataclass(part):
+        if dataclasses.is_dataclass(part) or part == models.ModelConfig:
             require(isinstance(value, dict), f"{path}{name}", value, "must be a JSON object")
-            if name == "model":
+            if part == models.ModelConfig:
                 part = models.config_class(value.get("name"))
             value = _build(part, value, f"{path}{name}.")
         else:
@@ -138,7 +138,7 @@ def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Path, value and declared type of every setting."""
     for name, kind in typing.get_type_hints(type(part)).items():
         value = getattr(part, name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from _fields(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value, kind
@@ -169,6 +169,8 @@ def _type_name(kind: Any) -> str:
         bool: "true or false",
         types.NoneType: "None",
     }
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return f"{kind.__name__}(...)"
     return names.get(kind, str(kind))
 
 

@@ -1,6 +1,7 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size."""
 
 import functools
+import math
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from cifar_flax import experiment, metrics, report, steps
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import sources
-from cifar_flax.data.batches import InputTimer, evaluation_batches, to_device
+from cifar_flax.data.batches import InputTimer, batch_shapes, evaluation_batches, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.experiment import DatasetInfo
@@ -32,26 +33,33 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates states on `examples` of one split; compiles once."""
+    """Evaluates states on `examples` of one split; compiles once, outside the time that its rate counts."""
 
     def __init__(self, task: steps.Task, arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_size: int):
         self._arrays, self._examples = arrays, examples
         self._batch_size = min(batch_size, len(examples))
         self._eval_step = jax.jit(functools.partial(steps.eval_step, task))
+        self._compiled: jax.stages.Compiled | None = None
 
     def __call__(self, state: TrainState) -> Evaluation:
+        """Raises `UserError` where the loss is not finite: the network gives no answer worth a number."""
+        if self._compiled is None:
+            batch_shape = batch_shapes(self._batch_size, self._arrays.images.shape[1:])
+            self._compiled = self._eval_step.lower(state.params, state.batch_stats, batch_shape).compile()
         start = time.perf_counter()
         batches = InputTimer(to_device(evaluation_batches(self._arrays, self._examples, self._batch_size)))
         total: metrics.Sums | None = None
         before: metrics.Sums | None = None
         for batch in batches:
-            sums = self._eval_step(state.params, state.batch_stats, batch)
+            sums = self._compiled(state.params, state.batch_stats, batch)
             if before is not None:  # read while the device works on the next batch
                 total = metrics.add(total, jax.device_get(before))
             before = sums
         assert before is not None
         total = metrics.add(total, jax.device_get(before))
         summary = metrics.summarize(total, self._arrays.class_names)
+        if not math.isfinite(summary["loss"]):
+            raise UserError(f"the evaluation's loss at step {state.step} is {summary['loss']}: training has diverged")
         seconds = time.perf_counter() - start
         return Evaluation(
             summary=summary,
@@ -65,10 +73,10 @@ def all_examples(arrays: Arrays) -> Int32[np.ndarray, " n"]:
 
 
 def write_result(workdir: Path, result: dict[str, Any]) -> None:
-    """Writes eval.json and confusion_matrix.png, and prints what they say."""
+    """Prints the result, so that a full disk loses none of it; writes eval.json and confusion_matrix.png."""
+    print(evaluation_table(result))
     write_json(workdir / "eval.json", result)
     report.plot_confusion_matrix(workdir / "confusion_matrix.png", result)
-    print(evaluation_table(result))
     print(f"\nwritten: {workdir / 'eval.json'}, {workdir / 'confusion_matrix.png'}")
 
 

@@ -81,9 +81,9 @@ def build(config: Config, info: DatasetInfo) -> tuple[Task, TrainState]:
         batch_size <= size, "train.batch_size", batch_size, f"must be at most the {size} examples of the train split"
     )
     config.augment.validate_for(info.image_shape)
-    steps = total_steps(config, info)
     epochs, every = config.train.epochs, config.optim.accumulate_steps
-    require(steps * batch_size <= _MAX_EXAMPLES, "train.epochs", epochs, f"must be at most {_MAX_EXAMPLES / size:.0f}")
+    require(epochs * size <= _MAX_EXAMPLES, "train.epochs", epochs, f"must be at most {_MAX_EXAMPLES / size:.0f}")
+    steps = total_steps(config, info)
     require(every <= steps, "optim.accumulate_steps", every, f"must be at most the {steps} steps of the run")
     schedule = optim.make_schedule(config.optim, steps, size / batch_size)
     optimizer = optim.make_optimizer(config.optim, schedule)

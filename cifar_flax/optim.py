@@ -22,7 +22,7 @@ class OptimConfig:
     eps: float | None = None  # adam, adamw: added to the root of that average; None is 1e-8
     momentum: float | None = None  # sgd: Nesterov momentum; None is 0
     clip_norm: float = 0.0  # largest global norm of the gradient; 0 does not clip
-    accumulate_steps: int = 1  # steps whose gradients are averaged for one update
+    accumulate_steps: int = 1  # steps whose gradients are averaged for one update; a remainder at the end is not used
 
     def validate(self) -> None:
         for field, value, table in (("name", self.name, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
@@ -84,7 +84,7 @@ def make_schedule(config: OptimConfig, total_steps: int, steps_per_epoch: float)
 
     Raises `ConfigError` if the warm-up is longer than the run.
     """
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = round(min(config.warmup_epochs * steps_per_epoch, total_steps))
     longest = f"must be shorter than the run of {total_steps / steps_per_epoch:g} epochs"
     require(warmup < total_steps, "optim.warmup_epochs", config.warmup_epochs, longest)
     decay = SCHEDULES[config.schedule](config.learning_rate, total_steps - warmup)

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from cifar_flax import config as configs
 from cifar_flax import evaluate, experiment, steps
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import order, sources
-from cifar_flax.data.batches import Batch, InputTimer, to_device
+from cifar_flax.data.batches import Batch, InputTimer, batch_shapes, to_device
 from cifar_flax.errors import ConfigError, UserError, require
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
@@ -143,15 +142,7 @@ class Trainer:
 
     def _compile(self, state: TrainState) -> TrainStep:
         """The training step, compiled before the first batch so that no rate counts the compilation."""
-        batch_size = self.config.train.batch_size
-        vector = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-        batch = Batch(
-            image=jax.ShapeDtypeStruct((batch_size, *self.info.image_shape), jnp.uint8),
-            label=vector,
-            index=vector,
-            epoch=vector,
-            mask=jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
-        )
+        batch = batch_shapes(self.config.train.batch_size, self.info.image_shape)
         begin = time.perf_counter()
         step = jax.jit(functools.partial(steps.train_step, self.task), donate_argnums=0).lower(state, batch).compile()
         print(f"compiled the training step in {time.perf_counter() - begin:.1f} s")

@@ -34,6 +34,18 @@ def test_nothing_there_is_no_warning(tmp_path):
     assert cache.load(tmp_path / "train") is None
 
 
+def test_what_no_cache_wrote_is_never_removed(tmp_path):
+    """Whatever path a setting leads to."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"mine")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(UserError, match=r"not removed: it holds a\.jpg, which no cache wrote"),
+    ):
+        cache.load(tmp_path / "photos")
+    assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"mine"
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

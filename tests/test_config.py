@@ -1,11 +1,13 @@
 import json
 import re
 import runpy
+import types
 
 import pytest
 from conftest import REPOSITORY
 
 from cifar_flax import config as configs
+from cifar_flax import models
 from cifar_flax.config import Config
 from cifar_flax.errors import ConfigError
 
@@ -56,6 +58,15 @@ def test_bad_values_are_named(values, message):
     with pytest.raises(ConfigError) as caught:
         configs.from_dict(values)
     assert str(caught.value).startswith(message)
+
+
+def test_the_model_may_be_one_of_several(monkeypatch):
+    """As soon as there is a second network."""
+    both = models.CNNConfig | types.SimpleNamespace
+    monkeypatch.setattr(models, "ModelConfig", both)
+    monkeypatch.setitem(Config.__annotations__, "model", both)
+    config = Config(model=models.CNNConfig(width=5))
+    assert configs.from_dict(configs.to_dict(config)) == config
 
 
 def test_differences_leave_locations_out():

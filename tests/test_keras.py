@@ -15,7 +15,6 @@ BATCH = 32
 EPS = 1e-12
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_the_same_weights_and_batches_train_alike():
     """Loss, gradients, BatchNorm statistics and Adam: equal for as long as rounding errors stay small.
 

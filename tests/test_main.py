@@ -16,7 +16,6 @@ from cifar_flax.data import sources
 
 DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
 CIFAR = str(REPOSITORY / "configs" / "default.py")
-GOOD = "from cifar_flax.config import Config\ndef get_config():\n    return Config()\n"
 
 # arguments (with {tmp} for a folder), exit code, what the message says
 BAD_INPUT = [
@@ -53,7 +52,13 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.augment.crop_padding=32", 2, "augment.crop_padding=32: must be at most 31"),
     (f"--config {DIGITS} --config.data.validation_fraction=1", 2, "data.validation_fraction=1.0: must be in [0, 1)"),
     (f"--config {DIGITS} --config.data.validation_fraction=0.9999", 2, "leaves the train or the validation part empty"),
-    (f"--config {DIGITS} --config.train.epochs=1e300", 2, "train.epochs=1e+300: must be at most"),
+    (f"--config {DIGITS} --config.train.epochs=1e308", 2, "train.epochs=1e+308: must be at most"),
+    (f"--config {DIGITS} --config.optim.warmup_epochs=1e308", 2, "optim.warmup_epochs=1e+308: must be shorter than"),
+    (f"--config {CIFAR} --config.data.eval_split={{tmp}}/run", 2, "data.eval_split='{tmp}/run': must look like test"),
+    (f"--config {CIFAR} --config.data.eval_split=", 2, "data.eval_split='': must look like test"),
+    (f"--config {CIFAR} --config.data.name=a/../run", 2, "data.name='a/../run': must look like"),
+    (f"--config {CIFAR} --config.data.name=run:..", 2, "data.name='run:..': must look like"),
+    ("--config {tmp}/class.py", 2, "OptimConfig'>: must be OptimConfig(...)"),
     (
         f"--config {DIGITS} --config.optim.accumulate_steps=9999",
         2,
@@ -79,6 +84,10 @@ def folder(tmp_path):
         "syntax.py": "x = 1\ndef get_config(:\n",
         "raises.py": "x = 1\ny = x / 0\n",
         "typo.py": "from cifar_flax.config import Config\ndef get_config():\n    return Config(sed=1)\n",
+        "class.py": (
+            "from cifar_flax.config import Config\ndef get_config():\n"
+            "    config = Config()\n    config.optim = type(config.optim)\n    return config\n"
+        ),
         "long.py": "raise ValueError('one\\ntwo')\n",
         "empty.py": "",
         "number.py": "def get_config():\n    return 3\n",
@@ -113,7 +122,7 @@ def test_bad_input_is_one_line_and_touches_nothing(folder, monkeypatch, capsys, 
 
 
 def start(*arguments, folder):
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "main.py"), *arguments],
         cwd=folder,
@@ -133,6 +142,7 @@ def test_train_kill_resume_and_evaluate(tmp_path):
         while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
+        assert "compiled the training step" in process.stdout.read()  # what was printed is not lost
     assert process.returncode == -signal.SIGKILL
 
     with start(*command, folder=tmp_path) as process:
@@ -193,3 +203,14 @@ def test_interruption_and_full_disk_are_one_line(monkeypatch, capsys):
         assert main.main() == code
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+@pytest.mark.slow
+def test_the_quickstart_is_as_good_and_as_fast_as_promised(tmp_path):
+    begin = time.monotonic()
+    with start("--config", DIGITS, folder=tmp_path) as process:
+        _, err = process.communicate(timeout=600)
+    seconds = time.monotonic() - begin
+    assert process.returncode == 0, err
+    assert json.loads((tmp_path / "runs" / "quickstart" / "eval.json").read_text())["accuracy"] >= 0.97
+    assert seconds < 120  # 60 are promised, of two cores that have nothing else to do

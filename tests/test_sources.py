@@ -157,7 +157,9 @@ def test_cifar10_that_cannot_be_downloaded_names_three_ways_out(monkeypatch, tmp
 def test_damaged_prepared_data_is_one_message(tmp_path):
     config = DataConfig(name="fake_color", data_dir=str(tmp_path))
     sources._tfds_builder(config).download_and_prepare()
-    for path in tmp_path.rglob("*.tfrecord*"):
-        path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"prepared in .* cannot be read"):
-        sources.load(config, "train")
+    for pattern in ("*.tfrecord*", "dataset_info.json"):
+        for path in tmp_path.rglob(pattern):
+            path.write_bytes(path.read_bytes()[:-5])
+        with pytest.raises(UserError, match=r"what TFDS prepared .* cannot be read") as caught:
+            sources.load(config, "train")
+        assert "\n" not in str(caught.value)

@@ -163,16 +163,23 @@ def test_damaged_saved_config_is_one_message(tiny_config, workdir, content):
 
 
 def test_best_checkpoint_is_judged_on_held_out_examples(tiny_config, workdir, monkeypatch):
-    """A learning rate that ruins the end makes an early checkpoint the best one; keep=1 would delete it."""
+    """An early checkpoint is given the best figure; keep=1 alone would delete it."""
     tiny_config.data.validation_fraction = 0.2
     tiny_config.checkpoint.keep_best = True
     tiny_config.checkpoint.keep = 1
     tiny_config.eval.checkpoint = "best"
     tiny_config.train.epochs = 4
-    tiny_config.optim = dataclasses.replace(tiny_config.optim, schedule="constant", learning_rate=0.05)
+    figures, evaluated = iter([0.2, 0.9, 0.3, 0.4, 0.5]), evaluate.Evaluator.__call__
+
+    def scored(evaluator, state):
+        evaluation = evaluated(evaluator, state)
+        return dataclasses.replace(evaluation, summary=evaluation.summary | {"accuracy": next(figures)})
+
+    monkeypatch.setattr(evaluate.Evaluator, "__call__", scored)
     train(tiny_config, workdir)
     curve = {r["step"]: r["accuracy"] for r in read_metrics(workdir) if r["split"] == "validation"}
-    best, last = max(curve, key=lambda step: (curve[step], step)), max(curve)
+    assert list(curve.values()) == [0.2, 0.9, 0.3, 0.4]
+    _, best, _, last = curve
     assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == {best, last}
     assert json.loads((workdir / "eval.json").read_text())["step"] == best
     assert not any(record["split"] == "test" for record in read_metrics(workdir))
@@ -269,6 +276,26 @@ def test_a_run_that_diverges_stops_with_the_step(tiny_config, workdir):
     tiny_config.optim.learning_rate = 1e30
     with pytest.raises(UserError, match=r"the loss of step \d+ is (nan|inf) at a learning rate of"):
         train(tiny_config, workdir)
+
+
+def test_a_state_that_diverged_in_its_last_step_is_no_result(tiny_config, workdir):
+    """The loss of a step is that of the weights before it: only the evaluation sees what the last step did."""
+    tiny_config.optim = OptimConfig(name="adam", learning_rate=1e38)
+    tiny_config.train.epochs = 1 / 12
+    with pytest.raises(UserError, match="the evaluation's loss at step 1 is nan: training has diverged"):
+        train(tiny_config, workdir)
+    assert not (workdir / "eval.json").exists()
+    assert not any(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
+
+
+def test_a_result_that_cannot_be_written_is_printed(tiny_config, finished, monkeypatch, capsys):
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        evaluate.evaluate(tiny_config, finished)
+    assert "expected calibration error" in capsys.readouterr().out
 
 
 def test_the_loop_donates_its_state(tiny_config):

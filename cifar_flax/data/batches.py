@@ -26,6 +26,18 @@ class Batch:
     mask: Bool[Any, " batch"]  # False where the place is padding and must not count
 
 
+def batch_shapes(batch_size: int, image_shape: tuple[int, int, int]) -> Batch:
+    """A batch without its data, to compile a step for."""
+    vector = jax.ShapeDtypeStruct((batch_size,), np.int32)
+    return Batch(
+        image=jax.ShapeDtypeStruct((batch_size, *image_shape), np.uint8),
+        label=vector,
+        index=vector,
+        epoch=vector,
+        mask=jax.ShapeDtypeStruct((batch_size,), np.bool_),
+    )
+
+
 def evaluation_batches(arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
     """Every one of `examples` once, in order; the last batch is filled up with masked repeats of its first example."""
     for start in range(0, len(examples), batch_size):

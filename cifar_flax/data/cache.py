@@ -120,8 +120,14 @@ def store(
 
 
 def _remove(folder: Path) -> None:
-    """Removes it at once as far as others can see: they never find a part of it."""
+    """Removes it at once as far as others can see: they never find a part of it.
+
+    Raises `UserError` where it holds anything that no cache wrote.
+    """
     try:
+        strange = {path.name for path in folder.iterdir()} - {_MANIFEST, *_FILES}
+        if strange:
+            raise UserError(f"data.cache_dir: {folder} is not removed: it holds {min(strange)}, which no cache wrote")
         aside = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
         folder.rename(Path(aside) / folder.name)
     except OSError as error:

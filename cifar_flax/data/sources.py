@@ -17,7 +17,9 @@ from cifar_flax.errors import ConfigError, UserError, require
 
 PIPELINES = ("streaming", "resident")
 _DECODE_BATCH = 1000  # images
-_NAME = r"\w[\w./-]*(:[\d.]+)?"
+# Names become folders of the cache: nothing in them may lead out of it.
+_NAME = r"\w[\w-]*(/\w[\w.+-]*)?(:\d+(\.\d+)*)?"
+_SPLIT = r"\w[\w-]*"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,6 +41,7 @@ class DataConfig:
             self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8"
         )
         require(bool(re.fullmatch(_NAME, self.name)), "data.name", self.name, "must look like cifar10 or cifar10:3.0.2")
+        require(bool(re.fullmatch(_SPLIT, self.eval_split)), "data.eval_split", self.eval_split, "must look like test")
         require(self.eval_split != "train", "data.eval_split", self.eval_split, "must not be the split trained on")
         if self.archive:
             require(self.name == "cifar10", "data.name", self.name, "must be cifar10 where data.archive is set")
@@ -120,9 +123,10 @@ def _tfds_builder(config: DataConfig) -> Any:
     try:
         return tfds.builder(config.name, data_dir=os.path.expanduser(config.data_dir) or None)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        allowed = f"must be {', '.join(BUILT_IN)} or a TFDS image-classification set such as cifar10 ({reason})"
-        raise ConfigError(f"data.name={config.name!r}: {allowed}") from error
+        allowed = f"must be {', '.join(BUILT_IN)} or a TFDS image-classification set such as cifar10"
+        raise ConfigError(f"data.name={config.name!r}: {allowed} ({_reason(error)})") from error
+    except Exception as error:  # whatever TFDS makes of damaged files
+        raise UserError(f"what TFDS prepared of {config.name} cannot be read ({_reason(error)})") from error
 
 
 def _supervised_keys(config: DataConfig, info: Any) -> tuple[str, str]:
