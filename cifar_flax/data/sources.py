@@ -177,7 +177,7 @@ def _prepare(config: DataConfig, builder: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _decode(
