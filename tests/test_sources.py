@@ -101,6 +101,8 @@ def test_data_dir_and_cache_dir_are_honoured(tmp_path):
     assert (tmp_path / "here" / "fake_gray" / "1.0.0").is_dir()
     assert (tmp_path / "there" / "fake_gray" / "1.0.0" / "test" / "manifest.json").is_file()
     assert not (tmp_path / "tfds").exists()
+    sources.load(DataConfig(name="fake_gray"), "test")
+    assert (tmp_path / "tfds" / "fake_gray" / "1.0.0").is_dir()  # TFDS_DATA_DIR
 
 
 @pytest.fixture

@@ -120,8 +120,9 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
 def _tfds_builder(config: DataConfig) -> Any:
     import tensorflow_datasets as tfds
 
+    data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR", "")  # which TFDS itself reads only on import
     try:
-        return tfds.builder(config.name, data_dir=os.path.expanduser(config.data_dir) or None)
+        return tfds.builder(config.name, data_dir=os.path.expanduser(data_dir) or None)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
         allowed = f"must be {', '.join(BUILT_IN)} or a TFDS image-classification set such as cifar10"
         raise ConfigError(f"data.name={config.name!r}: {allowed} ({_reason(error)})") from error
