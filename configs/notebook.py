@@ -9,9 +9,9 @@ Keras:    65.77 % and 67.31 % (1.39 and 0.50), Keras 3.15 on TensorFlow 2.21, sa
 Time:     5 min 33 s (seed 5), compilation and evaluations included
 
 Seeds 0, 1 and 2 alone: 64.87 % and, at best, 67.16 % here, 66.15 % and 67.22 % in Keras. The last epoch's figure says
-little: the test split's accuracy swings by several points from epoch to epoch in both, because BatchNorm's running
-averages trail the weights. With statistics measured afresh on 10,000 training images, seeds 0, 1 and 2 end at 68.0,
-69.2 and 68.2 % here.
+little: the test split's accuracy swings by several points from epoch to epoch in both. Here, at least, BatchNorm's
+running averages trail the weights: with statistics measured afresh on 10,000 training images, seeds 0, 1 and 2 end at
+68.0, 69.2 and 68.2 %.
 """
 
 from cifar_flax.config import Config, TrainConfig
