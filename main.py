@@ -3,7 +3,7 @@
 import io
 import sys
 
-from cifar_flax import allocator, cli
+from cifar_flax import allocator, cli, compilation
 from cifar_flax.errors import UserError
 from cifar_flax.evaluate import evaluate
 from cifar_flax.train import train
@@ -13,6 +13,7 @@ MODES = {"train": train, "eval": evaluate}
 
 def main() -> int:
     allocator.keep_freed_memory()
+    compilation.keep_programs()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once, and keeps it if the run is killed
     try:

@@ -14,8 +14,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import layers
 
+from benchmarks.peers.keras_ import cnn
 from cifar_flax import evaluate, experiment
 from cifar_flax.data import sources
 from cifar_flax.data.cache import Arrays
@@ -25,20 +25,8 @@ from configs import notebook
 
 
 def build(network: CNNConfig, params: dict[str, Any]) -> keras.Model:
-    """The reference network for images [32, 32, 3] and 10 classes, as Keras spells it, with our weights `params`."""
-    model = keras.Sequential(
-        [
-            layers.Input((32, 32, 3)),
-            layers.Conv2D(network.width, 3, activation="relu", name="conv"),
-            layers.MaxPooling2D(2),
-            layers.BatchNormalization(name="norm"),
-            layers.Dropout(network.conv_dropout),
-            layers.Flatten(),
-            layers.Dense(network.hidden, activation="relu", name="hidden"),
-            layers.Dropout(network.hidden_dropout),
-            layers.Dense(10, activation="softmax", name="head"),
-        ]
-    )
+    """Keras' reference network with our weights `params`; it gives logits."""
+    model = cnn(network)
     for name in ("conv", "hidden", "head"):
         model.get_layer(name).set_weights([np.asarray(params[name][part]) for part in ("kernel", "bias")])
     return model
@@ -68,7 +56,8 @@ def main() -> None:
         keras.utils.set_random_seed(seed)
         model = build(config.model, initial.params)
         adam = keras.optimizers.Adam(config.optim.learning_rate, epsilon=config.optim.eps)
-        model.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(adam, loss, metrics=["accuracy"], jit_compile=False)
         start = time.perf_counter()
         batches = dataset(train, config.train.batch_size, seed)
         history = model.fit(

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from cifar_flax import compilation, experiment, metrics, report, steps
 from cifar_flax import config as configs
-from cifar_flax import experiment, metrics, report, steps
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import sources
@@ -38,7 +38,9 @@ class Evaluator:
     def __init__(self, task: steps.Task, arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_size: int):
         self._arrays, self._examples = arrays, examples
         self._batch_size = min(batch_size, len(examples))
-        self._eval_step = jax.jit(functools.partial(steps.eval_step, task))
+        self._eval_step = jax.jit(
+            functools.partial(steps.eval_step, task), compiler_options=compilation.options(jax.default_backend())
+        )
         self._compiled: jax.stages.Compiled | None = None
 
     def __call__(self, state: TrainState) -> Evaluation:

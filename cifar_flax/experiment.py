@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt8
 
 from cifar_flax import optim, state
 from cifar_flax.config import Config
 from cifar_flax.data import order
+from cifar_flax.data.augment import normalize
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError, require
 from cifar_flax.state import TrainState
@@ -71,8 +73,13 @@ def total_steps(config: Config, info: DatasetInfo) -> int:
     return order.total_steps(config.train.epochs, info.num_examples, config.train.batch_size)
 
 
-def build(config: Config, info: DatasetInfo) -> tuple[Task, TrainState]:
+def build(
+    config: Config, info: DatasetInfo, sample: UInt8[np.ndarray, "n height width c"] | None = None
+) -> tuple[Task, TrainState]:
     """The static part of the steps and the state before the first one.
+
+    `sample` holds the training images that the network looks at first (`models.sample_size`); where a checkpoint will
+    be restored, there is no need of it.
 
     Raises `ConfigError` where the config does not fit the data.
     """
@@ -87,7 +94,15 @@ def build(config: Config, info: DatasetInfo) -> tuple[Task, TrainState]:
     require(every <= steps, "optim.accumulate_steps", every, f"must be at most the {steps} steps of the run")
     schedule = optim.make_schedule(config.optim, steps, size / batch_size)
     optimizer = optim.make_optimizer(config.optim, schedule)
-    graphdef, initial = state.create(config.model, info.image_shape, len(info.class_names), optimizer, config.seed)
+    graphdef, initial = state.create(
+        config.model,
+        info.image_shape,
+        len(info.class_names),
+        optimizer,
+        config.seed,
+        platform=jax.default_backend(),
+        sample=None if sample is None else normalize(jax.device_put(sample), info.mean, info.std),
+    )
     task = Task(
         graphdef=graphdef,
         optimizer=optimizer,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int32, Key, PyTree, UInt32
+from jaxtyping import Array, Float, Int32, Key, PyTree, UInt32
 
 from cifar_flax import models
 
@@ -33,17 +33,26 @@ def create(
     num_classes: int,
     optimizer: optax.GradientTransformation,
     seed: int,
+    *,
+    platform: str,
+    sample: Float[Array, "n height width c"] | None = None,
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The network's static graph and the state before the first step."""
+    """The network's static graph, as `platform` has it fast, and the state before the first step.
 
-    def build(seed: Array) -> tuple[nnx.GraphDef, PyTree, PyTree]:
-        network = models.build(model, image_shape, num_classes, rngs=nnx.Rngs(root_keys(seed)[0]))
+    `sample` holds the `models.sample_size` normalised training images that the network looks at, if it looks at any;
+    without it the state is good for its shapes alone.
+    """
+
+    def build(seed: Array, sample: Array | None) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+        network = models.build(model, image_shape, num_classes, platform=platform, rngs=nnx.Rngs(root_keys(seed)[0]))
+        if sample is not None:
+            network.fit(sample)
         graphdef, *variables = nnx.split(network, nnx.Param, nnx.BatchStat)
         params, batch_stats = map(nnx.to_pure_dict, variables)
         return graphdef, params, batch_stats
 
-    def init(seed: Array) -> TrainState:
-        _, params, batch_stats = build(seed)
+    def init(seed: Array, sample: Array | None) -> TrainState:
+        _, params, batch_stats = build(seed, sample)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             seed=seed,
@@ -52,5 +61,5 @@ def create(
             opt_state=optimizer.init(params),
         )
 
-    graphdef, _, _ = nnx.eval_shape(lambda: build(jnp.uint32(0)))
-    return graphdef, jax.jit(init)(jnp.uint32(seed))
+    graphdef, _, _ = nnx.eval_shape(lambda: build(jnp.uint32(0), None))
+    return graphdef, jax.jit(init)(jnp.uint32(seed), sample)

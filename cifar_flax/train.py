@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
+from cifar_flax import compilation, evaluate, experiment, models, steps
 from cifar_flax import config as configs
-from cifar_flax import evaluate, experiment, steps
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import order, sources
@@ -59,7 +59,8 @@ class Trainer:
             raise UserError(f"data.name: train split is {self.arrays.dataset}, the other {eval_arrays.dataset}")
         self.info = DatasetInfo.of(self.arrays, self.examples, config.augment.normalization)
         self.info.check(eval_arrays)
-        self.task, self.initial_state = experiment.build(config, self.info)
+        sample = self.arrays.images[self.examples[: models.sample_size(config.model)]]
+        self.task, self.initial_state = experiment.build(config, self.info, sample if len(sample) else None)
         self.total_steps = experiment.total_steps(config, self.info)
         # Curves show the validation split or, where none is held out and so nothing is chosen, the one reported.
         if len(held_out):
@@ -141,10 +142,8 @@ class Trainer:
         return figures["accuracy"]
 
     def _compile(self, state: TrainState) -> TrainStep:
-        """The training step, compiled before the first batch so that no rate counts the compilation."""
-        batch = batch_shapes(self.config.train.batch_size, self.info.image_shape)
         begin = time.perf_counter()
-        step = jax.jit(functools.partial(steps.train_step, self.task), donate_argnums=0).lower(state, batch).compile()
+        step = compile_step(self.task, state, self.config.train.batch_size, self.info.image_shape)
         print(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
         return step
 
@@ -180,6 +179,16 @@ class Trainer:
 
     def _record(self, step: int, split: str, figures: Record) -> Record:
         return {"step": step, "epoch": self._epoch(step), "split": split} | figures
+
+
+def compile_step(task: steps.Task, state: TrainState, batch_size: int, image_shape: tuple[int, int, int]) -> TrainStep:
+    """The training step, compiled before the first batch so that no rate counts the compilation."""
+    step = jax.jit(
+        functools.partial(steps.train_step, task),
+        donate_argnums=0,
+        compiler_options=compilation.options(jax.default_backend()),
+    )
+    return step.lower(state, batch_shapes(batch_size, image_shape)).compile()
 
 
 def run_steps(

@@ -29,7 +29,7 @@ def test_the_same_weights_and_batches_train_alike():
     schedule = optim.make_schedule(config, 100, 10)
     optimizer = optim.make_optimizer(config, schedule)
     network = CNNConfig(conv_dropout=0.0, hidden_dropout=0.0)
-    graphdef, train_state = state.create(network, (32, 32, 3), 10, optimizer, 0)
+    graphdef, train_state = state.create(network, (32, 32, 3), 10, optimizer, 0, platform="cpu")
     task = steps.Task(
         graphdef=graphdef,
         optimizer=optimizer,
@@ -43,7 +43,8 @@ def test_the_same_weights_and_batches_train_alike():
 
     model = keras_notebook.build(network, train_state.params)
     assert model.count_params() == 3_693_002 + 64  # the running statistics
-    model.compile(keras.optimizers.Adam(1e-3, epsilon=EPS), "sparse_categorical_crossentropy", jit_compile=False)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3, epsilon=EPS), loss, jit_compile=False)
 
     rng = np.random.default_rng(0)
     for _ in range(4):

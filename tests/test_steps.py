@@ -78,7 +78,7 @@ def test_weights_and_examples_have_keys_of_their_own(tiny_config, setup):
     _, state, _ = setup
     weights, examples = root_keys(state.seed)
     assert not np.array_equal(jax.random.key_data(weights), jax.random.key_data(examples))
-    network = models.build(tiny_config.model, (32, 32, 3), 10, rngs=nnx.Rngs(weights))
+    network = models.build(tiny_config.model, (32, 32, 3), 10, platform="cpu", rngs=nnx.Rngs(weights))
     np.testing.assert_allclose(state.params["head"]["kernel"], network.head.kernel[...], rtol=1e-6)
     key = steps.example_keys(state.seed, jnp.array([2], jnp.int32), jnp.array([3], jnp.int32))[0]
     expected = jax.random.fold_in(jax.random.fold_in(examples, 2), 3)
@@ -102,7 +102,7 @@ def test_reported_figures_are_the_definitions(setup):
 
 def without_dropout():
     config = CNNConfig(width=4, hidden=16, conv_dropout=0.0, hidden_dropout=0.0)
-    return nnx.graphdef(models.build(config, (32, 32, 3), 10, rngs=nnx.Rngs(0)))
+    return nnx.graphdef(models.build(config, (32, 32, 3), 10, platform="cpu", rngs=nnx.Rngs(0)))
 
 
 def test_padding_changes_no_evaluation(setup):

@@ -1,16 +1,23 @@
 """The networks, by name. A new one is a file of its own and a line in `MODELS`."""
 
+from typing import Any
+
 from flax import nnx
 
 from cifar_flax.errors import require
+from cifar_flax.models.airbench import Airbench, AirbenchConfig
 from cifar_flax.models.cnn import CNN, CNNConfig
+from cifar_flax.models.layers import Network
 
-__all__ = ["MODELS", "CNNConfig", "ModelConfig", "build", "config_class"]
+__all__ = ["MODELS", "AirbenchConfig", "CNNConfig", "ModelConfig", "build", "config_class", "sample_size"]
 
-ModelConfig = CNNConfig  # the union of the networks' configs
+ModelConfig = CNNConfig | AirbenchConfig  # the union of the networks' configs
 
 # name -> (its config, its module)
-MODELS = {"cnn": (CNNConfig, CNN)}
+MODELS: dict[str, tuple[type[ModelConfig], type[Any]]] = {
+    "cnn": (CNNConfig, CNN),
+    "airbench": (AirbenchConfig, Airbench),
+}
 
 
 def config_class(name: object) -> type[ModelConfig]:
@@ -19,6 +26,16 @@ def config_class(name: object) -> type[ModelConfig]:
     return MODELS[str(name)][0]
 
 
-def build(config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
-    """The network that `config` describes, for images [height, width, channels]."""
-    return MODELS[config.name][1](config, image_shape, num_classes, rngs=rngs)
+def sample_size(config: ModelConfig) -> int:
+    """How many training images the network that `config` describes looks at before the first step."""
+    return MODELS[config.name][1].sample_size
+
+
+def build(
+    config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int, *, platform: str, rngs: nnx.Rngs
+) -> Network:
+    """The network that `config` describes, for images [height, width, channels], written as `platform` has it fast.
+
+    Raises `ConfigError` where images of this shape are too small for it.
+    """
+    return MODELS[config.name][1](config, image_shape, num_classes, platform=platform, rngs=rngs)

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
-from cifar_flax.models.layers import Conv, dropout, max_pool
+from cifar_flax.models.layers import Conv, Network, dropout
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,16 +29,28 @@ class CNNConfig:
             require(0 <= getattr(self, field) <= 0.99, f"model.{field}", getattr(self, field), "must be in [0, 0.99]")
 
 
-class CNN(nnx.Module):
+class CNN(Network):
     """Conv 3x3 + ReLU, max-pool 2x2, BatchNorm, dropout, dense + ReLU, dropout, dense; initialised as Keras does."""
 
-    def __init__(self, config: CNNConfig, image_shape: tuple[int, int, int], num_classes: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: CNNConfig, image_shape: tuple[int, int, int], num_classes: int, *, platform: str, rngs: nnx.Rngs
+    ):
         height, width, channels = image_shape
         self.config = config
         self.dtype = jnp.dtype(config.dtype)
         flat = ((height - 2) // 2) * ((width - 2) // 2) * config.width
         glorot = nnx.initializers.glorot_uniform()
-        self.conv = Conv(channels, config.width, 3, dtype=self.dtype, rngs=rngs)
+        self.conv = Conv(
+            channels,
+            config.width,
+            3,
+            padding="VALID",
+            pool=True,
+            kernel_init=glorot,
+            dtype=self.dtype,
+            platform=platform,
+            rngs=rngs,
+        )
         self.norm = nnx.BatchNorm(config.width, momentum=0.99, epsilon=1e-3, rngs=rngs)
         self.hidden = nnx.Linear(flat, config.hidden, kernel_init=glorot, dtype=self.dtype, rngs=rngs)
         self.head = nnx.Linear(config.hidden, num_classes, kernel_init=glorot, dtype=self.dtype, rngs=rngs)
@@ -48,7 +60,7 @@ class CNN(nnx.Module):
     ) -> Float[Array, "batch classes"]:
         """Logits in float32. With `dropout_keys` (training) BatchNorm uses and updates batch statistics."""
         # max(relu(x)) = relu(max(x)), on a quarter of the elements.
-        x = nnx.relu(max_pool(self.conv(x)))
+        x = nnx.relu(self.conv(x))
         x = self.norm(x.astype(jnp.float32), use_running_average=dropout_keys is None).astype(self.dtype)
         if dropout_keys is not None:
             conv_keys, hidden_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys)

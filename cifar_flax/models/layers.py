@@ -1,6 +1,7 @@
 """Layers the networks share, written so that they are fast on a CPU as well as on accelerators."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,60 +9,148 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-# Up to this many input channels, a 3x3 patch is short enough that copying patches costs less than what XLA's
-# convolution loses on a CPU.
+from cifar_flax.models import winograd
+from cifar_flax.models.pooling import max_over_places, max_pool
+
+# Up to this many input channels, a patch is short enough that copying patches costs less than what XLA's convolution
+# loses on a CPU.
 _MAX_PATCH_CHANNELS = 4
 
 
+class Network(nnx.Module):
+    """What networks have in common."""
+
+    sample_size = 0  # training images that `fit` needs
+
+    def fit(self, images: Float[Array, "n height width c"]) -> None:
+        """Sets what depends on the training data, given normalised images of it, before the first step."""
+
+
 def conv2d(
-    x: Float[Array, "batch height width c_in"], kernel: Float[Array, "k_h k_w c_in c_out"]
-) -> Float[Array, "batch out_height out_width c_out"]:
-    """Convolution with stride 1 and no padding.
+    x: Float[Array, "batch height width c_in"],
+    kernel: Float[Array, "k_h k_w c_in c_out"],
+    *,
+    padding: str,
+    platform: str,
+) -> Float[Array, "batch h_out w_out c_out"]:
+    """Convolution with stride 1; `padding` is SAME (zeros) or VALID.
 
-    For images (few channels) the program compiled for a CPU multiplies patches by a matrix; all others use XLA's
-    convolution. The two differ by rounding only.
+    For the `platform` "cpu" it is written in matrix products where XLA's convolution is slow; "cuda", "tpu" and all
+    others use XLA's. The ways differ by rounding only.
     """
-    if kernel.shape[2] > _MAX_PATCH_CHANNELS:
-        return _xla_conv2d(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=_patch_conv2d, default=_xla_conv2d)
+    if platform == "cpu" and _suits_winograd(x, kernel, padding):
+        return winograd.conv3x3(x, kernel)
+    if platform == "cpu" and padding == "VALID" and kernel.shape[2] <= _MAX_PATCH_CHANNELS:
+        return _patch_conv2d(x, kernel)
+    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _xla_conv2d(x: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def conv2d_max_pool(
+    x: Float[Array, "batch height width c_in"],
+    kernel: Float[Array, "k_h k_w c_in c_out"],
+    *,
+    padding: str,
+    platform: str,
+) -> Float[Array, "batch h_out w_out c_out"]:
+    """`conv2d`, then the maximum over disjoint 2x2 squares; on a CPU, both at once."""
+    if platform == "cpu" and _suits_winograd(x, kernel, padding):
+        return winograd.conv3x3_max_pool(x, kernel)
+    if platform == "cpu" and _suits_patches(kernel, padding):
+        return _patch_conv_max_pool(x, kernel)
+    return max_pool(conv2d(x, kernel, padding=padding, platform=platform))
+
+
+def _suits_winograd(x: Array, kernel: Array, padding: str) -> bool:
+    return padding == "SAME" and kernel.shape[:2] == (3, 3) and x.dtype == jnp.float32
+
+
+def _suits_patches(kernel: Array, padding: str) -> bool:
+    return padding == "VALID" and kernel.shape[:2] == (3, 3) and kernel.shape[2] <= _MAX_PATCH_CHANNELS
 
 
 def _patch_conv2d(x: Array, kernel: Array) -> Array:
-    k_h, k_w, c_in, c_out = kernel.shape
+    k_h, k_w, _, c_out = kernel.shape
     height, width = x.shape[1] - k_h + 1, x.shape[2] - k_w + 1
+    x = lax.optimization_barrier(x)
     shifted = [x[:, i : i + height, j : j + width] for i in range(k_h) for j in range(k_w)]
-    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(k_h * k_w * c_in, c_out)
+    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, c_out)
+
+
+def _patch_conv_max_pool(x: Array, kernel: Array) -> Array:
+    """4x4 patches times a matrix that gives the four outputs of a square."""
+    batch, height, width, c_in = x.shape
+    rows, columns, c_out = (height - 2) // 2, (width - 2) // 2, kernel.shape[-1]
+    x = lax.optimization_barrier(x)
+    pairs = [
+        x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns].reshape(batch, rows, columns, 2 * c_in)
+        for i in range(4)
+        for j in (0, 2)
+    ]
+    matrix = jnp.stack(
+        [jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)], axis=3
+    )
+    y = jnp.concatenate(pairs, axis=-1).reshape(-1, 16 * c_in) @ matrix.reshape(16 * c_in, 4 * c_out)
+    return max_over_places(y.reshape(batch, rows, columns, 4, c_out))
 
 
 class Conv(nnx.Module):
-    """`conv2d` plus a bias; kernel glorot-uniform, bias zero (Keras' defaults)."""
+    """`conv2d` with its kernel and, if wanted, a bias that starts at zero."""
 
-    def __init__(self, c_in: int, c_out: int, kernel_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        shape = (kernel_size, kernel_size, c_in, c_out)
-        self.kernel = nnx.Param(nnx.initializers.glorot_uniform()(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(c_out))
-        self.dtype = dtype
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel_size: int,
+        *,
+        padding: str,
+        kernel_init: Callable[..., Array],
+        use_bias: bool = True,
+        pool: bool = False,
+        dtype: jnp.dtype,
+        platform: str,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (kernel_size, kernel_size, c_in, c_out)))
+        self.bias = nnx.Param(jnp.zeros(c_out)) if use_bias else None
+        self.padding, self.pool, self.dtype, self.platform = padding, pool, dtype, platform
 
     def __call__(self, x: Float[Array, "batch h w c_in"]) -> Float[Array, "batch h_out w_out c_out"]:
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        return conv2d(x.astype(self.dtype), kernel) + bias[None, None, None, :]
+        kernel = self.kernel[...].astype(self.dtype)
+        function = conv2d_max_pool if self.pool else conv2d
+        x = function(x.astype(self.dtype), kernel, padding=self.padding, platform=self.platform)
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)[None, None, None, :]
 
 
-def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[Array, "batch h_out w_out c"]:
-    """Maximum over disjoint `window` x `window` squares; rows and columns that fill no window are dropped.
+class BatchNorm(nnx.Module):
+    """Normalisation per channel, in float32 (Ioffe and Szegedy 2015)."""
 
-    Written as reshape + max because the gradient of XLA's `reduce_window` is several times slower on a CPU. Where a
-    window holds its maximum more than once, the gradient is shared among those places.
-    """
-    batch, height, width, channels = x.shape
-    h_out, w_out = height // window, width // window
-    x = x[:, : h_out * window, : w_out * window]
-    x = x.reshape(batch, h_out, window, w_out * window, channels).max(axis=2)
-    return x.reshape(batch, h_out, w_out, window, channels).max(axis=3)
+    def __init__(self, channels: int, *, decay: float, epsilon: float, use_scale: bool = True, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(channels, momentum=decay, epsilon=epsilon, use_scale=use_scale, rngs=rngs)
+
+    def __call__(self, x: Array, training: bool) -> Array:
+        return self.norm(x.astype(jnp.float32), use_running_average=not training)
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x times the normal distribution function of x (Hendrycks and Gimpel 2016, section 2), not approximated."""
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
+    density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return (dy * (_normal_cdf(x) + x * density),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def dropout(
@@ -79,5 +168,6 @@ def dropout(
         return x
     features = math.prod(x.shape[1:])
     words = jax.vmap(lambda key: jax.random.bits(key, (math.ceil(features / 4),), jnp.uint32))(keys)
-    octets = lax.bitcast_convert_type(words, jnp.uint8).reshape(x.shape[0], -1)[:, :features].reshape(x.shape)
+    octets = jnp.stack([words >> shift & 255 for shift in (0, 8, 16, 24)], axis=1)
+    octets = octets.reshape(x.shape[0], -1)[:, :features].reshape(x.shape)
     return jnp.where(octets >= threshold, x * (256 / (256 - threshold)), jnp.zeros((), x.dtype))

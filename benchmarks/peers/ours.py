@@ -1,0 +1,59 @@
+"""This project: the pipeline, the step and the loop that `main.py` runs."""
+
+from cifar_flax import allocator
+
+allocator.keep_freed_memory()
+
+import dataclasses
+import json
+
+import jax
+
+from benchmarks.contestant import Setting
+from cifar_flax import compilation, evaluate, experiment, models
+from cifar_flax import config as configs
+from cifar_flax.data.batches import to_device
+from cifar_flax.data.cache import Arrays
+from cifar_flax.data.streaming import training_batches
+from cifar_flax.evaluate import Evaluator
+from cifar_flax.experiment import DatasetInfo
+from cifar_flax.train import compile_step, run_steps
+
+VERSIONS = {"jax": jax.__version__}
+
+
+class Contestant:
+    def __init__(self, setting: Setting):
+        compilation.keep_programs()
+        config = configs.from_dict(json.loads(json.dumps(setting.config, default=vars)))
+        names = tuple("0123456789")
+        train = Arrays(setting.train_images, setting.train_labels, names, "benchmark")
+        test = Arrays(setting.test_images, setting.test_labels, names, "benchmark")
+        examples = evaluate.all_examples(train)
+        info = dataclasses.replace(
+            DatasetInfo.of(train, examples, "unit"), mean=tuple(setting.mean), std=tuple(setting.std)
+        )
+        sample = train.images[: models.sample_size(config.model)]
+        task, self._state = experiment.build(config, info, sample if len(sample) else None)
+        self._evaluator = Evaluator(task, test, evaluate.all_examples(test), config.eval.batch_size)
+        self._step = compile_step(task, self._state, config.train.batch_size, info.image_shape)
+        self._batches = to_device(
+            training_batches(
+                train,
+                examples,
+                batch_size=config.train.batch_size,
+                seed=config.seed,
+                start=0,
+                stop=len(setting.learning_rates),
+            )
+        )
+        self._done = 0
+
+    def train(self, steps: int) -> None:
+        start, self._done = self._done, self._done + steps
+        self._state = run_steps(
+            self._step, self._state, self._batches, start, self._done, lambda step, values: jax.device_get(values)
+        )
+
+    def evaluate(self) -> float:
+        return self._evaluator(self._state).summary["accuracy"]

@@ -1,0 +1,54 @@
+"""Maxima over small windows."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+from jax.lax import optimization_barrier
+from jaxtyping import Array, Float, UInt8
+
+
+def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[Array, "batch h_out w_out c"]:
+    """Maximum over disjoint `window` x `window` squares; rows and columns that fill no window are dropped.
+
+    Written as reshape + max because the gradient of XLA's `reduce_window` is several times slower on a CPU. Where a
+    window holds its maximum more than once, the gradient is shared among those places.
+    """
+    batch, height, width, channels = x.shape
+    h_out, w_out = height // window, width // window
+    x = x[:, : h_out * window, : w_out * window]
+    x = x.reshape(batch, h_out, window, w_out * window, channels).max(axis=2)
+    return x.reshape(batch, h_out, w_out, window, channels).max(axis=3)
+
+
+def first_max(places: Sequence[Float[Array, "*shape"]]) -> tuple[Float[Array, "*shape"], UInt8[Array, "*shape"]]:
+    """The maximum of arrays, element by element, and the number of the first that has it."""
+    largest = reduce(jnp.maximum, places)
+    winner = jnp.full(largest.shape, len(places) - 1, jnp.uint8)
+    for number, place in reversed(list(enumerate(places[:-1]))):
+        winner = jnp.where(place == largest, jnp.uint8(number), winner)
+    return largest, optimization_barrier(winner)
+
+
+def first_max_transposed(winner: UInt8[Array, "*shape"], dy: Float[Array, "*shape"], count: int) -> list[Array]:
+    """What `dy`, a gradient of the maximum, is to each of the `count` arrays."""
+    return [jnp.where(winner == number, dy, 0) for number in range(count)]
+
+
+@jax.custom_vjp
+def max_over_places(x: Float[Array, "*shape places c"]) -> Float[Array, "*shape c"]:
+    """Maximum over the last axis but one; of equal values the first gets the gradient."""
+    return _forward(x)[0]
+
+
+def _forward(x: Array) -> tuple[Array, UInt8[Array, "..."]]:
+    return first_max([x[..., place, :] for place in range(x.shape[-2])])
+
+
+def _backward(winner: Array, dy: Array) -> tuple[Array]:
+    winner, dy = optimization_barrier((winner, dy))
+    return (optimization_barrier(jnp.stack(first_max_transposed(winner, dy, 4), axis=-2)),)
+
+
+max_over_places.defvjp(_forward, _backward)

@@ -1,0 +1,183 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cifar_flax import models
+from cifar_flax.errors import ConfigError
+from cifar_flax.models import AirbenchConfig, airbench
+
+
+def build(image_shape=(32, 32, 3), platform="cpu", **fields):
+    return models.build(AirbenchConfig(**fields), image_shape, 10, platform=platform, rngs=nnx.Rngs(0))
+
+
+def arrays(model, kind):
+    return nnx.to_pure_dict(nnx.state(model, kind))
+
+
+def run(model, x, seed=None):
+    """The logits, compiled, and the state after; with a seed, as in training."""
+    graphdef, state = nnx.split(model)
+    keys = None if seed is None else jax.random.split(jax.random.key(seed), len(x))
+
+    def call(state, x):
+        model = nnx.merge(graphdef, state)
+        return model(x, keys), nnx.state(model)
+
+    return jax.jit(call)(state, x)
+
+
+def count(model):
+    return sum(leaf.size for leaf in jax.tree.leaves(arrays(model, nnx.Param)))
+
+
+def forward_flops(model, batch=1):
+    """Twice the multiplications of its convolutions and matrix products, as XLA counts them for a GPU."""
+    graphdef, state = nnx.split(model)
+    jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, jnp.zeros((batch, 32, 32, 3)))
+    total = 0
+    for equation in jaxpr.jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            total += 2 * equation.outvars[0].aval.size * np.prod(equation.invars[1].aval.shape[:3])
+        elif equation.primitive.name == "dot_general":
+            total += 2 * equation.outvars[0].aval.size * equation.invars[0].aval.shape[-1]
+    return total
+
+
+def test_size_is_the_papers():
+    """Section 3 of the paper: 1.97 million parameters. Training takes three times the forward pass' operations."""
+    model = build(platform="cuda")
+    assert count(model) == 1_971_352
+    assert 3 * forward_flops(model) == pytest.approx(0.71e9, rel=0.005)
+
+
+def test_wider_and_deeper_networks():
+    widths = {"widths": (128, 384, 512), "depth": 3, "residual": True}
+    model = build(**widths)
+    convolutions = 9 * (24 * 128 + 2 * 128**2 + 128 * 384 + 2 * 384**2 + 384 * 512 + 2 * 512**2)
+    assert count(model) == 24 + convolutions + 3 * (128 + 384 + 512) + 512 * 10
+
+
+def test_a_residual_adds_the_first_activation():
+    """Where the later convolutions give zero, the block gives what its first one gave, activated again."""
+    block = build(widths=(4, 4, 4), depth=3, residual=True).blocks[0]
+    for conv in block.convs[1:]:
+        conv.kernel[...] = jnp.zeros(conv.kernel.shape)
+    graphdef, state = nnx.split(block)
+    first = jax.jit(lambda state, x: airbench.gelu(nnx.merge(graphdef, state).convs[0](x)))
+    x = jax.random.normal(jax.random.key(0), (2, 7, 7, 24))
+    out = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, False))(state, x)
+    np.testing.assert_allclose(out, airbench.gelu(first(state, x)), rtol=1e-4, atol=1e-5)
+
+
+def test_initial_values():
+    params = arrays(build(), nnx.Param)
+    kernel = np.asarray(params["blocks"][1]["convs"][0]["kernel"])
+    assert kernel.shape == (3, 3, 64, 256)
+    # The first filters hand on their own channel: convolving changes nothing.
+    same = np.zeros((3, 3, 64, 64))
+    same[1, 1] = np.eye(64)
+    np.testing.assert_array_equal(kernel[..., :64], same)
+    others, limit = kernel[..., 64:], 1 / np.sqrt(9 * 64)
+    assert np.abs(others).max() <= limit
+    np.testing.assert_allclose(others.std(), limit / np.sqrt(3), rtol=0.02)
+    np.testing.assert_allclose(np.std(params["head"]["kernel"], ddof=1), 1, rtol=1e-5)
+    assert not np.any(params["whitening"]["bias"])
+
+
+def test_whitening_makes_patches_white():
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(3, 3))
+    images = jnp.asarray(rng.normal(size=(200, 9, 9, 3)) @ mixing, jnp.float32)
+    model = build(image_shape=(32, 32, 3))
+    model.fit(images)
+    assert "kernel" not in arrays(model, nnx.Param)["whitening"]  # it does not train
+    out = np.asarray(jax.jit(lambda x: model.whitening(x))(images)).reshape(-1, 24)
+    np.testing.assert_allclose(out[:, 12:], -out[:, :12], atol=1e-4)
+    covariance = out[:, :12].T @ out[:, :12] / len(out)
+    np.testing.assert_allclose(covariance, np.eye(12), atol=0.01)
+
+
+def test_whitening_keeps_directions_without_content_small():
+    """Without the term added to the eigenvalues, a constant colour would be noise blown up to deviation 1."""
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(50, 8, 8, 3)), jnp.float32).at[..., 2].set(0)
+    kernel = np.asarray(airbench.whitening_kernel(images)).reshape(12, 24)
+    assert np.linalg.norm(kernel, axis=0).max() == pytest.approx(1 / np.sqrt(5e-4), rel=1e-3)
+
+
+def test_forward_pass_is_the_stated_design():
+    """Against the layers written out with XLA's own operations."""
+    model = build(widths=(5, 6, 7))
+    x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+    model.fit(x)
+    p, s = (arrays(model, kind) for kind in (nnx.Param, nnx.BatchStat))
+
+    def conv(x, kernel, padding):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def pool(x, n):
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, n, n, 1), (1, n, n, 1), "VALID")
+
+    def norm(x, bias):
+        mean, var = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
+        return (x - mean) / jnp.sqrt(var + 1e-12) + bias[None, None, None]
+
+    def activation(x):
+        return jax.nn.gelu(x, approximate=False)
+
+    y = activation(conv(x, s["whitening"]["kernel"], "VALID") + p["whitening"]["bias"][None, None, None])
+    for number in range(3):
+        block = p["blocks"][number]
+        y = pool(conv(y, block["convs"][0]["kernel"], "SAME"), 2)
+        y = activation(norm(y, block["norms"][0]["norm"]["bias"]))
+        y = activation(norm(conv(y, block["convs"][1]["kernel"], "SAME"), block["norms"][1]["norm"]["bias"]))
+    expected = pool(y, 3).reshape(4, 7) @ p["head"]["kernel"] / 7
+    logits, _ = run(model, x, seed=1)
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_batch_statistics_decay_by_0_6():
+    model = build(widths=(4, 4, 4))
+    x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+    model.fit(x)
+    first = jax.jit(lambda x: model.blocks[0].convs[0](airbench.gelu(model.whitening(x))))(x)
+    stats = nnx.to_pure_dict(run(model, x, seed=1)[1])["blocks"][0]["norms"][0]["norm"]
+    np.testing.assert_allclose(stats["mean"], 0.4 * first.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.6 + 0.4 * first.var((0, 1, 2)), rtol=1e-3)
+
+
+def test_platforms_compute_the_same_network():
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    outputs = []
+    for platform in ("cpu", "cuda"):
+        model = build(widths=(8, 8, 8), platform=platform)
+        model.fit(x)
+        outputs.append(run(model, x, seed=1)[0])
+    np.testing.assert_allclose(*outputs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype_is_that_of_the_activations_only(dtype):
+    model = build(dtype=dtype, widths=(4, 4, 4))
+    model.fit(jnp.ones((1, 32, 32, 3)))
+    logits, state = jax.eval_shape(functools.partial(run, model, seed=1), jnp.ones((2, 32, 32, 3)))
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+    assert jax.eval_shape(model.blocks[0].convs[0], jnp.zeros((1, 15, 15, 24))).dtype == dtype
+
+
+def test_small_images_are_refused():
+    with pytest.raises(ConfigError, match=r"data\.image_size=24: must be at least 25"):
+        build(image_shape=(24, 32, 3))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("widths", (0, 1, 1)), ("depth", 4), ("dtype", "float16")], ids=lambda value: str(value)
+)
+def test_impossible_settings_are_refused(field, value):
+    with pytest.raises(ConfigError, match=f"^model.{field}="):
+        AirbenchConfig(**{field: value}).validate()
