@@ -19,5 +19,5 @@ def keep_freed_memory() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_M_MMAP_MAX, 0)  # all from the heap,
     mallopt(_M_ARENA_MAX, 1)  # from the one that can grow without limit,
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # which gives back only what is more than 2 GB
+    mallopt(_M_TRIM_THRESHOLD, -1)  # which gives nothing back
     mallopt(_M_TOP_PAD, 2**26)  # and grows by 64 MB

@@ -10,6 +10,8 @@ from cifar_flax.data import cache
 # anew for each element that needs it: a step of the reference network takes twice as long. This keeps them.
 _CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
+_FOLDER = "jax_compilation_cache_dir"
+
 
 def options(platform: str) -> dict[str, Any]:
     """`compiler_options` for `jax.jit` of a training or evaluation step."""
@@ -22,12 +24,12 @@ def keep_programs() -> None:
     What lies there is run: the folder is open to its owner alone, and not used where that cannot be had. JAX's own
     variables count: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false is the switch.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if getattr(jax.config, _FOLDER) is None:
         folder = cache.default_dir() / "compiled"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)  # fails on a folder of another user
         except OSError:
             return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update(_FOLDER, str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the many small ones add up to seconds
