@@ -1,5 +1,7 @@
 """Convolutions written for a CPU beside XLA's: values and both gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +15,17 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def value_and_gradients(function, platform, padding, x, kernel):
+def value_and_gradients(platform, x, kernel, **options):
     def run(x, kernel):
-        y, transpose = jax.vjp(lambda x, kernel: function(x, kernel, padding=padding, platform=platform), x, kernel)
+        y, transpose = jax.vjp(lambda *args: layers.conv2d(*args, platform=platform, **options), x, kernel)
         return y, *transpose(jnp.asarray(normal(2, *y.shape)))
 
     return jax.jit(run, compiler_options=compilation.options("cpu"))(x, kernel)
 
 
-def assert_equal(function, padding, x_shape, kernel_shape):
+def assert_equal(x_shape, kernel_shape, **options):
     x, kernel = normal(0, *x_shape), normal(1, *kernel_shape)
-    ours, plain = (value_and_gradients(function, platform, padding, x, kernel) for platform in ("cpu", "cuda"))
+    ours, plain = (value_and_gradients(platform, x, kernel, **options) for platform in ("cpu", "cuda"))
     for a, b in zip(ours, plain, strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, atol=3e-5 * max(1e-6, float(np.abs(b).max(initial=0))), rtol=0)
@@ -35,35 +37,35 @@ SIZES = [(31, 31), (15, 15), (7, 7), (3, 3), (1, 1), (2, 2), (8, 5), (6, 9), (13
 
 @pytest.mark.parametrize("size", SIZES)
 def test_3x3_convolution_equals_xla(size):
-    assert_equal(layers.conv2d, "SAME", (2, *size, 24), (3, 3, 24, 6))
+    assert_equal((2, *size, 24), (3, 3, 24, 6), padding="SAME")
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_3x3_convolution_with_max_pool_equals_xla(size):
-    assert_equal(layers.conv2d_max_pool, "SAME", (2, *size, 5), (3, 3, 5, 8))
+    assert_equal((2, *size, 5), (3, 3, 5, 8), padding="SAME", pool=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 32, 3), (3, 7, 9, 1), (2, 4, 5, 4), (2, 3, 3, 1)])
 def test_patches_with_max_pool_equal_xla(shape):
-    assert_equal(layers.conv2d_max_pool, "VALID", shape, (3, 3, shape[-1], 6))
+    assert_equal(shape, (3, 3, shape[-1], 6), padding="VALID", pool=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 32, 3), (3, 7, 5, 1), (1, 2, 2, 4)])
 def test_patches_equal_xla(shape):
-    assert_equal(layers.conv2d, "VALID", shape, (2, 2, shape[-1], 6))
+    assert_equal(shape, (2, 2, shape[-1], 6), padding="VALID")
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_other_shapes_are_left_to_xla(padding):
-    assert_equal(layers.conv2d, padding, (2, 9, 9, 6), (5, 5, 6, 4))
-    assert_equal(layers.conv2d_max_pool, padding, (2, 9, 9, 6), (5, 5, 6, 4))
+    assert_equal((2, 9, 9, 6), (5, 5, 6, 4), padding=padding)
+    assert_equal((2, 9, 9, 6), (5, 5, 6, 4), padding=padding, pool=True)
 
 
-@pytest.mark.parametrize("function", [layers.conv2d, layers.conv2d_max_pool])
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize(("padding", "c_in"), [("SAME", 8), ("VALID", 3)])
-def test_each_platform_gets_its_own_convolution(function, padding, c_in):
+def test_each_platform_gets_its_own_convolution(pool, padding, c_in):
     def text(platform):
-        run = jax.jit(lambda x, kernel: function(x, kernel, padding=padding, platform=platform))
+        run = jax.jit(functools.partial(layers.conv2d, padding=padding, pool=pool, platform=platform))
         return run.lower(jnp.zeros((2, 8, 8, c_in)), jnp.zeros((3, 3, c_in, 4))).as_text()
 
     assert "stablehlo.convolution" not in text("cpu")

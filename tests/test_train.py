@@ -16,6 +16,7 @@ from cifar_flax.data import sources
 from cifar_flax.data.batches import Batch
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.models import AirbenchConfig, CNNConfig
 from cifar_flax.optim import OptimConfig
 from cifar_flax.train import READ_LAG, Trainer, run_steps, train
 
@@ -228,17 +229,18 @@ def test_metrics_are_read_late():
 
 
 @pytest.mark.parametrize(
-    ("optim", "dtype"),
+    ("optim", "model"),
     [
-        ({"name": "adam", "eps": 1e-7}, "float32"),
-        ({"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4, "schedule": "linear"}, "float32"),
-        ({"name": "adamw", "clip_norm": 1.0, "accumulate_steps": 2}, "bfloat16"),
+        ({"name": "adam", "eps": 1e-7}, CNNConfig(width=4, hidden=16)),
+        ({"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4, "schedule": "linear"}, CNNConfig(width=4, hidden=16)),
+        ({"name": "adamw", "clip_norm": 1.0, "accumulate_steps": 2}, CNNConfig(width=4, hidden=16, dtype="bfloat16")),
+        ({"name": "adam"}, AirbenchConfig(widths=(4, 8, 8))),
     ],
-    ids=["adam", "sgd", "accumulation in bfloat16"],
+    ids=["adam", "sgd", "accumulation in bfloat16", "airbench"],
 )
-def test_every_kind_of_state_survives_a_checkpoint(tiny_config, workdir, optim, dtype):
+def test_every_kind_of_state_survives_a_checkpoint(tiny_config, workdir, optim, model):
     tiny_config.optim = OptimConfig(learning_rate=0.01, **optim)
-    tiny_config.model.dtype = dtype
+    tiny_config.model = model
     tiny_config.train.epochs = 1
     train(tiny_config, workdir)
     losses = [record["loss"] for record in read_metrics(workdir) if record["split"] == "train"]

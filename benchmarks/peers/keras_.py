@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from benchmarks.contestant import Setting
+from benchmarks.contestant import EVAL_BATCHES, Setting
 
 VERSIONS = {"keras": keras.__version__, keras.backend.backend(): __import__(keras.backend.backend()).__version__}
 
@@ -38,14 +38,14 @@ class Contestant:
         if config.augment.flip or config.augment.crop_padding:
             examples = examples.map(augment, num_parallel_calls=tf.data.AUTOTUNE)
         self._train = examples.batch(config.train.batch_size, drop_remainder=True).map(normalize).prefetch(2)
-        test_set = tf.data.Dataset.from_tensor_slices((setting.test_images, setting.test_labels))
-        self._test = test_set.batch(config.eval.batch_size).map(normalize).prefetch(2)
+        test = tf.data.Dataset.from_tensor_slices((setting.test_images, setting.test_labels))
+        self._test = {size: test.batch(size).map(normalize).prefetch(2) for size in EVAL_BATCHES}
 
     def train(self, steps: int) -> None:
         self._model.fit(self._train, steps_per_epoch=steps, epochs=1, verbose=0)
 
-    def evaluate(self) -> float:
-        return float(self._model.evaluate(self._test, verbose=0, return_dict=True)["accuracy"])
+    def evaluate(self, batch_size: int) -> float:
+        return float(self._model.evaluate(self._test[batch_size], verbose=0, return_dict=True)["accuracy"])
 
 
 def cnn(config: Any) -> keras.Model:

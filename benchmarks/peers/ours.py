@@ -9,7 +9,7 @@ import json
 
 import jax
 
-from benchmarks.contestant import Setting
+from benchmarks.contestant import EVAL_BATCHES, Setting
 from cifar_flax import compilation, evaluate, experiment, models
 from cifar_flax import config as configs
 from cifar_flax.data.batches import to_device
@@ -35,7 +35,7 @@ class Contestant:
         )
         sample = train.images[: models.sample_size(config.model)]
         task, self._state = experiment.build(config, info, sample if len(sample) else None)
-        self._evaluator = Evaluator(task, test, evaluate.all_examples(test), config.eval.batch_size)
+        self._evaluators = {size: Evaluator(task, test, evaluate.all_examples(test), size) for size in EVAL_BATCHES}
         self._step = compile_step(task, self._state, config.train.batch_size, info.image_shape)
         self._batches = to_device(
             training_batches(
@@ -55,5 +55,5 @@ class Contestant:
             self._step, self._state, self._batches, start, self._done, lambda step, values: jax.device_get(values)
         )
 
-    def evaluate(self) -> float:
-        return self._evaluator(self._state).summary["accuracy"]
+    def evaluate(self, batch_size: int) -> float:
+        return self._evaluators[batch_size](self._state).summary["accuracy"]

@@ -41,10 +41,9 @@ class Contestant:
             self._done += 1
 
     @torch.inference_mode()
-    def evaluate(self) -> float:
+    def evaluate(self, batch_size: int) -> float:
         self._model.eval()
-        size = self._config.eval.batch_size
-        pairs = zip(*(tensor.split(size) for tensor in self._test), strict=True)
+        pairs = zip(*(tensor.split(batch_size) for tensor in self._test), strict=True)
         hits = sum((self._forward(self._normalize(image)).argmax(1) == label).sum() for image, label in pairs)
         return float(hits) / len(self._test[1])
 

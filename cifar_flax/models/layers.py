@@ -27,37 +27,28 @@ class Network(nnx.Module):
 
 
 def conv2d(
-    x: Float[Array, "batch height width c_in"],
+    x: Float[Array, "batch h w c_in"],
     kernel: Float[Array, "k_h k_w c_in c_out"],
     *,
     padding: str,
+    pool: bool = False,
     platform: str,
 ) -> Float[Array, "batch h_out w_out c_out"]:
-    """Convolution with stride 1; `padding` is SAME (zeros) or VALID.
+    """Convolution with stride 1; with `pool`, the maximum over disjoint 2x2 squares of it.
 
-    For the `platform` "cpu" it is written in matrix products where XLA's convolution is slow; "cuda", "tpu" and all
-    others use XLA's. The ways differ by rounding only.
+    `padding` is SAME (zeros) or VALID. For the `platform` "cpu" it is written in matrix products where XLA's
+    convolution is slow, and pools while it is at it; "cuda", "tpu" and all others use XLA's. The ways differ by
+    rounding only.
     """
     if platform == "cpu" and _suits_winograd(x, kernel, padding):
-        return winograd.conv3x3(x, kernel)
-    if platform == "cpu" and padding == "VALID" and kernel.shape[2] <= _MAX_PATCH_CHANNELS:
-        return _patch_conv2d(x, kernel)
-    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def conv2d_max_pool(
-    x: Float[Array, "batch height width c_in"],
-    kernel: Float[Array, "k_h k_w c_in c_out"],
-    *,
-    padding: str,
-    platform: str,
-) -> Float[Array, "batch h_out w_out c_out"]:
-    """`conv2d`, then the maximum over disjoint 2x2 squares; on a CPU, both at once."""
-    if platform == "cpu" and _suits_winograd(x, kernel, padding):
-        return winograd.conv3x3_max_pool(x, kernel)
+        return winograd.conv3x3_max_pool(x, kernel) if pool else winograd.conv3x3(x, kernel)
     if platform == "cpu" and _suits_patches(kernel, padding):
-        return _patch_conv_max_pool(x, kernel)
-    return max_pool(conv2d(x, kernel, padding=padding, platform=platform))
+        if not pool:
+            return _patch_conv(x, kernel)
+        if kernel.shape[:2] == (3, 3):
+            return _patch_conv_max_pool(x, kernel)
+    y = lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return max_pool(y) if pool else y
 
 
 def _suits_winograd(x: Array, kernel: Array, padding: str) -> bool:
@@ -65,10 +56,10 @@ def _suits_winograd(x: Array, kernel: Array, padding: str) -> bool:
 
 
 def _suits_patches(kernel: Array, padding: str) -> bool:
-    return padding == "VALID" and kernel.shape[:2] == (3, 3) and kernel.shape[2] <= _MAX_PATCH_CHANNELS
+    return padding == "VALID" and kernel.shape[2] <= _MAX_PATCH_CHANNELS
 
 
-def _patch_conv2d(x: Array, kernel: Array) -> Array:
+def _patch_conv(x: Array, kernel: Array) -> Array:
     k_h, k_w, _, c_out = kernel.shape
     height, width = x.shape[1] - k_h + 1, x.shape[2] - k_w + 1
     x = lax.optimization_barrier(x)
@@ -116,8 +107,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch h w c_in"]) -> Float[Array, "batch h_out w_out c_out"]:
         kernel = self.kernel[...].astype(self.dtype)
-        function = conv2d_max_pool if self.pool else conv2d
-        x = function(x.astype(self.dtype), kernel, padding=self.padding, platform=self.platform)
+        x = conv2d(x.astype(self.dtype), kernel, padding=self.padding, pool=self.pool, platform=self.platform)
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)[None, None, None, :]
 
 

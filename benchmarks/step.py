@@ -1,0 +1,229 @@
+"""How long the training step of a config takes and, with `--profile`, which operations the time goes to.
+
+    python -m benchmarks.step --config configs/default.py --profile
+
+Beside each operation stand its floating-point operations and bytes, as XLA's cost analysis counts them, and how near it
+comes to the fastest matrix product and the fastest copy that the same process measures on the same machine.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src.lib import xla_client
+from jaxlib import _hlo
+
+from cifar_flax import allocator, cli, compilation, train
+from cifar_flax.data.batches import Batch, to_device
+from cifar_flax.errors import UserError
+from cifar_flax.state import TrainState
+
+TRACES = 9  # of one step each
+SECONDS = 5.0  # of steps that are timed
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the machine does at best, in operations and bytes per second."""
+
+    flops: float  # of a float32 matrix product, 2048 x 2048 x 2048
+    bytes: float  # read and written by x += 1 over 256 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One instruction of the compiled step."""
+
+    name: str
+    source: str  # the layer and the operation of JAX that it was made from
+    seconds: float  # per step
+    flops: float
+    bytes: float  # of operands and result: caches may spare some of it
+
+
+def measure_machine() -> Machine:
+    matrix, vector = jnp.ones((2048, 2048)), jnp.ones(2**26)
+    product = jax.jit(jnp.matmul)
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new memory to fault in
+
+    def copy() -> jax.Array:
+        nonlocal vector
+        vector = add_one(vector)
+        return vector
+
+    return Machine(
+        flops=2 * 2048**3 / median_seconds(lambda: product(matrix, matrix)),
+        bytes=2 * vector.nbytes / median_seconds(copy),
+    )
+
+
+def median_seconds(run: Callable[[], Any], seconds: float = 1.0) -> float:
+    """The median time of `run` after two to warm up, of as many as fit into `seconds`, but at least five."""
+    for _ in range(2):
+        jax.block_until_ready(run())
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+class Step:
+    """The compiled training step of a config, on its data's first batch."""
+
+    def __init__(self, config: train.Config):
+        trainer = train.Trainer(config)
+        size = config.train.batch_size
+        self.compiled = train.compile_step(trainer.task, trainer.initial_state, size, trainer.info.image_shape)
+        index = trainer.examples[:size]
+        host = Batch(trainer.arrays.images[index], trainer.arrays.labels[index], index, 0 * index, index >= 0)
+        (self._batch,) = to_device([host])
+        self._state: TrainState = trainer.initial_state
+
+    def __call__(self) -> Any:
+        self._state, values = self.compiled(self._state, self._batch)
+        return values
+
+
+def operation_seconds(run: Callable[[], Any], traces: int) -> dict[str, float]:
+    """Name of an instruction -> seconds that one `run` spends in it, by JAX's profiler: the median of `traces`."""
+    seconds = []
+    for _ in range(traces):
+        jax.block_until_ready(run())
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                jax.block_until_ready(run())
+            (path,) = Path(folder).rglob("*.xplane.pb")
+            seconds.append(_shares(jax.profiler.ProfileData.from_file(str(path))))
+    return {name: statistics.median(one.get(name, 0.0) for one in seconds) for name in set().union(*seconds)}
+
+
+def _shares(trace: jax.profiler.ProfileData) -> Counter[str]:
+    """Seconds of each instruction. Of a time when several run side by side each gets its share: they add up."""
+    edges: list[tuple[float, int, str]] = []  # when, +1 for a beginning or -1 for an end, of what
+    for plane in trace.planes:
+        for line in plane.lines:
+            for event in line.events:
+                name = dict(event.stats).get("hlo_op")
+                if name is not None:
+                    edges += [(event.start_ns, 1, name), (event.start_ns + event.duration_ns, -1, name)]
+    seconds: Counter[str] = Counter()
+    running: Counter[str] = Counter()
+    before = 0.0
+    for now, change, name in sorted(edges):
+        for other, count in running.items():
+            seconds[other] += (now - before) * count / running.total() / 1e9
+        running[name] += change
+        running += Counter()  # drops what has ended
+        before = now
+    return seconds
+
+
+def operations(compiled: jax.stages.Compiled, seconds: dict[str, float]) -> list[Operation]:
+    """The instructions of the program that have a time, slowest first."""
+    (module,) = compiled.runtime_executable().hlo_modules()
+    text = module.to_string()
+    functions, entry = text.split("\nENTRY ")
+    lines = entry.splitlines()[1:]
+    matches = [(re.match(r"\s+(?:ROOT )?%(\S+) = (.+?) [a-z-]+\(", line), line) for line in lines]
+    shapes = {match[1]: match[2] for match, _ in matches if match}
+    found = []
+    for match, line in matches:
+        if match is None or match[1] not in seconds:
+            continue
+        cost = _cost(functions, line, shapes)
+        source = re.search(r'op_name="([^"]*)"', line)
+        found.append(
+            Operation(
+                name=match[1],
+                source=source[1].removeprefix("jit(train_step)/") if source else "",
+                seconds=seconds[match[1]],
+                flops=cost.get("flops", 0.0),
+                bytes=cost.get("bytes accessed", 0.0),
+            )
+        )
+    return sorted(found, key=lambda operation: -operation.seconds)
+
+
+def _cost(functions: str, line: str, shapes: dict[str, str]) -> dict[str, float]:
+    """XLA's cost analysis of a program whose only instruction is that of `line`."""
+    operands = dict.fromkeys(name for name in re.findall(r"%([\w.-]+)", line.split(" = ", 1)[1]) if name in shapes)
+    parameters = [f"  %{name} = {shapes[name]} parameter({number})" for number, name in enumerate(operands)]
+    root = f"  ROOT {line.strip().removeprefix('ROOT ')}"
+    program = "\n".join([functions, "ENTRY %main {", *parameters, root, "}"])
+    program = re.sub(r"^(HloModule \S+?),.*", r"\1", program, count=1)  # its layout is that of the whole step
+    module = _hlo.hlo_module_from_text(program)
+    return xla_client._xla.hlo_module_cost_analysis(jax.devices()[0].client, module)
+
+
+def table(found: list[Operation], machine: Machine, step_seconds: float, rows: int) -> str:
+    lines = [
+        "| operation | from | ms | of the step | GFLOP | of matrix speed | MB | of memory speed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def row(name: str, source: str, some: list[Operation]) -> str:
+        seconds, flops, moved = (sum(getattr(one, field) for one in some) for field in ("seconds", "flops", "bytes"))
+        cells = (
+            name,
+            source,
+            f"{seconds * 1e3:.2f}",
+            f"{seconds / step_seconds:.1%}",
+            f"{flops / 1e9:.2f}",
+            f"{flops / seconds / machine.flops:.0%}",
+            f"{moved / 1e6:.1f}",
+            f"{moved / seconds / machine.bytes:.0%}",
+        )
+        return f"| {' | '.join(cells)} |"
+
+    lines += [row(one.name, one.source, [one]) for one in found[:rows]]
+    if found[rows:]:
+        lines.append(row(f"{len(found) - rows} others", "", found[rows:]))
+    lines.append(row("all", "", found))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
+    parser.add_argument("--profile", action="store_true", help="break the step down by operation")
+    parser.add_argument("--rows", type=int, default=25, help="operations that get a row of their own (default: 25)")
+    args, overrides = parser.parse_known_args()
+    allocator.keep_freed_memory()
+    compilation.keep_programs()
+    try:
+        config = cli.parse(["--config", args.config, *overrides], ("train",)).config
+        step = Step(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    machine = measure_machine()
+    seconds = median_seconds(step, SECONDS)
+    cost = step.compiled.cost_analysis()
+    print(
+        f"{jax.devices()[0].device_kind}: matrix product {machine.flops / 1e9:,.0f} GFLOP/s, "
+        f"memory {machine.bytes / 1e9:,.1f} GB/s"
+    )
+    print(
+        f"step of {config.train.batch_size} images: {seconds * 1e3:.1f} ms, {config.train.batch_size / seconds:,.0f} "
+        f"images/s, {cost['flops'] / 1e9:.1f} GFLOP, {cost['bytes accessed'] / 1e6:,.0f} MB"
+    )
+    if args.profile:
+        print(table(operations(step.compiled, operation_seconds(step, TRACES)), machine, seconds, args.rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

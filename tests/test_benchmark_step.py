@@ -1,0 +1,51 @@
+"""The breakdown of a step: what it says of a program whose operations are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import step
+
+
+@pytest.fixture(scope="module")
+def products():
+    """Two matrix products, one with eight times the work of the other, and the operations found in them."""
+    x, y = jnp.ones((256, 512)), jnp.ones((512, 1024))
+
+    def run(x, y):
+        return x @ y, jax.lax.optimization_barrier(x[:, :64]) @ y[:64]
+
+    compiled = jax.jit(run).lower(x, y).compile()
+    return step.operations(compiled, step.operation_seconds(lambda: compiled(x, y), 3))
+
+
+def test_operations_carry_xlas_costs(products):
+    costs = {round(operation.flops): operation.bytes for operation in products if operation.flops >= 2**24}
+    assert costs.keys() == {2 * 256 * 512 * 1024, 2 * 256 * 64 * 1024}
+    assert costs[2 * 256 * 512 * 1024] == 4 * (256 * 512 + 512 * 1024 + 256 * 1024)
+
+
+def test_operations_carry_their_time(products):
+    assert [operation.seconds for operation in products] == sorted((o.seconds for o in products), reverse=True)
+    assert all(0 < operation.seconds < 10 for operation in products)
+    assert "dot_general" in products[0].source
+
+
+def test_shares_are_of_the_machine_and_of_the_step():
+    found = [
+        step.Operation("a", "dense", seconds=0.006, flops=3e9, bytes=6e6),
+        step.Operation("b", "", 0.003, 0.0, 9e6),
+        step.Operation("c", "", 0.001, 0.0, 1e6),
+    ]
+    lines = step.table(found, step.Machine(flops=1e12, bytes=10e9), step_seconds=0.010, rows=1).splitlines()
+    assert lines[2] == "| a | dense | 6.00 | 60.0% | 3.00 | 50% | 6.0 | 10% |"
+    assert lines[3] == "| 2 others |  | 4.00 | 40.0% | 0.00 | 0% | 10.0 | 25% |"
+    assert lines[4].startswith("| all |  | 10.00 | 100.0% | 3.00 |")
+
+
+def test_the_median_is_of_five_runs_at_least():
+    calls = []
+    seconds = step.median_seconds(lambda: calls.append(np.ones(())), seconds=0.0)
+    assert len(calls) == 7  # two to warm up
+    assert seconds < 1
