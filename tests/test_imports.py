@@ -1,6 +1,9 @@
 """The house keeps its order: imports go one way, and heavy libraries stay in their rooms."""
 
 import ast
+import os
+import subprocess
+import sys
 
 from conftest import REPOSITORY
 
@@ -65,6 +68,16 @@ def test_heavy_libraries_stay_in_their_rooms():
             for library, rooms in ONLY_IN.items():
                 if f"{target}.".startswith(f"{library}."):
                     assert name in rooms, f"{name} imports {library}"
+
+
+def test_pytorch_is_left_alone_and_left_importable(tmp_path):
+    """tensorboardX would import it: see writers.py."""
+    (tmp_path / "torch.py").write_text("print('torch imported')")
+    code = "import main; print('main imported'); import torch"
+    path = f"{PACKAGE.parent}:{tmp_path}"
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["main imported", "torch imported"]
 
 
 def test_no_file_is_long():

@@ -1,0 +1,68 @@
+"""A run's memory, from the outside."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from cifar_flax.data import cache
+
+CONFIG = """
+from cifar_flax.config import Config, TrainConfig
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.models import CNNConfig
+
+def get_config():
+    return Config(
+        data=DataConfig(name="squares:1.0.0", pipeline="streaming"),
+        model=CNNConfig(width=4, hidden=16),
+        train=TrainConfig(batch_size=128, epochs=20),
+    )
+"""
+# Runs main.py and prints the resident pages at each evaluation: one at the end of each epoch.
+WATCHED = """
+import sys
+import main
+from cifar_flax.evaluate import Evaluator
+
+call = Evaluator.__call__
+
+def watched(self, state):
+    print("PAGES", open("/proc/self/statm").read().split()[1])
+    return call(self, state)
+
+Evaluator.__call__ = watched
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' /proc")
+def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
+    """An epoch's images alone are 6 MB: kept, they would be seen well before the twentieth."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2000), ("test", 100)):
+        cache.store(
+            Path(os.environ["XDG_CACHE_HOME"]) / "cifar_flax" / "squares" / "1.0.0" / split,
+            [(rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 2, count, np.int32))],
+            num_examples=count,
+            image_shape=(32, 32, 3),
+            class_names=("a", "b"),
+            dataset="squares/1.0.0",
+        )
+    (tmp_path / "config.py").write_text(CONFIG)
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, "--config", str(tmp_path / "config.py"), "--workdir=run"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["step"] == 20 * 2000 // 128 + 1
+    pages = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PAGES")]
+    assert len(pages) == 21  # and the evaluation of the checkpoint
+    assert pages[19] < 1.05 * pages[2], [page // 256 for page in pages]
