@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,9 +50,13 @@ Record = dict[str, Any]
 def measure(contestant: str, folder: str, task: str, seconds: float) -> Record:
     """What the contestant's process says; `error` where it could not."""
     module, environment = CONTESTANTS[contestant]
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONWARNINGS": "ignore",
+        "STARTED": str(time.time()),
+    } | environment
     command = [sys.executable, "-m", "benchmarks.contestant", module, folder, task, str(seconds)]
-    done = subprocess.run(command, env=os.environ | quiet | environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]}
     return json.loads(done.stdout.splitlines()[-1])
