@@ -13,7 +13,7 @@ from tqdm import tqdm
 # Where PyTorch is installed, tensorboardX imports it for tensors that are never met here: seconds, and hundreds of
 # megabytes. A module that is None cannot be imported.
 _torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-from tensorboardX import SummaryWriter  # noqa: E402
+from tensorboardX import SummaryWriter
 
 if _torch is None:
     del sys.modules["torch"]

@@ -1,5 +1,7 @@
 """The breakdown of a step: what it says of a program whose operations are known."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,19 @@ def test_operations_carry_their_time(products):
     assert [operation.seconds for operation in products] == sorted((o.seconds for o in products), reverse=True)
     assert all(0 < operation.seconds < 10 for operation in products)
     assert "dot_general" in products[0].source
+
+
+def test_operations_side_by_side_share_the_time():
+    """a and b begin together on two threads; what is no operation of the program has no part in it."""
+
+    def line(*events):
+        fields = ("start_ns", "duration_ns", "stats")
+        return SimpleNamespace(events=[SimpleNamespace(**dict(zip(fields, event, strict=True))) for event in events])
+
+    first = line((0, 10e9, [("hlo_op", "a")]), (12e9, 3e9, [("hlo_op", "a")]))
+    second = line((0, 4e9, [("hlo_op", "b")]), (4e9, 1e9, [("other", "b")]))
+    trace = SimpleNamespace(planes=[SimpleNamespace(lines=[first]), SimpleNamespace(lines=[second])])
+    assert step._shares(trace) == {"a": 2 + 6 + 3, "b": 2}
 
 
 def test_shares_are_of_the_machine_and_of_the_step():

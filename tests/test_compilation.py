@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from conftest import REPOSITORY
 
 from cifar_flax import compilation
+from cifar_flax.evaluate import Evaluator
+from cifar_flax.train import Trainer, compile_step
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.py")
 CHANGED = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -49,6 +52,24 @@ def test_the_second_start_compiles_nothing(tmp_path):
     folder = tmp_path / "cache" / "cifar_flax" / "compiled"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert any(folder.iterdir())
+
+
+def test_a_barrier_keeps_operations_apart():
+    """Without the option, jax 0.10 computes the sine anew wherever it is used."""
+    run = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.sin(x)) + 1, compiler_options=compilation.options("cpu"))
+    functions = run.lower(jnp.zeros(1000)).compile().as_text().split("\n\n")
+    (with_sine,) = [function for function in functions if " sine(" in function]
+    assert " add(" not in with_sine
+
+
+def test_both_steps_are_compiled_with_the_options(tiny_config, monkeypatch):
+    trainer = Trainer(tiny_config)
+    monkeypatch.setattr(compilation, "options", lambda platform: {f"no_such_option_of_{platform}": True})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option_of_cpu"):
+        compile_step(trainer.task, trainer.initial_state, 16, trainer.info.image_shape)
+    evaluator = Evaluator(trainer.task, trainer.arrays, trainer.examples, 16)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option_of_cpu"):
+        evaluator(trainer.initial_state)
 
 
 @pytest.mark.parametrize(
