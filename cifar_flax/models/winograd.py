@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import optimization_barrier
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from cifar_flax.models.pooling import first_max, first_max_transposed
 
@@ -56,16 +56,15 @@ def conv3x3(
 
 def _conv_forward(x: Array, kernel: Array) -> tuple[Array, _Saved]:
     products, saved = _products(x, kernel)
-    rows = _stack(_combine(_OUTPUT, products))
-    y = jnp.stack(_combine(_OUTPUT, [rows[:, v] for v in range(6)]), axis=1)
-    return _interleave(y)[:, : x.shape[1], : x.shape[2]], saved
+    return _interleave(_both_axes(_OUTPUT, products))[:, : x.shape[1], : x.shape[2]], saved
 
 
 def _conv_backward(saved: _Saved, dy: Array) -> tuple[Array, Array]:
     rows, columns = _grid(saved.x)
-    height, width = rows * _TILE - dy.shape[1], columns * _TILE - dy.shape[2]
-    dy = optimization_barrier(jnp.pad(dy, ((0, 0), (0, height), (0, width), (0, 0))))
-    return _gradients(saved, _split(dy, _OUTPUT.T, rows, columns))
+    batch, height, width, c = dy.shape
+    dy = jnp.pad(dy, ((0, 0), (0, rows * _TILE - height), (0, columns * _TILE - width), (0, 0)))
+    dy = optimization_barrier(dy).reshape(batch, rows, _TILE, columns, _TILE, c).transpose(2, 4, 0, 1, 3, 5)
+    return _gradients(saved, _both_axes(_OUTPUT.T, optimization_barrier(dy)))
 
 
 conv3x3.defvjp(_conv_forward, _conv_backward)
@@ -84,9 +83,8 @@ def conv3x3_max_pool(
 
 def _pool_forward(x: Array, kernel: Array) -> tuple[Array, tuple[_Saved, Array]]:
     products, saved = _products(x, kernel)
-    rows = _stack(_combine(_OUTPUT, products))
-    y = [_combine(_OUTPUT, row) for row in rows]
-    squares = [first_max([*top[j : j + 2], *bottom[j : j + 2]]) for top, bottom in (y[:2], y[2:]) for j in (0, 2)]
+    y = _both_axes(_OUTPUT, products)
+    squares = [first_max([*y[i, j : j + 2], *y[i + 1, j : j + 2]]) for i in (0, 2) for j in (0, 2)]
     largest, winner = (jnp.stack(parts).reshape(2, 2, *parts[0].shape) for parts in zip(*squares, strict=True))
     return _interleave(largest)[:, : x.shape[1] // 2, : x.shape[2] // 2], (saved, winner)
 
@@ -96,15 +94,11 @@ def _pool_backward(residuals: tuple[_Saved, Array], dy: Array) -> tuple[Array, A
     rows, columns = _grid(saved.x)
     height, width = 2 * rows - dy.shape[1], 2 * columns - dy.shape[2]
     dy = optimization_barrier(jnp.pad(dy, ((0, 0), (0, height), (0, width), (0, 0))))
-    # For each output row of a tile, its four columns.
-    d_rows = []
+    tile: list[Array] = []  # its 16 places, row by row
     for i in (0, 1):
         left, right = (first_max_transposed(winner[i, j], dy[:, i::2, j::2], 4) for j in (0, 1))
-        d_rows += [left[:2] + right[:2], left[2:] + right[2:]]
-    d_columns = [_combine(_OUTPUT.T, column) for column in zip(*d_rows, strict=True)]
-    x = _stack([jnp.stack(row) for row in zip(*d_columns, strict=True)])
-    x = _stack(_combine(_OUTPUT.T, [x[:, j] for j in range(_TILE)]), axis=1)
-    return _gradients(saved, x.reshape(6, 6, -1, x.shape[-1]))
+        tile += [*left[:2], *right[:2], *left[2:], *right[2:]]
+    return _gradients(saved, _both_axes(_OUTPUT.T, _stack(tile).reshape(_TILE, _TILE, *tile[0].shape)))
 
 
 conv3x3_max_pool.defvjp(_pool_forward, _pool_backward)
@@ -120,19 +114,32 @@ def _products(x: Array, kernel: Array) -> tuple[Float[Array, "6 6 batch rows col
     rows, columns = _grid(x)
     below, right = rows * _TILE + 1 - height, columns * _TILE + 1 - width
     padded = optimization_barrier(jnp.pad(x, ((0, 0), (1, below), (1, right), (0, 0))))
-    saved = _Saved(x, _split(padded, _INPUT, rows, columns), _transform_kernel(kernel, _KERNEL))
+    saved = _Saved(x, _split(padded, rows, columns), _transform_kernel(kernel, _KERNEL))
     products = jnp.einsum("uvnc,uvcd->uvnd", saved.tiles, saved.weights)
     return products.reshape(6, 6, batch, rows, columns, -1), saved
 
 
-def _gradients(saved: _Saved, d_products: Float[Array, "6 6 n c_out"]) -> tuple[Array, Array]:
-    batch, height, width, _ = saved.x.shape
+def _gradients(saved: _Saved, d_products: Float[Array, "6 6 batch rows columns c_out"]) -> tuple[Array, Array]:
+    _, height, width, _ = saved.x.shape
+    d_products = d_products.reshape(6, 6, -1, d_products.shape[-1])
     d_weights = jnp.einsum("uvnc,uvnd->uvcd", saved.tiles, d_products)
     # Products with a matrix that is transposed on the fly take twice as long.
     weights = optimization_barrier(saved.weights.transpose(0, 1, 3, 2))
     d_tiles = jnp.einsum("uvnd,uvdc->uvnc", d_products, weights)
-    dx = _join(d_tiles.reshape(6, 6, batch, *_grid(saved.x), -1), _INPUT.T)
+    dx = _join(_both_axes(_INPUT.T, d_tiles.reshape(6, 6, len(saved.x), *_grid(saved.x), -1)))
     return dx[:, 1 : height + 1, 1 : width + 1], _transform_kernel(d_weights, _KERNEL.T)
+
+
+def _both_axes(
+    matrix: Shaped[np.ndarray, "k_out k"], x: Float[Array, "k k batch rows columns c"]
+) -> Float[Array, "k_out k_out batch rows columns c"]:
+    """Transforms the places of each tile along both axes at once: one product with the Kronecker product.
+
+    It multiplies more than one axis after the other, but reads and writes memory once.
+    """
+    k_out, k = matrix.shape
+    both = jnp.asarray(np.kron(matrix, matrix), x.dtype)
+    return (both @ x.reshape(k * k, -1)).reshape(k_out, k_out, *x.shape[2:])
 
 
 def _combine(matrix: np.ndarray, terms: Array | Iterable[Array]) -> list[Array]:
@@ -151,23 +158,17 @@ def _stack(arrays: Sequence[Array], axis: int = 0) -> Array:
     return optimization_barrier(jnp.stack(arrays, axis))
 
 
-def _split(
-    x: Float[Array, "batch padded_height padded_width c"], matrix: np.ndarray, rows: int, columns: int
-) -> Float[Array, "6 6 n c"]:
-    """Transforms the tiles of `x`, one every 4 places and as long as `matrix` is wide: along the rows, the columns."""
-    size = matrix.shape[1]
-    x = _stack(_combine(matrix, [x[:, i : i + _TILE * (rows - 1) + 1 : _TILE] for i in range(size)]))
-    x = _stack(_combine(matrix, [x[:, :, :, j : j + _TILE * (columns - 1) + 1 : _TILE] for j in range(size)]), axis=1)
+def _split(x: Float[Array, "batch padded_height padded_width c"], rows: int, columns: int) -> Float[Array, "6 6 n c"]:
+    """Transforms the inputs of the tiles, one every 4 places and 6 long: along the rows, then along the columns."""
+    x = _stack(_combine(_INPUT, [x[:, i : i + _TILE * (rows - 1) + 1 : _TILE] for i in range(6)]))
+    x = _stack(_combine(_INPUT, [x[:, :, :, j : j + _TILE * (columns - 1) + 1 : _TILE] for j in range(6)]), axis=1)
     return x.reshape(6, 6, -1, x.shape[-1])
 
 
-def _join(
-    x: Float[Array, "6 6 batch rows columns c"], matrix: np.ndarray
-) -> Float[Array, "batch padded_height padded_width c"]:
-    """The transpose of `_split` into overlapping tiles: first along the columns, then along the rows."""
-    x = _overlap(_stack(_combine(matrix, [x[:, v] for v in range(6)]), axis=4), 3)
-    x = x.reshape(*x.shape[:3], -1, x.shape[-1])
-    x = _overlap(_stack(_combine(matrix, x), axis=2), 1)
+def _join(x: Float[Array, "6 6 batch rows columns c"]) -> Float[Array, "batch padded_height padded_width c"]:
+    """The transpose of cutting an image into overlapping tiles."""
+    x = _overlap(x.transpose(2, 3, 0, 4, 1, 5), 3)
+    x = _overlap(x.reshape(*x.shape[:3], -1, x.shape[-1]), 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
