@@ -141,7 +141,7 @@ def operations(compiled: jax.stages.Compiled, seconds: dict[str, float]) -> list
     shapes = {match[1]: match[2] for match, _ in matches if match}
     found = []
     for match, line in matches:
-        if match is None or match[1] not in seconds:
+        if match is None or not seconds.get(match[1]):
             continue
         cost = _cost(functions, line, shapes)
         source = re.search(r'op_name="([^"]*)"', line)
