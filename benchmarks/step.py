@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +97,36 @@ class Step:
         return values
 
 
-def operation_seconds(run: Callable[[], Any], traces: int) -> dict[str, float]:
-    """Name of an instruction -> seconds that one `run` spends in it, by JAX's profiler: the median of `traces`."""
+def operations(compiled: jax.stages.Compiled, run: Callable[[], Any], traces: int) -> list[Operation]:
+    """The instructions of the program that take time when `run` runs it once, slowest first: medians of `traces`."""
+    (module,) = compiled.runtime_executable().hlo_modules()
+    functions, entry = module.to_string().split("\nENTRY ")
+    matches = [(re.match(r"\s+(?:ROOT )?%(\S+) = (.+?) [a-z-]+\(", line), line) for line in entry.splitlines()[1:]]
+    shapes = {match[1]: match[2] for match, _ in matches if match}
+    lines = {match[1]: line for match, line in matches if match}
+    operands = {
+        name: dict.fromkeys(other for other in re.findall(r"%([\w.-]+)", line.split(" = ", 1)[1]) if other in shapes)
+        for name, line in lines.items()
+    }
+    found = []
+    for name, seconds in _median_seconds(run, traces, operands).items():
+        if name in lines and seconds > 0:
+            cost = _cost(functions, lines[name], {operand: shapes[operand] for operand in operands[name]})
+            source = re.search(r'op_name="([^"]*)"', lines[name])
+            found.append(
+                Operation(
+                    name=name,
+                    source=source[1].removeprefix("jit(train_step)/") if source else "",
+                    seconds=seconds,
+                    flops=cost.get("flops", 0.0),
+                    bytes=cost.get("bytes accessed", 0.0),
+                )
+            )
+    return sorted(found, key=lambda operation: -operation.seconds)
+
+
+def _median_seconds(run: Callable[[], Any], traces: int, operands: dict[str, dict[str, None]]) -> dict[str, float]:
+    """Name of an instruction -> seconds that one `run` spends in it, by JAX's profiler."""
     seconds = []
     for _ in range(traces):
         jax.block_until_ready(run())
@@ -106,19 +134,36 @@ def operation_seconds(run: Callable[[], Any], traces: int) -> dict[str, float]:
             with jax.profiler.trace(folder):
                 jax.block_until_ready(run())
             (path,) = Path(folder).rglob("*.xplane.pb")
-            seconds.append(_shares(jax.profiler.ProfileData.from_file(str(path))))
+            seconds.append(_shares(jax.profiler.ProfileData.from_file(str(path)), operands))
     return {name: statistics.median(one.get(name, 0.0) for one in seconds) for name in set().union(*seconds)}
 
 
-def _shares(trace: jax.profiler.ProfileData) -> Counter[str]:
-    """Seconds of each instruction. Of a time when several run side by side each gets its share: they add up."""
-    edges: list[tuple[float, int, str]] = []  # when, +1 for a beginning or -1 for an end, of what
+def _shares(trace: jax.profiler.ProfileData, operands: dict[str, dict[str, None]]) -> Counter[str]:
+    """Seconds of each instruction. Of a time when several run side by side each gets its share: they add up.
+
+    The call of some matrix products returns at once, while other threads go on with it. The trace has an event for
+    their end (linked by number: `_p` of the call, `_c` of the end), but it is late where the thread that was last to
+    finish first goes on with what waited for the product: then the product has ended where its first user begins.
+    """
+    calls: list[tuple[float, float, dict[str, Any]]] = []
+    ends: dict[int, float] = {}
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
-                name = dict(event.stats).get("hlo_op")
-                if name is not None:
-                    edges += [(event.start_ns, 1, name), (event.start_ns + event.duration_ns, -1, name)]
+                stats = dict(event.stats)
+                if "hlo_op" in stats:
+                    calls.append((event.start_ns, event.start_ns + event.duration_ns, stats))
+                elif "_c" in stats:
+                    ends[stats["_c"]] = event.start_ns
+    used: dict[str, list[float]] = defaultdict(list)  # when the users of an instruction begin
+    for start, _, stats in calls:
+        for operand in operands.get(stats["hlo_op"], ()):
+            used[operand].append(start)
+    edges: list[tuple[float, int, str]] = []  # when, +1 for a beginning or -1 for an end, of what
+    for start, end, stats in calls:
+        name = stats["hlo_op"]
+        later = [ends.get(stats.get("_p", 0), end), *(time for time in used[name] if time > start)]
+        edges += [(start, 1, name), (max(end, min(later)), -1, name)]
     seconds: Counter[str] = Counter()
     running: Counter[str] = Counter()
     before = 0.0
@@ -131,36 +176,9 @@ def _shares(trace: jax.profiler.ProfileData) -> Counter[str]:
     return seconds
 
 
-def operations(compiled: jax.stages.Compiled, seconds: dict[str, float]) -> list[Operation]:
-    """The instructions of the program that have a time, slowest first."""
-    (module,) = compiled.runtime_executable().hlo_modules()
-    text = module.to_string()
-    functions, entry = text.split("\nENTRY ")
-    lines = entry.splitlines()[1:]
-    matches = [(re.match(r"\s+(?:ROOT )?%(\S+) = (.+?) [a-z-]+\(", line), line) for line in lines]
-    shapes = {match[1]: match[2] for match, _ in matches if match}
-    found = []
-    for match, line in matches:
-        if match is None or not seconds.get(match[1]):
-            continue
-        cost = _cost(functions, line, shapes)
-        source = re.search(r'op_name="([^"]*)"', line)
-        found.append(
-            Operation(
-                name=match[1],
-                source=source[1].removeprefix("jit(train_step)/") if source else "",
-                seconds=seconds[match[1]],
-                flops=cost.get("flops", 0.0),
-                bytes=cost.get("bytes accessed", 0.0),
-            )
-        )
-    return sorted(found, key=lambda operation: -operation.seconds)
-
-
-def _cost(functions: str, line: str, shapes: dict[str, str]) -> dict[str, float]:
-    """XLA's cost analysis of a program whose only instruction is that of `line`."""
-    operands = dict.fromkeys(name for name in re.findall(r"%([\w.-]+)", line.split(" = ", 1)[1]) if name in shapes)
-    parameters = [f"  %{name} = {shapes[name]} parameter({number})" for number, name in enumerate(operands)]
+def _cost(functions: str, line: str, operands: dict[str, str]) -> dict[str, float]:
+    """XLA's cost analysis of a program whose only instruction is that of `line`; `operands` are names and shapes."""
+    parameters = [f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(operands.items())]
     root = f"  ROOT {line.strip().removeprefix('ROOT ')}"
     program = "\n".join([functions, "ENTRY %main {", *parameters, root, "}"])
     program = re.sub(r"^(HloModule \S+?),.*", r"\1", program, count=1)  # its layout is that of the whole step
@@ -221,7 +239,7 @@ def main() -> int:
         f"images/s, {cost['flops'] / 1e9:.1f} GFLOP, {cost['bytes accessed'] / 1e6:,.0f} MB"
     )
     if args.profile:
-        print(table(operations(step.compiled, operation_seconds(step, TRACES)), machine, seconds, args.rows))
+        print(table(operations(step.compiled, step, TRACES), machine, seconds, args.rows))
     return 0
 
 

@@ -19,7 +19,7 @@ def products():
         return x @ y, jax.lax.optimization_barrier(x[:, :64]) @ y[:64]
 
     compiled = jax.jit(run).lower(x, y).compile()
-    return step.operations(compiled, step.operation_seconds(lambda: compiled(x, y), 3))
+    return step.operations(compiled, lambda: compiled(x, y), 3)
 
 
 def test_operations_carry_xlas_costs(products):
@@ -36,15 +36,25 @@ def test_operations_carry_their_time(products):
 
 def test_operations_side_by_side_share_the_time():
     """a and b begin together on two threads; what is no operation of the program has no part in it."""
+    first = line((0, 10e9, {"hlo_op": "a"}), (12e9, 3e9, {"hlo_op": "a"}))
+    second = line((0, 4e9, {"hlo_op": "b"}), (4e9, 1e9, {"other": "b"}))
+    assert step._shares(trace(first, second), {}) == {"a": 2 + 6 + 3, "b": 2}
 
-    def line(*events):
-        fields = ("start_ns", "duration_ns", "stats")
-        return SimpleNamespace(events=[SimpleNamespace(**dict(zip(fields, event, strict=True))) for event in events])
 
-    first = line((0, 10e9, [("hlo_op", "a")]), (12e9, 3e9, [("hlo_op", "a")]))
-    second = line((0, 4e9, [("hlo_op", "b")]), (4e9, 1e9, [("other", "b")]))
-    trace = SimpleNamespace(planes=[SimpleNamespace(lines=[first]), SimpleNamespace(lines=[second])])
-    assert step._shares(trace) == {"a": 2 + 6 + 3, "b": 2}
+def test_a_call_that_returns_early_lasts_until_its_end_or_its_first_user():
+    products = line((0, 1e9, {"hlo_op": "a", "_p": 5}), (1e9, 1e9, {"hlo_op": "b", "_p": 6}))
+    later = line((4e9, 2e9, {"hlo_op": "c", "_p": 7}), (6e9, 0, {"_c": 7}), (7e9, 0, {"_c": 5}), (8e9, 0, {"_c": 6}))
+    assert step._shares(trace(products, later), {"c": {"a": None}}) == {"a": 1 + 1.5, "b": 1.5 + 1 + 2, "c": 1}
+
+
+def line(*events):
+    """Events given as start, duration (both in ns) and statistics."""
+    fields = ("start_ns", "duration_ns", "stats")
+    return SimpleNamespace(events=[SimpleNamespace(**dict(zip(fields, event, strict=True))) for event in events])
+
+
+def trace(*lines):
+    return SimpleNamespace(planes=[SimpleNamespace(lines=[line]) for line in lines])
 
 
 def test_shares_are_of_the_machine_and_of_the_step():
