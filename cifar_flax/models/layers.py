@@ -158,6 +158,8 @@ def dropout(
         return x
     features = math.prod(x.shape[1:])
     words = jax.vmap(lambda key: jax.random.bits(key, (math.ceil(features / 4),), jnp.uint32))(keys)
-    octets = jnp.stack([words >> shift & 255 for shift in (0, 8, 16, 24)], axis=1)
-    octets = octets.reshape(x.shape[0], -1)[:, :features].reshape(x.shape)
-    return jnp.where(octets >= threshold, x * (256 / (256 - threshold)), jnp.zeros((), x.dtype))
+    octets = words[:, None, :] >> jnp.arange(0, 32, 8, dtype=jnp.uint32)[None, :, None] & 255
+    # A byte per element is kept for the gradient; without the barrier it would be the four bytes of `octets`.
+    keep = lax.optimization_barrier(octets >= threshold)
+    keep = keep.reshape(x.shape[0], -1)[:, :features].reshape(x.shape)
+    return jnp.where(keep, x * (256 / (256 - threshold)), jnp.zeros((), x.dtype))

@@ -5,7 +5,7 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
-from jax.lax import optimization_barrier
+from jax.lax import broadcasted_iota, optimization_barrier
 from jaxtyping import Array, Float, UInt8
 
 
@@ -24,7 +24,8 @@ def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[
 
 def first_max(places: Sequence[Float[Array, "*shape"]]) -> tuple[Float[Array, "*shape"], UInt8[Array, "*shape"]]:
     """The maximum of arrays, element by element, and the number of the first that has it."""
-    largest = reduce(jnp.maximum, places)
+    # Both are written to memory: XLA would rather read all places again for each use of the maximum.
+    largest = optimization_barrier(reduce(jnp.maximum, places))
     winner = jnp.full(largest.shape, len(places) - 1, jnp.uint8)
     for number, place in reversed(list(enumerate(places[:-1]))):
         winner = jnp.where(place == largest, jnp.uint8(number), winner)
@@ -48,7 +49,9 @@ def _forward(x: Array) -> tuple[Array, UInt8[Array, "..."]]:
 
 def _backward(winner: Array, dy: Array) -> tuple[Array]:
     winner, dy = optimization_barrier((winner, dy))
-    return (optimization_barrier(jnp.stack(first_max_transposed(winner, dy, 4), axis=-2)),)
+    *shape, channels = winner.shape
+    place = broadcasted_iota(winner.dtype, (*shape, 4, channels), len(shape))
+    return (jnp.where(winner[..., None, :] == place, dy[..., None, :], 0),)
 
 
 max_over_places.defvjp(_forward, _backward)
