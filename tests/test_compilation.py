@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 
 from cifar_flax import compilation
 from cifar_flax.evaluate import Evaluator
+from cifar_flax.models.pooling import max_over_places
 from cifar_flax.train import Trainer, compile_step
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.py")
@@ -60,6 +61,17 @@ def test_a_barrier_keeps_operations_apart():
     functions = run.lower(jnp.zeros(1000)).compile().as_text().split("\n\n")
     (with_sine,) = [function for function in functions if " sine(" in function]
     assert " add(" not in with_sine
+
+
+def test_a_maximum_over_places_is_not_computed_anew_for_each_use():
+    """A normalisation uses it three times, with a reduction over all of it between."""
+
+    def normalised_maximum(x):
+        y = max_over_places(x)
+        return (y - jnp.mean(y)) / jnp.std(y)
+
+    run = jax.jit(normalised_maximum, compiler_options=compilation.options("cpu"))
+    assert run.lower(jnp.zeros((64, 4, 128))).compile().as_text().count(" maximum(") == 3  # of four places
 
 
 def test_both_steps_are_compiled_with_the_options(tiny_config, monkeypatch):
