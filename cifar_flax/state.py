@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 
 def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     """The roots of all random bits of a run: for the initial weights, and for the examples."""
-    weights, examples = jax.random.split(jax.random.key(seed))
+    weights, examples = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
     return weights, examples
 
 

@@ -59,6 +59,13 @@ def test_dropout_mask_belongs_to_the_example():
     assert len(masks) == 8
 
 
+@pytest.mark.parametrize("count", [1, 37, 1800])
+def test_random_words_are_those_of_jax(count):
+    keys = jax.random.split(jax.random.key(7, impl="threefry2x32"), 5)
+    expected = jax.vmap(lambda key: jax.random.bits(key, (count,), jnp.uint32))(keys)
+    np.testing.assert_array_equal(layers.random_words(keys, count), expected)
+
+
 def test_dropout_of_rate_zero_changes_nothing():
     x = normal(0, 4, 9)
     np.testing.assert_array_equal(layers.dropout(x, jax.random.split(jax.random.key(0), 4), 0.0), x)

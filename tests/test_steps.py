@@ -123,3 +123,9 @@ def test_padding_changes_no_evaluation(setup):
     plain = metrics.add(None, jax.device_get(step(state.params, state.batch_stats, masked)))
     assert metrics.summarize(whole, names) == metrics.summarize(plain, names)
     assert metrics.summarize(whole, names)["num_examples"] == 40
+
+
+def test_random_bits_do_not_depend_on_jaxs_default_generator():
+    expected = [jax.random.key_data(key) for key in root_keys(jnp.uint32(3))]
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal([jax.random.key_data(key) for key in root_keys(jnp.uint32(3))], expected)
