@@ -101,15 +101,22 @@ def operations(compiled: jax.stages.Compiled, run: Callable[[], Any], traces: in
     """The instructions of the program that take time when `run` runs it once, slowest first: medians of `traces`."""
     (module,) = compiled.runtime_executable().hlo_modules()
     functions, entry = module.to_string().split("\nENTRY ")
-    matches = [(re.match(r"\s+(?:ROOT )?%(\S+) = (.+?) [a-z-]+\(", line), line) for line in entry.splitlines()[1:]]
-    shapes = {match[1]: match[2] for match, _ in matches if match}
-    lines = {match[1]: line for match, line in matches if match}
-    operands = {
-        name: dict.fromkeys(other for other in re.findall(r"%([\w.-]+)", line.split(" = ", 1)[1]) if other in shapes)
-        for name, line in lines.items()
-    }
+    lines: dict[str, str] = {}
+    shapes: dict[str, str] = {}
+    operands: dict[str, list[str]] = {}
+    producers: dict[str, list[str]] = {}  # as operands, but through what only gives them another name
+    aliases: set[str] = set()
+    for line in entry.splitlines()[1:]:
+        if match := re.match(r"\s+(?:ROOT )?%(\S+) = (.+?) ([a-z-]+)\((.*)", line):
+            name, shape, opcode, rest = match.groups()
+            lines[name], shapes[name] = line, shape
+            operands[name] = list(dict.fromkeys(other for other in re.findall(r"%([\w.-]+)", rest) if other in lines))
+            known = ((producers[other] if other in aliases else [other]) for other in operands[name])
+            producers[name] = [producer for some in known for producer in some]
+            if opcode in ("bitcast", "tuple", "get-tuple-element", "opt-barrier"):
+                aliases.add(name)
     found = []
-    for name, seconds in _median_seconds(run, traces, operands).items():
+    for name, seconds in _operation_seconds(run, traces, producers).items():
         if name in lines and seconds > 0:
             cost = _cost(functions, lines[name], {operand: shapes[operand] for operand in operands[name]})
             source = re.search(r'op_name="([^"]*)"', lines[name])
@@ -125,7 +132,7 @@ def operations(compiled: jax.stages.Compiled, run: Callable[[], Any], traces: in
     return sorted(found, key=lambda operation: -operation.seconds)
 
 
-def _median_seconds(run: Callable[[], Any], traces: int, operands: dict[str, dict[str, None]]) -> dict[str, float]:
+def _operation_seconds(run: Callable[[], Any], traces: int, producers: dict[str, list[str]]) -> dict[str, float]:
     """Name of an instruction -> seconds that one `run` spends in it, by JAX's profiler."""
     seconds = []
     for _ in range(traces):
@@ -134,16 +141,17 @@ def _median_seconds(run: Callable[[], Any], traces: int, operands: dict[str, dic
             with jax.profiler.trace(folder):
                 jax.block_until_ready(run())
             (path,) = Path(folder).rglob("*.xplane.pb")
-            seconds.append(_shares(jax.profiler.ProfileData.from_file(str(path)), operands))
+            seconds.append(_shares(jax.profiler.ProfileData.from_file(str(path)), producers))
     return {name: statistics.median(one.get(name, 0.0) for one in seconds) for name in set().union(*seconds)}
 
 
-def _shares(trace: jax.profiler.ProfileData, operands: dict[str, dict[str, None]]) -> Counter[str]:
+def _shares(trace: jax.profiler.ProfileData, producers: dict[str, list[str]]) -> Counter[str]:
     """Seconds of each instruction. Of a time when several run side by side each gets its share: they add up.
 
     The call of some matrix products returns at once, while other threads go on with it. The trace has an event for
-    their end (linked by number: `_p` of the call, `_c` of the end), but it is late where the thread that was last to
-    finish first goes on with what waited for the product: then the product has ended where its first user begins.
+    their end (linked by number: `_p` of the call, `_c` of the end), which comes late when the last of those threads
+    runs what uses the product before it records the end. So a product also ends when the first of its users begins;
+    `producers` names what each instruction uses.
     """
     calls: list[tuple[float, float, dict[str, Any]]] = []
     ends: dict[int, float] = {}
@@ -157,8 +165,8 @@ def _shares(trace: jax.profiler.ProfileData, operands: dict[str, dict[str, None]
                     ends[stats["_c"]] = event.start_ns
     used: dict[str, list[float]] = defaultdict(list)  # when the users of an instruction begin
     for start, _, stats in calls:
-        for operand in operands.get(stats["hlo_op"], ()):
-            used[operand].append(start)
+        for producer in producers.get(stats["hlo_op"], ()):
+            used[producer].append(start)
     edges: list[tuple[float, int, str]] = []  # when, +1 for a beginning or -1 for an end, of what
     for start, end, stats in calls:
         name = stats["hlo_op"]

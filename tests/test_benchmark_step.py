@@ -43,8 +43,8 @@ def test_operations_side_by_side_share_the_time():
 
 def test_a_call_that_returns_early_lasts_until_its_end_or_its_first_user():
     products = line((0, 1e9, {"hlo_op": "a", "_p": 5}), (1e9, 1e9, {"hlo_op": "b", "_p": 6}))
-    later = line((4e9, 2e9, {"hlo_op": "c", "_p": 7}), (6e9, 0, {"_c": 7}), (7e9, 0, {"_c": 5}), (8e9, 0, {"_c": 6}))
-    assert step._shares(trace(products, later), {"c": {"a": None}}) == {"a": 1 + 1.5, "b": 1.5 + 1 + 2, "c": 1}
+    later = line((4e9, 2e9, {"hlo_op": "c", "_p": 7}), (5e9, 0, {"_c": 7}), (7e9, 0, {"_c": 5}), (8e9, 0, {"_c": 6}))
+    assert step._shares(trace(products, later), {"c": ["a"]}) == {"a": 1 + 1.5, "b": 1.5 + 1 + 2, "c": 1}
 
 
 def line(*events):

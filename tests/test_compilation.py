@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 
 from cifar_flax import compilation
 from cifar_flax.evaluate import Evaluator
+from cifar_flax.models.layers import random_words
 from cifar_flax.models.pooling import max_over_places
 from cifar_flax.train import Trainer, compile_step
 
@@ -64,14 +65,19 @@ def test_a_barrier_keeps_operations_apart():
 
 
 def test_a_maximum_over_places_is_not_computed_anew_for_each_use():
-    """A normalisation uses it three times, with a reduction over all of it between."""
+    """A normalisation uses it three times, with a reduction over all of it between; its gradient does so too."""
 
-    def normalised_maximum(x):
+    def loss(x):
         y = max_over_places(x)
-        return (y - jnp.mean(y)) / jnp.std(y)
+        return jnp.sum(((y - jnp.mean(y)) / jnp.std(y)) ** 3)
 
-    run = jax.jit(normalised_maximum, compiler_options=compilation.options("cpu"))
+    run = jax.jit(jax.value_and_grad(loss), compiler_options=compilation.options("cpu"))
     assert run.lower(jnp.zeros((64, 4, 128))).compile().as_text().count(" maximum(") == 3  # of four places
+
+
+def test_random_words_are_made_without_a_loop():
+    run = jax.jit(lambda keys: random_words(keys, 100), compiler_options=compilation.options("cpu"))
+    assert " while(" not in run.lower(jax.random.split(jax.random.key(0), 8)).compile().as_text()
 
 
 def test_both_steps_are_compiled_with_the_options(tiny_config, monkeypatch):

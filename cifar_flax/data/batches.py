@@ -47,11 +47,10 @@ def evaluation_batches(arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_
         yield Batch(arrays.images[index], arrays.labels[index], index, np.zeros_like(index), mask)
 
 
-def to_device(batches: Iterable[Batch], ahead: int = 4) -> Iterator[Batch]:
+def to_device(batches: Iterable[Batch], ahead: int = 2) -> Iterator[Batch]:
     """Copies batches to the device in a thread of its own, from now on `ahead` of their use.
 
-    The thread does one batch for each that is taken, so it never runs on when its user stops. After an evaluation the
-    training loop takes three at once, without waiting for the steps that use them.
+    The thread does one batch for each that is taken, so it never runs on when its user stops.
     """
     source = iter(batches)
 

@@ -166,7 +166,7 @@ def dropout(
 
 
 def random_words(keys: Key[Array, " batch"], count: int) -> UInt32[Array, "batch count"]:
-    """The bits of `jax.random.bits` for each of the keys, all of them in one fusion.
+    """The bits of `jax.random.bits` for each of the keys, which are Threefry's, all of them in one fusion.
 
     On a CPU, JAX has the cipher as a loop that writes its state to memory between its rounds.
 

@@ -32,23 +32,19 @@ def first_max(places: Sequence[Float[Array, "*shape"]]) -> tuple[Float[Array, "*
     return largest, optimization_barrier(winner)
 
 
-def first_max_transposed(winner: UInt8[Array, "*shape"], dy: Float[Array, "*shape"], count: int) -> list[Array]:
-    """What `dy`, a gradient of the maximum, is to each of the `count` arrays."""
-    return [jnp.where(winner == number, dy, 0) for number in range(count)]
-
-
 @jax.custom_vjp
-def max_over_places(x: Float[Array, "*shape places c"]) -> Float[Array, "*shape c"]:
+def max_over_places(x: Float[Array, "*shape 4 c"]) -> Float[Array, "*shape c"]:
     """Maximum over the last axis but one; of equal values the first gets the gradient."""
     return _forward(x)[0]
 
 
 def _forward(x: Array) -> tuple[Array, UInt8[Array, "..."]]:
-    return first_max([x[..., place, :] for place in range(x.shape[-2])])
+    return first_max([x[..., place, :] for place in range(4)])
 
 
 def _backward(winner: Array, dy: Array) -> tuple[Array]:
     winner, dy = optimization_barrier((winner, dy))
+    # One comparison for all places: four, put together afterwards, are slower on a CPU.
     *shape, channels = winner.shape
     place = broadcasted_iota(winner.dtype, (*shape, 4, channels), len(shape))
     return (jnp.where(winner[..., None, :] == place, dy[..., None, :], 0),)

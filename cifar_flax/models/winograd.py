@@ -17,7 +17,7 @@ import numpy as np
 from jax.lax import optimization_barrier
 from jaxtyping import Array, Float, Shaped
 
-from cifar_flax.models.pooling import first_max, first_max_transposed
+from cifar_flax.models.pooling import first_max
 
 _TILE = 4  # outputs of a tile along each axis
 _INPUT = np.array(  # 6 transformed positions from 6 inputs
@@ -96,7 +96,7 @@ def _pool_backward(residuals: tuple[_Saved, Array], dy: Array) -> tuple[Array, A
     dy = optimization_barrier(jnp.pad(dy, ((0, 0), (0, height), (0, width), (0, 0))))
     tile: list[Array] = []  # its 16 places, row by row
     for i in (0, 1):
-        left, right = (first_max_transposed(winner[i, j], dy[:, i::2, j::2], 4) for j in (0, 1))
+        left, right = ([jnp.where(winner[i, j] == place, dy[:, i::2, j::2], 0) for place in range(4)] for j in (0, 1))
         tile += [*left[:2], *right[:2], *left[2:], *right[2:]]
     return _gradients(saved, _both_axes(_OUTPUT.T, _stack(tile).reshape(_TILE, _TILE, *tile[0].shape)))
 
