@@ -96,7 +96,7 @@ def accuracy_table(records: list[Record]) -> list[str]:
 
 def speed_table(records: list[Record]) -> list[str]:
     lines = [
-        "| | training, images/s | ratio | evaluation, images/s | ratio | first step, s | peak memory, MB |",
+        "| | training, images/s | ratio | evaluation, images/s | ratio | first step, s | peak memory, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     by_round = {(record["contestant"], record["round"]): record for record in records}
@@ -107,7 +107,7 @@ def speed_table(records: list[Record]) -> list[str]:
             cells.append(spread([record[rate] for record in mine], "{:,.0f}"))
             pairs = [(by_round.get((OURS, record["round"])), record) for record in mine]
             cells.append(spread([ours[rate] / theirs[rate] for ours, theirs in pairs if ours], "{:.2f}"))
-        for figure, form in (("seconds_to_first_step", "{:.1f}"), ("peak_memory_mb", "{:,.0f}")):
+        for figure, form in (("seconds_to_first_step", "{:.1f}"), ("peak_memory_mib", "{:,.0f}")):
             cells.append(form.format(statistics.median(record[figure] for record in mine)))
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -63,7 +63,7 @@ def speed(contestant: Any, setting: Setting, seconds: float) -> dict[str, Any]:
         "evaluate_images_per_second": max(evaluations.values()),
         "evaluation_batch_size": max(evaluations, key=evaluations.__getitem__),
         "seconds_to_first_step": first_step,
-        "peak_memory_mb": memory,
+        "peak_memory_mib": memory,
     }
 
 
@@ -92,7 +92,7 @@ def since_start() -> float:
 
 
 def peak_memory() -> float:
-    """The most resident memory so far, in MB."""
+    """The most resident memory so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -11,7 +11,7 @@ from cifar_flax.models import AirbenchConfig, CNNConfig
 
 
 def record(contestant, number, train, evaluate):
-    figures = {"seconds_to_first_step": 3.0, "peak_memory_mb": 1000.0}
+    figures = {"seconds_to_first_step": 3.0, "peak_memory_mib": 1000.0}
     rates = dict(zip(compare.RATES, (train, evaluate), strict=True))
     return {"job": "cnn, batch 1", "round": number, "contestant": contestant} | rates | figures
 
