@@ -4,6 +4,7 @@ python -m benchmarks.pipelines --config configs/default.py
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -23,36 +24,30 @@ from cifar_flax.errors import UserError
 PIPELINES = ("streaming", "resident")
 
 
-def measure(pipeline: str, arrays: Arrays, config: Config, seconds: float) -> tuple[float, float]:
-    """Images per second, and per second of processor time, over one epoch after another for that long."""
+def measure(pipeline: str, arrays: Arrays, config: Config, epochs: int) -> tuple[float, float]:
+    """Images per second, and per second of processor time: medians of so many epochs, after one to warm up."""
     size = config.train.batch_size
     examples = np.arange(len(arrays.labels), dtype=np.int32)
-    epoch = len(examples) // size
+    steps = len(examples) // size
     batches = to_device(
         import_module(f"cifar_flax.data.{pipeline}").training_batches(
-            arrays, examples, batch_size=size, seed=config.seed, start=0, stop=100 * epoch
+            arrays, examples, batch_size=size, seed=config.seed, start=0, stop=(epochs + 1) * steps
         )
     )
-
-    def run(count: int) -> None:
-        last = deque((next(batches) for _ in range(count)), maxlen=1)
-        jax.block_until_ready(last.pop())
-
-    run(epoch)
     rates, per_core = [], []
-    begin = time.perf_counter()
-    while not rates or time.perf_counter() - begin < seconds:
+    for _ in range(epochs + 1):
         start, cpu = time.perf_counter(), time.process_time()
-        run(epoch)
-        rates.append(epoch * size / (time.perf_counter() - start))
-        per_core.append(epoch * size / (time.process_time() - cpu))
-    return statistics.median(rates), statistics.median(per_core)
+        last = deque(itertools.islice(batches, steps), maxlen=1)
+        jax.block_until_ready(last.pop())
+        rates.append(steps * size / (time.perf_counter() - start))
+        per_core.append(steps * size / (time.process_time() - cpu))
+    return statistics.median(rates[1:]), statistics.median(per_core[1:])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
-    parser.add_argument("--seconds", type=float, default=5.0, help="per pipeline (default: 5)")
+    parser.add_argument("--epochs", type=int, default=20, help="that are timed, per pipeline (default: 20)")
     args, overrides = parser.parse_known_args()
     allocator.keep_freed_memory()
     try:
@@ -64,7 +59,7 @@ def main() -> int:
     print("| pipeline | images/s | images/s per core |")
     print("|---|---|---|")
     for pipeline in PIPELINES:
-        rate, per_core = measure(pipeline, arrays, config, args.seconds)
+        rate, per_core = measure(pipeline, arrays, config, args.epochs)
         print(f"| {pipeline} | {rate:,.0f} | {per_core:,.0f} |")
     return 0
 

@@ -27,8 +27,6 @@ from cifar_flax.writers import MetricsWriter, Progress, Record, write_json
 
 # A step's metrics are read when this many later steps have been given to the device, so it never waits for the host.
 READ_LAG = 2
-# After an evaluation so many steps and one more are given to the device at once; each finds its batch there.
-BATCHES_AHEAD = READ_LAG + 2
 
 Values = dict[str, Any]  # what `train_step` reports of one step
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Values]]
@@ -87,7 +85,7 @@ class Trainer:
                 return
             where = f"resuming at step {start} of {self.total_steps}" if start else f"{self.total_steps} steps"
             print(f"{self.info.name}: {self.info.num_examples} images, {where}, on {jax.devices()[0].device_kind}")
-            batches = InputTimer(to_device(self._training_batches(start), BATCHES_AHEAD))
+            batches = InputTimer(to_device(self._training_batches(start)))
             train_step = self._compile(state)
             with (
                 closing(MetricsWriter(workdir, start)) as writer,

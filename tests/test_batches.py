@@ -1,3 +1,4 @@
+import itertools
 import time
 
 import jax
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from cifar_flax.data import order, resident, streaming
-from cifar_flax.data.batches import Batch, InputTimer, evaluation_batches, to_device
+from cifar_flax.data.batches import GROUP, Batch, InputTimer, evaluation_batches, to_device
 from cifar_flax.data.cache import Arrays
 
 FIELDS = ("image", "label", "index", "epoch", "mask")
@@ -54,19 +55,20 @@ def test_batches_are_on_the_device_before_they_are_asked_for():
     taken = []
 
     def source():
-        for batch in evaluation_batches(make_arrays(10), np.arange(10, dtype=np.int32), 2):
+        for batch in evaluation_batches(make_arrays(60), np.arange(60, dtype=np.int32), 2):
             taken.append(batch)
             yield batch
 
-    batches = to_device(source(), ahead=2)
-    wait_until(lambda: len(taken) == 2)  # before the first is asked for
+    batches = to_device(source())
+    wait_until(lambda: len(taken) == 2 * GROUP)  # before the first is asked for
     received = [next(batches)]
-    wait_until(lambda: len(taken) == 3)
+    wait_until(lambda: len(taken) == 3 * GROUP)
+    received += itertools.islice(batches, GROUP - 1)
     time.sleep(0.05)
-    assert len(taken) == 3  # and no further
+    assert len(taken) == 3 * GROUP  # and no further before the next group is begun
     received += batches
     assert all(isinstance(batch.image, jax.Array) for batch in received)
-    assert np.concatenate([batch.index for batch in received]).tolist() == list(range(10))
+    assert np.concatenate([batch.index for batch in received]).tolist() == list(range(60))
 
 
 def wait_until(condition):

@@ -13,12 +13,12 @@ from conftest import make_tiny_config
 
 from cifar_flax import checkpoint, cli, evaluate
 from cifar_flax.data import sources
-from cifar_flax.data.batches import Batch
+from cifar_flax.data.batches import GROUP, Batch
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.models import AirbenchConfig, CNNConfig
 from cifar_flax.optim import OptimConfig
-from cifar_flax.train import BATCHES_AHEAD, READ_LAG, Trainer, run_steps, train
+from cifar_flax.train import READ_LAG, Trainer, run_steps, train
 
 MODES = ("train", "eval")
 NOT_TIMES = ("step", "epoch", "split", "loss", "accuracy", "learning_rate")
@@ -227,7 +227,7 @@ def test_metrics_are_read_late():
     for step in range(11, 17):
         assert events.index(("read", step)) > events.index(("dispatch", min(step + READ_LAG, 16)))
     # Before anything is read, and so perhaps before any step has run, the batches of these have been asked for.
-    assert BATCHES_AHEAD > events.index(("read", 11)) == READ_LAG + 1
+    assert GROUP > events.index(("read", 11)) == READ_LAG + 1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from cifar_flax.data.cache import Arrays
 from cifar_flax.data.streaming import training_batches
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
-from cifar_flax.train import BATCHES_AHEAD, compile_step, run_steps
+from cifar_flax.train import compile_step, run_steps
 
 VERSIONS = {"jax": jax.__version__}
 
@@ -45,8 +45,7 @@ class Contestant:
                 seed=config.seed,
                 start=0,
                 stop=len(setting.learning_rates),
-            ),
-            BATCHES_AHEAD,
+            )
         )
         self._done = 0
 

@@ -118,7 +118,9 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
 
 
 def _tfds_builder(config: DataConfig) -> Any:
-    import tensorflow_datasets as tfds
+    from cifar_flax.data import tensorflow  # noqa: F401  # before TFDS, which would import all of TensorFlow
+
+    import tensorflow_datasets as tfds  # isort: skip
 
     data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR", "")  # which TFDS itself reads only on import
     try:
@@ -187,7 +189,7 @@ def _decode(
     """Batches of images and labels, in the order in which TFDS stores them."""
     import tensorflow_datasets as tfds
 
-    from cifar_flax.data.tensorflow import tf
+    from cifar_flax.data.tensorflow import dataset_options, tf
 
     # One file after another: interleaving them would make the order depend on TFDS's defaults.
     dataset = builder.as_dataset(split=split, read_config=tfds.ReadConfig(interleave_cycle_length=1))
@@ -199,7 +201,8 @@ def _decode(
             image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
         return image, example[label_key]
 
+    dataset = dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE).batch(_DECODE_BATCH)
     try:
-        yield from dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE).batch(_DECODE_BATCH).as_numpy_iterator()
+        yield from dataset.with_options(dataset_options()).as_numpy_iterator()
     except tf.errors.OpError as error:
         raise UserError(f"what TFDS prepared in {builder.data_dir} cannot be read ({_reason(error)})") from error

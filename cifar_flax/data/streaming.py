@@ -8,7 +8,7 @@ from jaxtyping import Int32
 from cifar_flax.data import order
 from cifar_flax.data.batches import Batch
 from cifar_flax.data.cache import Arrays
-from cifar_flax.data.tensorflow import tf
+from cifar_flax.data.tensorflow import as_tensor, dataset_options, tf
 
 _PREFETCH = 4  # batches
 
@@ -17,17 +17,15 @@ def training_batches(
     arrays: Arrays, examples: Int32[np.ndarray, " n"], *, batch_size: int, seed: int, start: int, stop: int
 ) -> Iterator[Batch]:
     """The batches of the steps from `start` up to `stop`, as NumPy arrays."""
-    images, labels = tf.constant(arrays.images), tf.constant(arrays.labels)
+    images, labels = as_tensor(arrays.images), as_tensor(arrays.labels)
 
     def gather(index: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, ...]:
         mask = tf.ones_like(index, tf.bool)
         return tf.gather(images, index), tf.gather(labels, index), index, epoch, mask
 
     index, epoch = order.positions(seed, examples, batch_size, start, stop)
-    dataset = tf.data.Dataset.from_tensor_slices((index.ravel(), epoch.ravel()))
-    dataset = dataset.batch(batch_size).map(gather, num_parallel_calls=1).prefetch(_PREFETCH)
-    options = tf.data.Options()
-    options.deterministic = True
+    dataset = tf.data.Dataset.from_tensor_slices((index, epoch)).map(gather).prefetch(_PREFETCH)
+    options = dataset_options()
     # A gather of a few hundred small images needs one thread; more would take cores from the training step.
     options.threading.private_threadpool_size = 1
     for batch in dataset.with_options(options).as_numpy_iterator():
