@@ -38,7 +38,7 @@ class Setting:
     def read(cls, folder: Path) -> "Setting":
         text = (folder / "setting.json").read_text()
         values = json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
-        return cls(**vars(values), **{path.stem: np.load(path) for path in folder.glob("*.npy")})
+        return cls(**vars(values), **{path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")})
 
 
 def speed(contestant: Any, setting: Setting, seconds: float) -> dict[str, Any]:

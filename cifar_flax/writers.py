@@ -10,13 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Where PyTorch is installed, tensorboardX imports it for tensors that are never met here: seconds, and hundreds of
-# megabytes. A module that is None cannot be imported.
-_torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-from tensorboardX import SummaryWriter
+from cifar_flax.imports import without
 
-if _torch is None:
-    del sys.modules["torch"]
+with without("torch"):  # seconds, and hundreds of megabytes, for tensors that are never met here
+    from tensorboardX import SummaryWriter
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 

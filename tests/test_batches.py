@@ -60,12 +60,12 @@ def test_batches_are_on_the_device_before_they_are_asked_for():
             yield batch
 
     batches = to_device(source())
-    wait_until(lambda: len(taken) == 2 * GROUP)  # before the first is asked for
+    wait_until(lambda: len(taken) == GROUP)  # before the first is asked for
     received = [next(batches)]
-    wait_until(lambda: len(taken) == 3 * GROUP)
+    wait_until(lambda: len(taken) == 2 * GROUP)
     received += itertools.islice(batches, GROUP - 1)
     time.sleep(0.05)
-    assert len(taken) == 3 * GROUP  # and no further before the next group is begun
+    assert len(taken) == 2 * GROUP  # and no further before the next group is begun
     received += batches
     assert all(isinstance(batch.image, jax.Array) for batch in received)
     assert np.concatenate([batch.index for batch in received]).tolist() == list(range(60))
@@ -80,12 +80,13 @@ def wait_until(condition):
 
 def test_errors_of_the_source_reach_the_loop():
     def source():
-        yield from evaluation_batches(make_arrays(4), np.arange(4, dtype=np.int32), 2)
+        yield from evaluation_batches(make_arrays(GROUP), np.arange(GROUP, dtype=np.int32), 1)
         raise OSError("the disk is gone")
 
     batches = to_device(source())
+    assert [int(batch.index[0]) for batch in itertools.islice(batches, GROUP)] == list(range(GROUP))
     with pytest.raises(OSError, match="the disk is gone"):
-        list(batches)
+        next(batches)
 
 
 def test_waiting_is_measured(monkeypatch):

@@ -11,7 +11,6 @@ from conftest import REPOSITORY
 from cifar_flax.data import cache, sources, streaming
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.sources import DataConfig
-from cifar_flax.data.tensorflow import as_tensor
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 5, 3), np.uint8)
 
@@ -27,30 +26,48 @@ def stored(folder):
     )
 
 
+def batches_of(images):
+    arrays = Arrays(images, np.zeros(20, np.int32), ("a",), "set/1.0.0")
+    examples = np.arange(20, dtype=np.int32)
+    return streaming.training_batches(arrays, examples, batch_size=1, seed=0, start=0, stop=20)
+
+
 def test_images_of_the_cache_are_not_copied(tmp_path):
     images = stored(tmp_path / "train").images
-    tensor = as_tensor(images)
-    np.testing.assert_array_equal(tensor, IMAGES)
-    images[3] += 1
-    np.testing.assert_array_equal(tensor[3], IMAGES[3] + np.uint8(1))
+    batches = batches_of(images)
+    next(batches)
+    images[:] = 0
+    *_, last = batches  # gathered after the change
+    assert not last.image.any()
     np.testing.assert_array_equal(cache.load(tmp_path / "train").images, IMAGES)  # which reads the file again
 
 
-@pytest.mark.parametrize("offset", range(1, 65))
-def test_arrays_anywhere_in_memory_become_tensors(offset):
-    """TensorFlow ends the process when it gathers from a tensor that is not aligned as its own are."""
+def lying(offset):
+    """Memory for images `offset` bytes behind a multiple of 64."""
     memory = np.zeros(IMAGES.size + 128, np.uint8)
     start = -memory.ctypes.data % 64 + offset
-    images = memory[start : start + IMAGES.size].reshape(IMAGES.shape)
+    return memory[start : start + IMAGES.size]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        *(lying(offset).reshape(IMAGES.shape) for offset in (0, 1, 16, 32)),
+        lying(0).reshape(20, 3, 4, 5).transpose(0, 2, 3, 1),
+        lying(0).reshape(IMAGES.shape)[:, ::-1],
+    ],
+)
+@pytest.mark.parametrize("writeable", [True, False])
+def test_arrays_of_every_kind_become_tensors(images, writeable):
+    """From one that is not aligned, TensorFlow would end the process."""
+    images = images.view()
     images[:] = IMAGES
-    images.flags.writeable = offset % 64 != 0
-    arrays = Arrays(images, np.zeros(20, np.int32), ("a",), "set/1.0.0")
-    examples = np.arange(20, dtype=np.int32)
-    for batch in streaming.training_batches(arrays, examples, batch_size=5, seed=0, start=0, stop=4):
+    images.flags.writeable = writeable
+    for batch in batches_of(images):
         np.testing.assert_array_equal(batch.image, IMAGES[batch.index])
 
 
-def test_no_pipeline_tunes_itself(tmp_path, monkeypatch):
+def test_no_pipeline_tunes_itself(monkeypatch):
     """See `dataset_options`; the wait itself is too rare to be tested."""
     iterate, tuned = tf.data.Dataset.as_numpy_iterator, []
 
@@ -65,10 +82,14 @@ def test_no_pipeline_tunes_itself(tmp_path, monkeypatch):
     assert tuned == [False, False]
 
 
-def test_keras_is_left_alone_and_left_importable(tmp_path):
-    """TensorFlow would import it."""
+@pytest.mark.parametrize(
+    "use", ["import cifar_flax.data.tensorflow", "from cifar_flax.data import sources; sources._tfds_builder(config)"]
+)
+def test_keras_is_left_alone_and_left_importable(tmp_path, use):
+    """TensorFlow would import it, TFDS would import TensorFlow."""
     (tmp_path / "keras.py").write_text("print('keras imported')")
-    code = "import cifar_flax.data.tensorflow; print('TensorFlow imported'); import keras"
+    config = "from cifar_flax.data.sources import DataConfig; config = DataConfig(name='mnist')"
+    code = f"{config}; {use}; import tensorflow; print('TensorFlow imported'); import keras"
     run = [sys.executable, "-c", code]
     path = f"{REPOSITORY}:{tmp_path}"
     done = subprocess.run(run, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)

@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from jaxtyping import Bool, Int32, UInt8
 from cifar_flax.data.cache import Arrays
 
 # Batches fetched at a time. Waking a thread for each of them would cost the training loop a tenth of a millisecond on a
-# busy CPU and, now and then, its core for milliseconds.
+# busy CPU and, now and then, its core for milliseconds. After an evaluation the loop takes several at once, and should
+# find them there.
 GROUP = 4
 
 
@@ -53,9 +53,10 @@ def evaluation_batches(arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_
 
 
 def to_device(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Copies batches to the device in a thread of its own, `GROUP` at a time and from now on two groups ahead of use.
+    """Copies batches to the device in a thread of its own, `GROUP` at a time and from now on one group ahead of use.
 
-    The thread does one group for each that is taken, so it never runs on when its user stops.
+    The thread does one group for each that is taken, so it never runs on when its user stops. What the source raises
+    arrives in place of the group in which it does.
     """
     source = iter(batches)
 
@@ -63,12 +64,13 @@ def to_device(batches: Iterable[Batch]) -> Iterator[Batch]:
         return [jax.device_put(batch) for batch in itertools.islice(source, GROUP)]
 
     executor = ThreadPoolExecutor(max_workers=1)
-    groups = deque(executor.submit(fetch) for _ in range(2))
+    first = executor.submit(fetch)
 
     def rest() -> Iterator[Batch]:
         with executor:
-            while group := groups.popleft().result():
-                groups.append(executor.submit(fetch))
+            following = first
+            while group := following.result():
+                following = executor.submit(fetch)
                 yield from group
 
     return rest()

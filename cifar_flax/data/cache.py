@@ -56,13 +56,14 @@ def load(folder: Path) -> Arrays | None:
         for file in _FILES:
             if _sha256(folder / file) != manifest["sha256"][file]:
                 raise ValueError(f"{file} does not match its checksum")
-        # Copy on write: other libraries share memory only where it may be written to, and the file stays as it is.
-        images, labels = (np.load(folder / file, mmap_mode="c", allow_pickle=False) for file in _FILES)
-        return Arrays(images, labels, tuple(manifest["class_names"]), manifest["dataset"])
+        class_names, dataset = tuple(manifest["class_names"]), manifest["dataset"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"the data cache {folder} is damaged ({error}); it is built anew", stacklevel=2)
         _remove(folder)
         return None
+    # Copy on write: TensorFlow shares memory only where it may be written to, and the file stays as it is.
+    images, labels = (np.load(folder / file, mmap_mode="c", allow_pickle=False) for file in _FILES)
+    return Arrays(images, labels, class_names, dataset)
 
 
 def store(

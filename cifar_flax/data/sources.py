@@ -27,7 +27,7 @@ class DataConfig:
     name: str = "cifar10"  # "digits", or a TFDS image-classification set: "cifar100", "svhn_cropped", "mnist:3.0.1" ...
     data_dir: str = ""  # where TFDS keeps prepared data; "" is TFDS_DATA_DIR, else ~/tensorflow_datasets
     archive: str = ""  # cifar-10-binary.tar.gz, or the folder it unpacks to, read instead of TFDS
-    cache_dir: str = ""  # decoded arrays; "" is cifar_flax in the user's cache folder
+    cache_dir: str = ""  # decoded arrays, mapped while training; "" is cifar_flax in the user's cache folder
     image_size: int = 0  # pixels; images are resized to this square; 0 keeps their size
     eval_split: str = "test"  # the split that evaluation counts
     validation_fraction: float = 0.0  # share of the train split held out to judge checkpoints on
@@ -201,7 +201,7 @@ def _decode(
             image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
         return image, example[label_key]
 
-    dataset = dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE).batch(_DECODE_BATCH)
+    dataset = dataset.map(resize, num_parallel_calls=os.cpu_count()).batch(_DECODE_BATCH)
     try:
         yield from dataset.with_options(dataset_options()).as_numpy_iterator()
     except tf.errors.OpError as error:
