@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import setting
+from benchmarks.arguments import at_least_one
 
 # What cifar_flax/allocator.py asks of glibc, as environment variables.
 KEEP_MEMORY = {
@@ -132,7 +133,7 @@ def machine() -> Record:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--seconds", type=float, default=15.0, help="of training per measurement")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--networks", nargs="+", choices=("cnn", "airbench"), default=["cnn", "airbench"])

@@ -14,6 +14,7 @@ from importlib import import_module
 import jax
 import numpy as np
 
+from benchmarks.arguments import at_least_one
 from cifar_flax import allocator, cli
 from cifar_flax.config import Config
 from cifar_flax.data import sources
@@ -47,7 +48,7 @@ def measure(pipeline: str, arrays: Arrays, config: Config, epochs: int) -> tuple
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
-    parser.add_argument("--epochs", type=int, default=20, help="that are timed, per pipeline (default: 20)")
+    parser.add_argument("--epochs", type=at_least_one, default=20, help="that are timed, per pipeline (default: 20)")
     args, overrides = parser.parse_known_args()
     allocator.keep_freed_memory()
     try:

@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.arguments import at_least_one
+
 REPOSITORY = Path(__file__).parent.parent
 POLL_SECONDS = 0.005
 
@@ -50,7 +52,7 @@ def import_tensorflow() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=at_least_one, default=3)
     args = parser.parse_args()
     seconds: dict[str, list[float]] = {}
     for _ in range(args.rounds):

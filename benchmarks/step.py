@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax._src.lib import xla_client
 from jaxlib import _hlo
 
+from benchmarks.arguments import at_least_one
 from cifar_flax import allocator, cli, compilation, train
 from cifar_flax.data.batches import Batch, to_device
 from cifar_flax.errors import UserError
@@ -225,7 +226,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
     parser.add_argument("--profile", action="store_true", help="break the step down by operation")
-    parser.add_argument("--rows", type=int, default=25, help="operations that get a row of their own (default: 25)")
+    parser.add_argument(
+        "--rows", type=at_least_one, default=25, help="operations that get a row of their own (default: 25)"
+    )
     args, overrides = parser.parse_known_args()
     allocator.keep_freed_memory()
     compilation.keep_programs()

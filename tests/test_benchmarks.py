@@ -37,6 +37,14 @@ def test_who_cannot_run_is_left_out_with_a_word(monkeypatch, capsys):
     assert "absent" not in compare.tables(records)
 
 
+@pytest.mark.parametrize("rounds", ["0", "-1", "1.5", "some"])
+def test_nothing_is_measured_in_less_than_a_round(rounds, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compare.py", f"--rounds={rounds}"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert f"argument --rounds: is {rounds}; allowed: whole numbers from 1" in capsys.readouterr().err
+
+
 def test_contestants_read_what_was_written(tmp_path):
     from benchmarks.contestant import Setting
 

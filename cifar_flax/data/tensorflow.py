@@ -12,7 +12,7 @@ import numpy as np
 
 from cifar_flax.imports import without
 
-with without("keras"):  # which imports scikit-learn and matplotlib too: a third of the time, and 100 MB
+with without("keras.src"):  # which imports scikit-learn and matplotlib too: a third of the time, and 100 MB
     import tensorflow as tf
 
 tf.config.set_visible_devices([], "GPU")
