@@ -1,9 +1,14 @@
 """Trains and evaluates: `python main.py --config configs/default.py`, `python main.py --mode=eval --workdir=...`."""
 
+from cifar_flax import allocator
+
+if __name__ == "__main__":
+    allocator.keep_freed_memory()  # starts this file again, so before the imports that take their time
+
 import io
 import sys
 
-from cifar_flax import allocator, cli, compilation
+from cifar_flax import cli, compilation
 from cifar_flax.errors import UserError
 from cifar_flax.evaluate import evaluate
 from cifar_flax.train import train
@@ -12,7 +17,6 @@ MODES = {"train": train, "eval": evaluate}
 
 
 def main() -> int:
-    allocator.keep_freed_memory()
     compilation.keep_programs()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once, and keeps it if the run is killed

@@ -24,20 +24,14 @@ from typing import Any
 
 from benchmarks import setting
 from benchmarks.arguments import at_least_one
+from cifar_flax import allocator
 
-# What cifar_flax/allocator.py asks of glibc, as environment variables.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(2**62),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
 OURS = "this project"
 # name -> (module of benchmarks.peers, environment)
 CONTESTANTS: dict[str, tuple[str, dict[str, str]]] = {
     OURS: ("ours", {}),
     "PyTorch": ("pytorch", {}),
-    "PyTorch, our allocator settings": ("pytorch", KEEP_MEMORY),
+    "PyTorch, our allocator settings": ("pytorch", {"GLIBC_TUNABLES": allocator.SETTINGS["GLIBC_TUNABLES"]}),
     "PyTorch, torch.compile": ("pytorch", {"COMPILE": "1"}),
     "Keras on TensorFlow": ("keras_", {"KERAS_BACKEND": "tensorflow"}),
     "Keras on JAX": ("keras_", {"KERAS_BACKEND": "jax"}),

@@ -1,23 +1,47 @@
-"""The C library's memory allocator, set for programs that free and allocate the same large buffers at every step."""
+"""The memory of training on a CPU: what a step frees is kept for the next one, which needs the same again.
 
-import ctypes
-import platform
+All of it is read when a process starts, so a process that needs it starts once more.
+"""
 
-# From glibc's malloc.h; see mallopt(3).
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+import importlib.util
+import os
+import sys
+
+# Names from glibc's manual, "Memory Allocation Tunables".
+_GLIBC = {
+    "mmap_max": 0,  # all from the heap,
+    "arena_max": 1,  # from the one that can grow without limit,
+    "trim_threshold": 2**62,  # which gives nothing back
+    "top_pad": 2**26,  # and grows by 64 MB
+    # An aligned buffer leaves scraps beside it. In a thread's cache they count as used, and the buffer, once freed, is
+    # too small by them for the next one of its own size: the process grew by a buffer at many of its first steps.
+    "tcache_count": 0,
+}
+SETTINGS = {
+    "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _GLIBC.items()),
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # else a step's buffers are allocated while the last one's are in use
+}
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next allocation; call it before the first thread starts.
+    """Starts the process again with `SETTINGS` in its environment; to be called before anything else is done.
 
-    By default every buffer above 32 MB goes back to the kernel when it is freed, and is mapped, zeroed and faulted in
+    By default glibc gives every freed buffer above 32 MB back to the kernel, and it is mapped, zeroed and faulted in
     page by page when the next training step allocates it again: on a CPU, a third of the step's time. The price is a
-    process that stays as large as it ever was. Elsewhere than on glibc this does nothing.
+    process that stays as large as it ever was.
+
+    Does nothing where JAX could use an accelerator, without glibc, and where GLIBC_TUNABLES is set already, to
+    nothing even: that is the switch.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if "GLIBC_TUNABLES" in os.environ or _may_use_accelerator() or not _has_glibc():
         return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_MMAP_MAX, 0)  # all from the heap,
-    mallopt(_M_ARENA_MAX, 1)  # from the one that can grow without limit,
-    mallopt(_M_TRIM_THRESHOLD, -1)  # which gives nothing back
-    mallopt(_M_TOP_PAD, 2**26)  # and grows by 64 MB
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], SETTINGS | os.environ)
+
+
+def _may_use_accelerator() -> bool:
+    installed = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    return installed and os.environ.get("JAX_PLATFORMS") != "cpu"
+
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
+from cifar_flax.allocator import SETTINGS
 from cifar_flax.data import cache
 
 CONFIG = """
@@ -57,7 +58,7 @@ def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, "--config", str(tmp_path / "config.py"), "--workdir=run"],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | SETTINGS | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
     )

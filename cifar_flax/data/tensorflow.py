@@ -12,7 +12,9 @@ import numpy as np
 
 from cifar_flax.imports import without
 
-with without("keras.src"):  # which imports scikit-learn and matplotlib too: a third of the time, and 100 MB
+# Keras' code, which imports scikit-learn and matplotlib too, is a third of the time and 100 MB. Were the whole of Keras
+# hidden, TensorFlow would not note where it lies, and nobody could import `tensorflow.keras` later.
+with without("keras.src"):
     import tensorflow as tf
 
 tf.config.set_visible_devices([], "GPU")
@@ -33,7 +35,7 @@ def as_tensor(array: np.ndarray) -> tf.Tensor:
 
 
 def dataset_options() -> tf.data.Options:
-    """Keeps the order of examples and tunes nothing: with tuning, TensorFlow 2.21 took 7 to 32 s to end 3 of 14."""
+    """Keeps the order of examples and tunes nothing: with tuning, TensorFlow 2.21 took 7 to 32 s to close 3 of 14."""
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
