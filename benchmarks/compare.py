@@ -31,7 +31,7 @@ OURS = "this project"
 CONTESTANTS: dict[str, tuple[str, dict[str, str]]] = {
     OURS: ("ours", {}),
     "PyTorch": ("pytorch", {}),
-    "PyTorch, our allocator settings": ("pytorch", {"GLIBC_TUNABLES": allocator.SETTINGS["GLIBC_TUNABLES"]}),
+    "PyTorch, our allocator settings": ("pytorch", allocator.SETTINGS),
     "PyTorch, torch.compile": ("pytorch", {"COMPILE": "1"}),
     "Keras on TensorFlow": ("keras_", {"KERAS_BACKEND": "tensorflow"}),
     "Keras on JAX": ("keras_", {"KERAS_BACKEND": "jax"}),

@@ -1,6 +1,6 @@
-"""The memory of training on a CPU: what a step frees is kept for the next one, which needs the same again.
+"""The C library's allocator for training on a CPU: what a step frees is kept for the next, which needs it again.
 
-All of it is read when a process starts, so a process that needs it starts once more.
+glibc reads its settings when a process starts, so a process that needs others starts once more.
 """
 
 import importlib.util
@@ -8,7 +8,7 @@ import os
 import sys
 
 # Names from glibc's manual, "Memory Allocation Tunables".
-_GLIBC = {
+_TUNABLES = {
     "mmap_max": 0,  # all from the heap,
     "arena_max": 1,  # from the one that can grow without limit,
     "trim_threshold": 2**62,  # which gives nothing back
@@ -17,10 +17,7 @@ _GLIBC = {
     # too small by them for the next one of its own size: the process grew by a buffer at many of its first steps.
     "tcache_count": 0,
 }
-SETTINGS = {
-    "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _GLIBC.items()),
-    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # else a step's buffers are allocated while the last one's are in use
-}
+SETTINGS = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _TUNABLES.items())}
 
 
 def keep_freed_memory() -> None:
@@ -35,7 +32,7 @@ def keep_freed_memory() -> None:
     """
     if "GLIBC_TUNABLES" in os.environ or _may_use_accelerator() or not _has_glibc():
         return
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], SETTINGS | os.environ)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | SETTINGS)
 
 
 def _may_use_accelerator() -> bool:
