@@ -29,7 +29,7 @@ from cifar_flax import allocator
 OURS = "this project"
 # name -> (module of benchmarks.peers, environment)
 CONTESTANTS: dict[str, tuple[str, dict[str, str]]] = {
-    OURS: ("ours", {}),
+    OURS: ("ours", allocator.SETTINGS),  # as main.py sets them
     "PyTorch": ("pytorch", {}),
     "PyTorch, our allocator settings": ("pytorch", allocator.SETTINGS),
     "PyTorch, torch.compile": ("pytorch", {"COMPILE": "1"}),

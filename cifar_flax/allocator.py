@@ -27,10 +27,10 @@ def keep_freed_memory() -> None:
     page by page when the next training step allocates it again: on a CPU, a third of the step's time. The price is a
     process that stays as large as it ever was.
 
-    Does nothing where JAX could use an accelerator, without glibc, and where GLIBC_TUNABLES is set already, to
-    nothing even: that is the switch.
+    Does nothing where JAX could use an accelerator, without glibc, in a process that was started for something else (a
+    notebook, a debugger), and where GLIBC_TUNABLES is set already, to nothing even: that is the switch.
     """
-    if "GLIBC_TUNABLES" in os.environ or _may_use_accelerator() or not _has_glibc():
+    if "GLIBC_TUNABLES" in os.environ or _may_use_accelerator() or not _has_glibc() or not _is_own_process():
         return
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | SETTINGS)
 
@@ -38,6 +38,16 @@ def keep_freed_memory() -> None:
 def _may_use_accelerator() -> bool:
     installed = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
     return installed and os.environ.get("JAX_PLATFORMS") != "cpu"
+
+
+def _is_own_process() -> bool:
+    """Whether Python was started with the file or module that is running, and nothing runs it for someone else."""
+    frame = sys._getframe()
+    while frame.f_globals["__name__"] in {__name__, "__main__", "runpy"}:
+        if frame.f_back is None:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _has_glibc() -> bool:

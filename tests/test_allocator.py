@@ -61,6 +61,13 @@ def test_freed_buffers_fit_the_next_ones():
     assert float(run(KEEP + ALIGNED)) < 2
 
 
+def test_no_other_program_is_started_again():
+    """As in a notebook, where the process is not the one of the file that runs."""
+    code = KEEP + "print('went on')"
+    program = f"import code; print('started'); code.InteractiveInterpreter().runcode(compile({code!r}, 'file', 'exec'))"
+    assert run(program).split("\n") == ["started", "went on", ""]
+
+
 @pytest.mark.parametrize(
     ("environment", "restarts"),
     [

@@ -1,9 +1,5 @@
 """This project: the pipeline, the step and the loop that `main.py` runs."""
 
-from cifar_flax import allocator
-
-allocator.keep_freed_memory()
-
 import dataclasses
 import json
 
