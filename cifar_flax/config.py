@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cifar_flax import models
+from cifar_flax.averaging import AveragingConfig
 from cifar_flax.checkpoint import CheckpointConfig
-from cifar_flax.data.augment import AugmentConfig
+from cifar_flax.data.augment import VIEWS, AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, require
 from cifar_flax.optim import OptimConfig
@@ -22,10 +23,13 @@ class TrainConfig:
     epochs: float = 10.0
     label_smoothing: float = 0.0  # share of the target spread evenly over all classes
     log_every: int = 50  # steps between the lines of metrics.jsonl
+    steps_per_call: int = 1  # steps that run as one loop on the device, without a word from the host
 
     def validate(self) -> None:
-        for name in ("batch_size", "log_every"):
+        for name in ("batch_size", "log_every", "steps_per_call"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        per_call, every = self.steps_per_call, self.log_every
+        require(every % per_call == 0, "train.steps_per_call", per_call, f"must divide train.log_every={every}")
         require(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "must be in [0, 1)")
 
@@ -35,11 +39,18 @@ class EvalConfig:
     batch_size: int = 500  # images
     every_epochs: int = 1  # epochs between evaluations while training
     checkpoint: str = "newest"  # the checkpoint that counts in the end: newest | best (by validation accuracy)
+    # Test-time augmentation of the final evaluation: none | mirror | mirror_translate (averages of 2 and 6 views)
+    tta: str = "none"
+    tta_below: float | None = None  # only of images whose top probability is below this; None: of all
 
     def validate(self) -> None:
         for name in ("batch_size", "every_epochs"):
             require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), "must be at least 1")
         require(self.checkpoint in ("newest", "best"), "eval.checkpoint", self.checkpoint, "must be newest or best")
+        require(self.tta in VIEWS, "eval.tta", self.tta, f"must be one of {', '.join(VIEWS)}")
+        below = self.tta_below
+        require(below is None or 0 < below <= 1, "eval.tta_below", below, "must be above 0 and at most 1")
+        require(below is None or self.tta != "none", "eval.tta_below", below, "needs another eval.tta than none")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,6 +60,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: models.ModelConfig = field(default_factory=models.CNNConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -64,8 +76,20 @@ class Config:
             self.model.name,
             "belongs to another network than the one that the config file builds",
         )
-        for part in (self.data, self.augment, self.model, self.optim, self.train, self.eval, self.checkpoint):
+        for part in (
+            self.data,
+            self.augment,
+            self.model,
+            self.optim,
+            self.averaging,
+            self.train,
+            self.eval,
+            self.checkpoint,
+        ):
             part.validate()
+        resident = self.data.pipeline == "resident"
+        fits, per_call = resident or self.train.steps_per_call == 1, self.train.steps_per_call
+        require(fits, "train.steps_per_call", per_call, "must be 1 where data.pipeline is not resident")
         held_out, best = self.data.validation_fraction > 0, self.checkpoint.keep_best
         require(
             held_out or not best,

@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, PyTree
 
-from cifar_flax import compilation, experiment, metrics, report, steps
+from cifar_flax import averaging, compilation, experiment, metrics, report, steps
 from cifar_flax import config as configs
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
-from cifar_flax.data import sources
-from cifar_flax.data.batches import InputTimer, batch_shapes, evaluation_batches, to_device
+from cifar_flax.data import resident, sources
+from cifar_flax.data.batches import Batch, InputTimer, batch_shapes, evaluation_batches, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.experiment import DatasetInfo
+from cifar_flax.imports import installed
 from cifar_flax.state import TrainState
 from cifar_flax.writers import evaluation_table, write_json
 
@@ -33,32 +35,52 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates states on `examples` of one split; compiles once, outside the time that its rate counts."""
+    """Evaluates states on `examples` of one split; compiles once, outside the time that its rate counts.
 
-    def __init__(self, task: steps.Task, arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_size: int):
-        self._arrays, self._examples = arrays, examples
+    With `tta`, a name in `augment.VIEWS`, the logits of several views of each image are averaged; with `tta_below` too,
+    only those of images whose top probability, from the image alone, is below that.
+    """
+
+    def __init__(
+        self,
+        task: steps.Task,
+        arrays: Arrays,
+        examples: Int32[np.ndarray, " n"],
+        batch_size: int,
+        *,
+        tta: str = "none",
+        tta_below: float | None = None,
+    ):
+        self._task, self._arrays, self._examples = task, arrays, examples
         self._batch_size = min(batch_size, len(examples))
-        self._eval_step = jax.jit(
-            functools.partial(steps.eval_step, task), compiler_options=compilation.options(jax.default_backend())
-        )
-        self._compiled: jax.stages.Compiled | None = None
+        # Each takes the weights and a batch.
+        self._steps: list[Callable[..., Any]] = [functools.partial(steps.eval_step, task, tta=tta)]
+        if tta_below is not None:
+            self._steps.insert(0, functools.partial(steps.sure_step, task, below=tta_below))
+        self._compiled: list[jax.stages.Compiled] = []
+
+    def compile(self, state: TrainState) -> None:
+        """For states like this one, where it has not been done."""
+        if not self._compiled:
+            shapes = self._weights(state), batch_shapes(self._batch_size, self._arrays.images.shape[1:])
+            options = compilation.options(jax.default_backend())
+            self._compiled = [jax.jit(step, compiler_options=options).lower(*shapes).compile() for step in self._steps]
 
     def __call__(self, state: TrainState) -> Evaluation:
         """Raises `UserError` where the loss is not finite: the network gives no answer worth a number."""
-        if self._compiled is None:
-            batch_shape = batch_shapes(self._batch_size, self._arrays.images.shape[1:])
-            self._compiled = self._eval_step.lower(state.params, state.batch_stats, batch_shape).compile()
-        start = time.perf_counter()
-        batches = InputTimer(to_device(evaluation_batches(self._arrays, self._examples, self._batch_size)))
+        self.compile(state)
+        weights, examples = self._weights(state), self._examples
+        *sure_step, eval_step = self._compiled
+        start, waited = time.perf_counter(), 0.0
         total: metrics.Sums | None = None
-        before: metrics.Sums | None = None
-        for batch in batches:
-            sums = self._compiled(state.params, state.batch_stats, batch)
-            if before is not None:  # read while the device works on the next batch
-                total = metrics.add(total, jax.device_get(before))
-            before = sums
-        assert before is not None
-        total = metrics.add(total, jax.device_get(before))
+        for step in sure_step:
+            batches = self._batches(examples)
+            sums, unsure = zip(*_outputs(step, weights, batches), strict=True)
+            total = functools.reduce(metrics.add, sums, total)
+            examples, waited = examples[np.flatnonzero(np.concatenate(unsure))], batches.seconds
+        batches = self._batches(examples)
+        total = functools.reduce(metrics.add, _outputs(eval_step, weights, batches), total)
+        assert total is not None
         summary = metrics.summarize(total, self._arrays.class_names)
         if not math.isfinite(summary["loss"]):
             raise UserError(f"the evaluation's loss at step {state.step} is {summary['loss']}: training has diverged")
@@ -66,20 +88,52 @@ class Evaluator:
         return Evaluation(
             summary=summary,
             images_per_second=summary["num_examples"] / seconds,
-            input_wait_fraction=batches.seconds / seconds,
+            input_wait_fraction=(waited + batches.seconds) / seconds,
         )
+
+    def _weights(self, state: TrainState) -> PyTree:
+        return averaging.evaluated(self._task.averaging, (state.params, state.batch_stats), state.average)
+
+    def _batches(self, examples: Int32[np.ndarray, " n"]) -> InputTimer:
+        return InputTimer(to_device(evaluation_batches(self._arrays, examples, self._batch_size)))
+
+
+def _outputs(step: jax.stages.Compiled, weights: PyTree, batches: Iterable[Batch]) -> Iterator[Any]:
+    """What `step` gives for each batch, read while the device works on the next."""
+    before = None
+    for batch in batches:
+        outputs = step(weights, batch)
+        if before is not None:
+            yield jax.device_get(before)
+        before = outputs
+    if before is not None:
+        yield jax.device_get(before)
 
 
 def all_examples(arrays: Arrays) -> Int32[np.ndarray, " n"]:
     return np.arange(len(arrays.labels), dtype=np.int32)
 
 
+def final_evaluator(config: Config, task: steps.Task, arrays: Arrays) -> Evaluator:
+    """As the config has the evaluation that counts: with test-time augmentation if wanted."""
+    arrays = resident.put(arrays) if config.data.pipeline == "resident" else arrays
+    settings = config.eval
+    return Evaluator(
+        task, arrays, all_examples(arrays), settings.batch_size, tta=settings.tta, tta_below=settings.tta_below
+    )
+
+
 def write_result(workdir: Path, result: dict[str, Any]) -> None:
     """Prints the result, so that a full disk loses none of it; writes eval.json and confusion_matrix.png."""
     print(evaluation_table(result))
     write_json(workdir / "eval.json", result)
-    report.plot_confusion_matrix(workdir / "confusion_matrix.png", result)
-    print(f"\nwritten: {workdir / 'eval.json'}, {workdir / 'confusion_matrix.png'}")
+    written = [workdir / "eval.json"]
+    if installed("matplotlib"):
+        written.append(workdir / "confusion_matrix.png")
+        report.plot_confusion_matrix(written[-1], result)
+    else:
+        print("\nno picture of the confusion matrix is drawn: matplotlib is not installed")
+    print(f"\nwritten: {', '.join(map(str, written))}")
 
 
 def saved_config(workdir: Path) -> Config:
@@ -100,10 +154,12 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
         info = DatasetInfo.from_dict(checkpoints.metadata(step)["dataset"])
         arrays = sources.load(config.data, config.data.eval_split)
         info.check(arrays)
-        task, template = experiment.build(config, info)
-        state = checkpoints.restore(step, template)
-    evaluation = Evaluator(task, arrays, all_examples(arrays), config.eval.batch_size)(state)
-    result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": step} | evaluation.summary
+        task, init = experiment.build(config, info)
+        state = checkpoints.restore(step, init(config.seed, None))
+    result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": step}
+    if config.eval.tta != "none":
+        result |= {"tta": config.eval.tta, "tta_below": config.eval.tta_below}
+    result |= final_evaluator(config, task, arrays)(state).summary
     write_result(workdir, result)
     return result
 

@@ -1,13 +1,14 @@
 """What a config and a data set make together: the network, its optimizer and the first state."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Array, Int32, UInt8
 
 from cifar_flax import optim, state
 from cifar_flax.config import Config
@@ -69,17 +70,13 @@ class DatasetInfo:
                 raise UserError(f"{arrays.dataset} has {what} {theirs}, the checkpoint was trained on {what} {ours}")
 
 
-def total_steps(config: Config, info: DatasetInfo) -> int:
-    return order.total_steps(config.train.epochs, info.num_examples, config.train.batch_size)
+# From a seed and the training images that the network looks at first (`models.sample_size` of them) to the state before
+# the first step; where a checkpoint will be restored, there is no need of the images.
+Init = Callable[[int, UInt8[Any, "n height width c"] | None], TrainState]
 
 
-def build(
-    config: Config, info: DatasetInfo, sample: UInt8[np.ndarray, "n height width c"] | None = None
-) -> tuple[Task, TrainState]:
-    """The static part of the steps and the state before the first one.
-
-    `sample` holds the training images that the network looks at first (`models.sample_size`); where a checkpoint will
-    be restored, there is no need of it.
+def build(config: Config, info: DatasetInfo) -> tuple[Task, Init]:
+    """The static part of the steps, and what makes the first state, compiled once for all seeds.
 
     Raises `ConfigError` where the config does not fit the data.
     """
@@ -90,29 +87,36 @@ def build(
     config.augment.validate_for(info.image_shape)
     epochs, every = config.train.epochs, config.optim.accumulate_steps
     require(epochs * size <= _MAX_EXAMPLES, "train.epochs", epochs, f"must be at most {_MAX_EXAMPLES / size:.0f}")
-    steps = total_steps(config, info)
+    epoch_images = order.epoch_images(size, batch_size, config.data.drop_last)
+    steps = order.total_steps(epochs, size, batch_size, config.data.drop_last)
     require(every <= steps, "optim.accumulate_steps", every, f"must be at most the {steps} steps of the run")
-    schedule = optim.make_schedule(config.optim, steps, size / batch_size)
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    graphdef, initial = state.create(
+    steps_per_epoch = epoch_images / batch_size
+    optimizer = optim.make_optimizer(config.optim, steps, steps_per_epoch)
+    graphdef, create = state.create(
         config.model,
         info.image_shape,
         len(info.class_names),
         optimizer,
-        config.seed,
+        config.averaging,
         platform=jax.default_backend(),
-        sample=None if sample is None else normalize(jax.device_put(sample), info.mean, info.std),
     )
     task = Task(
         graphdef=graphdef,
         optimizer=optimizer,
-        schedule=schedule,
+        schedule=optim.make_schedule(config.optim, steps, steps_per_epoch),
         mean=info.mean,
         std=info.std,
         augment=config.augment,
         label_smoothing=config.train.label_smoothing,
+        averaging=config.averaging,
+        total_steps=steps,
     )
-    return task, initial
+
+    @jax.jit
+    def init(seed: Array, sample: Array | None) -> TrainState:
+        return create(seed, None if sample is None else normalize(sample, info.mean, info.std))
+
+    return task, lambda seed, sample: init(jnp.uint32(seed), sample)
 
 
 def _mean_and_std(images: np.ndarray, examples: Int32[np.ndarray, " n"]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,8 +1,14 @@
-"""What libraries import besides what is needed of them."""
+"""What is there to import, and what libraries import besides what is needed of them."""
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def installed(name: str) -> bool:
+    """Whether the module `name` could be imported; it is not."""
+    return importlib.util.find_spec(name) is not None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """All that training changes, and how it begins."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, Key, PyTree, UInt32
 
-from cifar_flax import models
+from cifar_flax import averaging, models
+from cifar_flax.averaging import AveragingConfig
 
 
 class TrainState(NamedTuple):
@@ -19,6 +21,7 @@ class TrainState(NamedTuple):
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    average: PyTree  # of params and batch_stats, as averaging.py keeps it
 
 
 def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
@@ -27,21 +30,21 @@ def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     return weights, examples
 
 
+# From a seed and the `models.sample_size` normalised training images that the network looks at, if it looks at any, to
+# the state before the first step; without the images it is good for its shapes alone.
+Init = Callable[[UInt32[Array, ""], Float[Array, "n height width c"] | None], TrainState]
+
+
 def create(
     model: models.ModelConfig,
     image_shape: tuple[int, int, int],
     num_classes: int,
     optimizer: optax.GradientTransformation,
-    seed: int,
+    average: AveragingConfig,
     *,
     platform: str,
-    sample: Float[Array, "n height width c"] | None = None,
-) -> tuple[nnx.GraphDef, TrainState]:
-    """The network's static graph, as `platform` has it fast, and the state before the first step.
-
-    `sample` holds the `models.sample_size` normalised training images that the network looks at, if it looks at any;
-    without it the state is good for its shapes alone.
-    """
+) -> tuple[nnx.GraphDef, Init]:
+    """The network's static graph, as `platform` has it fast, and what makes its first state."""
 
     def build(seed: Array, sample: Array | None) -> tuple[nnx.GraphDef, PyTree, PyTree]:
         network = models.build(model, image_shape, num_classes, platform=platform, rngs=nnx.Rngs(root_keys(seed)[0]))
@@ -59,7 +62,8 @@ def create(
             params=params,
             batch_stats=batch_stats,
             opt_state=optimizer.init(params),
+            average=averaging.init(average, (params, batch_stats)),
         )
 
     graphdef, _, _ = nnx.eval_shape(lambda: build(jnp.uint32(0), None))
-    return graphdef, jax.jit(init)(jnp.uint32(seed), sample)
+    return graphdef, init

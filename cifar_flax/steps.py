@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt8
 
-from cifar_flax import metrics
-from cifar_flax.data.augment import AugmentConfig, augment, normalize
+from cifar_flax import averaging, metrics
+from cifar_flax.averaging import AveragingConfig
+from cifar_flax.data.augment import VIEWS, AugmentConfig, augment, cutout, normalize, views
 from cifar_flax.data.batches import Batch
+from cifar_flax.data.resident import Positions, gather
 from cifar_flax.state import TrainState, root_keys
 
 
@@ -25,6 +27,8 @@ class Task:
     std: tuple[float, ...]
     augment: AugmentConfig
     label_smoothing: float
+    averaging: AveragingConfig
+    total_steps: int
 
 
 def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array, " batch"]) -> Key[Array, " batch"]:
@@ -43,10 +47,10 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     Returns the new state and, over the batch as the network saw it (augmented, with dropout): the mean `loss` (with
     label smoothing), the `accuracy`, and the `learning_rate` of the step.
     """
-    augment_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(
-        example_keys(state.seed, batch.epoch, batch.index)
-    )
-    image = normalize(augment(batch.image, augment_keys, task.augment), task.mean, task.std)
+    keys, dropout_keys = _keys(state, batch, batch.epoch)
+    first_keys, _ = _keys(state, batch, jnp.zeros_like(batch.epoch))
+    image = augment(batch.image, keys, task.augment, epoch=batch.epoch, first_keys=first_keys)
+    image = cutout(normalize(image, task.mean, task.std), keys, task.augment.cutout)
 
     def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
         model = nnx.merge(task.graphdef, params, state.batch_stats)
@@ -57,20 +61,57 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
 
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    step = state.step + 1
+    weights = optax.apply_updates(state.params, updates), batch_stats
+    weights, average = averaging.update(task.averaging, step, task.total_steps, weights, state.average)
+    params, batch_stats = weights
     new_state = TrainState(
-        step=state.step + 1,
-        seed=state.seed,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
+        step=step, seed=state.seed, params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
     )
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.label)
     learning_rate = jnp.asarray(task.schedule(state.step), jnp.float32)
     return new_state, {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
 
 
-def eval_step(task: Task, params: PyTree, batch_stats: PyTree, batch: Batch) -> metrics.Sums:
-    """What the batch adds to an evaluation of the network as it is used: no augmentation, running statistics."""
-    model = nnx.merge(task.graphdef, params, batch_stats)
-    logits = model(normalize(batch.image, task.mean, task.std))
-    return metrics.evaluation_sums(logits, batch.label, batch.mask)
+def train_steps(
+    task: Task,
+    state: TrainState,
+    positions: Positions,
+    images: UInt8[Array, "n height width c"],
+    labels: Int32[Array, " n"],
+) -> tuple[TrainState, dict[str, Float[Array, " steps"]]]:
+    """`train_step` for each row of `positions`, gathered from `images` and `labels`, in one loop on the device."""
+
+    def step(state: TrainState, row: Positions) -> tuple[TrainState, dict[str, Array]]:
+        return train_step(task, state, gather(images, labels, row))
+
+    return jax.lax.scan(step, state, positions)
+
+
+def _keys(state: TrainState, batch: Batch, epoch: Int32[Array, " batch"]) -> Key[Array, "2 batch"]:
+    """The keys of the batch's examples in `epoch`: for augmentation and for dropout."""
+    return jax.vmap(jax.random.split, out_axes=1)(example_keys(state.seed, epoch, batch.index))
+
+
+def eval_step(task: Task, weights: PyTree, batch: Batch, *, tta: str = "none") -> metrics.Sums:
+    """What the batch adds to an evaluation of the network as it is used: running statistics and no augmentation.
+
+    `weights` are params and batch_stats; with `tta`, a name in `VIEWS`, the logits of several views are averaged.
+    """
+    return metrics.evaluation_sums(_logits(task, weights, batch, tta), batch.label, batch.mask)
+
+
+def sure_step(task: Task, weights: PyTree, batch: Batch, *, below: float) -> tuple[metrics.Sums, Bool[Array, " batch"]]:
+    """As `eval_step`, of those examples whose top probability is at least `below`; and which are the others."""
+    logits = _logits(task, weights, batch, "none")
+    sure = jnp.max(jax.nn.softmax(logits), axis=-1) >= below
+    return metrics.evaluation_sums(logits, batch.label, batch.mask & sure), batch.mask & ~sure
+
+
+def _logits(task: Task, weights: PyTree, batch: Batch, tta: str) -> Float[Array, "batch classes"]:
+    model = nnx.merge(task.graphdef, *weights)
+    if tta == "none":
+        return model(normalize(batch.image, task.mean, task.std))
+    # One view after the other: all at once would take as many times the memory.
+    logits = jax.lax.map(lambda view: model(normalize(view, task.mean, task.std)), views(batch.image, tta))
+    return jnp.tensordot(jnp.asarray(VIEWS[tta]), logits, 1)

@@ -5,31 +5,28 @@ import functools
 import json
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from cifar_flax import compilation, evaluate, experiment, models, steps
 from cifar_flax import config as configs
+from cifar_flax import evaluate, experiment, models, steps
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
-from cifar_flax.data import order, sources
-from cifar_flax.data.batches import Batch, InputTimer, batch_shapes, to_device
+from cifar_flax.data import order, resident, sources
+from cifar_flax.data.batches import GROUP, InputTimer, batch_shapes, to_device
+from cifar_flax.data.resident import Positions
 from cifar_flax.errors import ConfigError, UserError, require
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
+from cifar_flax.imports import installed
+from cifar_flax.loop import Inputs, Interval, TrainCall, Values, compile_call, run_calls
 from cifar_flax.state import TrainState
 from cifar_flax.writers import MetricsWriter, Progress, Record, write_json
-
-# A step's metrics are read when this many later steps have been given to the device, so it never waits for the host.
-READ_LAG = 2
-
-Values = dict[str, Any]  # what `train_step` reports of one step
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Values]]
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -49,6 +46,9 @@ class Trainer:
     def __init__(self, config: Config):
         """Raises `ConfigError` where config and data do not fit, `UserError` where the data cannot be had."""
         self.config = config
+        streams = config.data.pipeline == "streaming"
+        missing = "needs TensorFlow, which is not installed; resident does without"
+        require(not streams or installed("tensorflow"), "data.pipeline", config.data.pipeline, missing)
         self.arrays = sources.load(config.data, "train")
         eval_arrays = sources.load(config.data, config.data.eval_split)
         fraction = config.data.validation_fraction
@@ -59,9 +59,14 @@ class Trainer:
             raise UserError(f"data.name: train split is {self.arrays.dataset}, the other {eval_arrays.dataset}")
         self.info = DatasetInfo.of(self.arrays, self.examples, config.augment.normalization)
         self.info.check(eval_arrays)
+        self.task, init = experiment.build(config, self.info)
+        if config.data.pipeline == "resident":
+            self.arrays, eval_arrays = resident.put(self.arrays), resident.put(eval_arrays)
         sample = self.arrays.images[self.examples[: models.sample_size(config.model)]]
-        self.task, self.initial_state = experiment.build(config, self.info, sample if len(sample) else None)
-        self.total_steps = experiment.total_steps(config, self.info)
+        self.init = lambda seed: init(seed, sample if len(sample) else None)
+        self.initial_state = self.init(config.seed)
+        self.total_steps = self.task.total_steps
+        self._check_calls()
         # Curves show the validation split or, where none is held out and so nothing is chosen, the one reported.
         if len(held_out):
             self.monitored_split = "validation"
@@ -85,23 +90,26 @@ class Trainer:
                 return
             where = f"resuming at step {start} of {self.total_steps}" if start else f"{self.total_steps} steps"
             print(f"{self.info.name}: {self.info.num_examples} images, {where}, on {jax.devices()[0].device_kind}")
-            batches = InputTimer(to_device(self._training_batches(start)))
-            train_step = self._compile(state)
+            inputs = InputTimer(self.inputs(self.config.seed, start))
+            begin = time.perf_counter()
+            train_call = self.compile(state)
+            print(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
             with (
                 closing(MetricsWriter(workdir, start)) as writer,
                 closing(Progress(start=start, total=self.total_steps, epochs=self.config.train.epochs)) as progress,
             ):
-                interval = Interval(batches)
+                interval = Interval(inputs)
 
                 def read(step: int, values: Values) -> None:
-                    values = jax.device_get(values)
-                    if not math.isfinite(values["loss"]):
-                        raise UserError(
-                            f"the loss of step {step} is {values['loss']} at a learning rate of "
-                            f"{values['learning_rate']:g}; no later checkpoint was saved"
-                        )
+                    values = {name: np.atleast_1d(value) for name, value in jax.device_get(values).items()}
+                    for number, loss in enumerate(values["loss"], start=step + 1 - len(values["loss"])):
+                        if not math.isfinite(loss):
+                            raise UserError(
+                                f"the loss of step {number} is {loss} at a learning rate of "
+                                f"{values['learning_rate'][number - step - 1]:g}; no later checkpoint was saved"
+                            )
                     interval.add(values)
-                    progress.step()
+                    progress.step(len(values["loss"]))
                     if step % self.config.train.log_every == 0 or step == stop:
                         record = self._record(step, "train", interval.close(self.config.train.batch_size))
                         writer.write(record)
@@ -109,7 +117,7 @@ class Trainer:
 
                 for stop in self._stops(start):
                     interval.open()
-                    state = run_steps(train_step, state, batches, start, stop, read)
+                    state = run_calls(train_call, state, inputs, self.calls(start, stop), read)
                     start = stop
                     accuracy = self._evaluate(state, stop, writer, progress)
                     if self._is_due(stop, self.config.checkpoint.every_epochs):
@@ -141,29 +149,50 @@ class Trainer:
         progress.evaluation(record)
         return figures["accuracy"]
 
-    def _compile(self, state: TrainState) -> TrainStep:
-        begin = time.perf_counter()
-        step = compile_step(self.task, state, self.config.train.batch_size, self.info.image_shape)
-        print(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
-        return step
+    def inputs(self, seed: int, start: int) -> Iterator[Inputs]:
+        """What the calls of a run take, from the step `start` on, on the device."""
+        per_call = self.config.train.steps_per_call
+        settings: dict[str, Any] = {
+            "batch_size": self.config.train.batch_size,
+            "drop_last": self.config.data.drop_last,
+            "seed": seed,
+            "start": start,
+            "stop": self.total_steps,
+        }
+        if self.config.data.pipeline == "resident":
+            positions = resident.training_positions(self.examples, steps_per_call=per_call, **settings)
+            return to_device(positions, group=GROUP if per_call == 1 else 1)
+        # Imported where it is used: TensorFlow takes seconds and hundreds of megabytes.
+        from cifar_flax.data.streaming import training_batches
 
-    def _training_batches(self, start: int) -> Iterator[Batch]:
-        # Each pipeline is imported where it is used: TensorFlow takes seconds and hundreds of megabytes.
-        if self.config.data.pipeline == "streaming":
-            from cifar_flax.data.streaming import training_batches
-        else:
-            from cifar_flax.data.resident import training_batches
-        return training_batches(
-            self.arrays,
-            self.examples,
-            batch_size=self.config.train.batch_size,
-            seed=self.config.seed,
-            start=start,
-            stop=self.total_steps,
-        )
+        return to_device(training_batches(self.arrays, self.examples, **settings))
+
+    def compile(self, state: TrainState) -> TrainCall:
+        """The program of one call, for states like this one."""
+        settings = self.config.train
+        if self.config.data.pipeline == "resident":
+            shape = jax.ShapeDtypeStruct((settings.steps_per_call, settings.batch_size), np.int32)
+            split = self.arrays.images, self.arrays.labels
+            steps_of = functools.partial(steps.train_steps, self.task)
+            program = compile_call(steps_of, state, Positions(shape, shape), *split)
+            return lambda state, positions: program(state, positions, *split)
+        step = functools.partial(steps.train_step, self.task)
+        return compile_call(step, state, batch_shapes(settings.batch_size, self.info.image_shape))
+
+    def calls(self, start: int, stop: int) -> range:
+        """How many steps are done after each call from `start` to `stop`."""
+        per_call = self.config.train.steps_per_call
+        return range(start + per_call, stop + 1, per_call)
+
+    def _check_calls(self) -> None:
+        per_call = self.config.train.steps_per_call
+        for stop in self._stops(0) if per_call > 1 else ():
+            allowed = f"must divide the steps done at each evaluation and checkpoint; there is one after {stop}"
+            require(stop % per_call == 0, "train.steps_per_call", per_call, allowed)
 
     def _epoch(self, step: int) -> float:
-        return step * self.config.train.batch_size / self.info.num_examples
+        batch_size = self.config.train.batch_size
+        return step * batch_size / order.epoch_images(self.info.num_examples, batch_size, self.config.data.drop_last)
 
     def _is_due(self, step: int, every_epochs: int) -> bool:
         """Whether `step` is the last one or the first to complete a multiple of `every_epochs` epochs."""
@@ -179,71 +208,6 @@ class Trainer:
 
     def _record(self, step: int, split: str, figures: Record) -> Record:
         return {"step": step, "epoch": self._epoch(step), "split": split} | figures
-
-
-def compile_step(task: steps.Task, state: TrainState, batch_size: int, image_shape: tuple[int, int, int]) -> TrainStep:
-    """The training step, compiled before the first batch so that no rate counts the compilation."""
-    step = jax.jit(
-        functools.partial(steps.train_step, task),
-        donate_argnums=0,
-        compiler_options=compilation.options(jax.default_backend()),
-    )
-    return step.lower(state, batch_shapes(batch_size, image_shape)).compile()
-
-
-def run_steps(
-    train_step: TrainStep,
-    state: TrainState,
-    batches: Iterator[Batch],
-    start: int,
-    stop: int,
-    read: Callable[[int, Values], None],
-) -> TrainState:
-    """Runs the steps from `start` to `stop` and calls `read` with the number and the metrics of each.
-
-    They are read `READ_LAG` steps late, the last ones when there is nothing more to run.
-
-    Nothing but batches and metrics crosses between host and device: the transfer guard stops what does by accident.
-    """
-    in_flight: deque[tuple[int, Values]] = deque()
-    with jax.transfer_guard("disallow"):
-        for step in range(start + 1, stop + 1):
-            state, values = train_step(state, next(batches))
-            in_flight.append((step, values))
-            if len(in_flight) > READ_LAG:
-                read(*in_flight.popleft())
-        while in_flight:
-            read(*in_flight.popleft())
-    return state
-
-
-class Interval:
-    """Means and rates of the steps since the last line of the log."""
-
-    def __init__(self, batches: InputTimer):
-        self._batches = batches
-        self.open()
-
-    def open(self) -> None:
-        self._values: list[Values] = []
-        self._begin, self._waited = time.perf_counter(), self._batches.seconds
-
-    def add(self, values: Values) -> None:
-        self._values.append(values)
-
-    def close(self, batch_size: int) -> Record:
-        """The means over the steps added; opens the next interval."""
-        count = len(self._values)
-        seconds = time.perf_counter() - self._begin
-        figures = {
-            "loss": sum(float(values["loss"]) for values in self._values) / count,
-            "accuracy": sum(float(values["accuracy"]) for values in self._values) / count,
-            "learning_rate": float(self._values[-1]["learning_rate"]),
-            "images_per_second": count * batch_size / seconds,
-            "input_wait_fraction": (self._batches.seconds - self._waited) / seconds,
-        }
-        self.open()
-        return figures
 
 
 def _open_workdir(workdir: Path, config: Config) -> None:

@@ -8,12 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cifar_flax.imports import without
 
-with without("torch"):  # seconds, and hundreds of megabytes, for tensors that are never met here
-    from tensorboardX import SummaryWriter
+# Training does without these where they are not installed.
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+try:
+    with without("torch"):  # seconds, and hundreds of megabytes, for tensors that are never met here
+        from tensorboardX import SummaryWriter
+except ImportError:
+    SummaryWriter = None
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 
@@ -42,17 +48,20 @@ class MetricsWriter:
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= start_step]
             _replace(path, "".join(kept))
         self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        if SummaryWriter is None:
+            print("no TensorBoard events are written: tensorboardX is not installed")
+        self._events = SummaryWriter and SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def write(self, record: Record) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in record.items():
-            if name not in ("step", "split") and value is not None:
+            if self._events is not None and name not in ("step", "split") and value is not None:
                 self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
 
@@ -64,20 +73,32 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+class Lines:
+    """In place of tqdm's bar: of all that it shows, only the lines that stay."""
+
+    write = staticmethod(print)
+
+    def _nothing(self, *values: object, **settings: object) -> None:
+        pass
+
+    update = set_description = set_postfix_str = close = _nothing
+
+
 class Progress:
     """A bar on a terminal; elsewhere a line per evaluation."""
 
     def __init__(self, *, start: int, total: int, epochs: float):
         self._start, self._total, self._epochs = start, total, epochs
         self._begin = time.monotonic()
-        self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        bar = tqdm is not None and sys.stderr.isatty()
+        self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True) if bar else Lines()
         self._train: Record = {}
 
     def close(self) -> None:
         self._bar.close()
 
-    def step(self) -> None:
-        self._bar.update()
+    def step(self, count: int) -> None:
+        self._bar.update(count)
 
     def train(self, record: Record) -> None:
         self._train = record
@@ -103,8 +124,10 @@ def evaluation_table(result: Record) -> str:
     """The figures of eval.json for people."""
     name_width = max(len("class"), *(len(name) for name in result["per_class"]))
     correct = round(result["accuracy"] * result["num_examples"])
+    below = f" where the top probability is below {result['tta_below']}" if result.get("tta_below") else ""
+    views = f", test-time augmentation {result['tta']}{below}" if "tta" in result else ""
     lines = [
-        f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']}",
+        f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']}{views}",
         f"  accuracy                    {result['accuracy']:.2%} ({correct} of {result['num_examples']})",
         f"  top-5 accuracy              {result['top5_accuracy']:.2%}",
         f"  loss                        {result['loss']!r}",

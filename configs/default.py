@@ -17,7 +17,7 @@ from cifar_flax.optim import OptimConfig
 def get_config() -> Config:
     return Config(
         data=DataConfig(name="cifar10", pipeline="streaming"),
-        augment=AugmentConfig(flip=True, crop_padding=2),
+        augment=AugmentConfig(flip="random", crop_padding=2),
         model=CNNConfig(),
         optim=OptimConfig(name="adamw", learning_rate=2e-3, schedule="cosine", warmup_epochs=1.6, weight_decay=0.02),
         train=TrainConfig(batch_size=256, epochs=16, label_smoothing=0.1),

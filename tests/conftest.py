@@ -39,7 +39,7 @@ def make_tiny_config() -> Config:
     """Three short epochs of a small network on the digits; augmentation, dropout and a schedule are on."""
     return Config(
         data=DataConfig(name="digits", pipeline="resident"),
-        augment=AugmentConfig(flip=True, crop_padding=2),
+        augment=AugmentConfig(flip="random", crop_padding=2),
         model=CNNConfig(width=4, hidden=16),
         optim=OptimConfig(name="adamw", learning_rate=1e-2, schedule="cosine", warmup_epochs=0.5, weight_decay=0.01),
         train=TrainConfig(batch_size=128, epochs=3, log_every=4),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.flops import forward_flops
 from cifar_flax import models
 from cifar_flax.errors import ConfigError
 from cifar_flax.models import AirbenchConfig, airbench
@@ -35,24 +36,10 @@ def count(model):
     return sum(leaf.size for leaf in jax.tree.leaves(arrays(model, nnx.Param)))
 
 
-def forward_flops(model, batch=1):
-    """Twice the multiplications of its convolutions and matrix products, as XLA counts them for a GPU."""
-    graphdef, state = nnx.split(model)
-    jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, jnp.zeros((batch, 32, 32, 3)))
-    total = 0
-    for equation in jaxpr.jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            total += 2 * equation.outvars[0].aval.size * np.prod(equation.invars[1].aval.shape[:3])
-        elif equation.primitive.name == "dot_general":
-            total += 2 * equation.outvars[0].aval.size * equation.invars[0].aval.shape[-1]
-    return total
-
-
 def test_size_is_the_papers():
     """Section 3 of the paper: 1.97 million parameters. Training takes three times the forward pass' operations."""
-    model = build(platform="cuda")
-    assert count(model) == 1_971_352
-    assert 3 * forward_flops(model) == pytest.approx(0.71e9, rel=0.005)
+    assert count(build()) == 1_971_352
+    assert 3 * forward_flops(AirbenchConfig(), (32, 32, 3), 10) == pytest.approx(0.71e9, rel=0.005)
 
 
 def test_wider_and_deeper_networks():
@@ -86,7 +73,23 @@ def test_initial_values():
     assert np.abs(others).max() <= limit
     np.testing.assert_allclose(others.std(), limit / np.sqrt(3), rtol=0.02)
     np.testing.assert_allclose(np.std(params["head"]["kernel"], ddof=1), 1, rtol=1e-5)
-    assert not np.any(params["whitening"]["bias"])
+    bias = np.abs(params["whitening"]["bias"])
+    assert 0.2 < bias.max() <= 1 / np.sqrt(12)
+
+
+def test_the_original_for_sgd_begins_otherwise():
+    """Logits over 9, a head as PyTorch begins it, no bias behind the whitening."""
+    muon, sgd = build(widths=(4, 4, 100)), build(widths=(4, 4, 100), init="sgd")
+    assert float(jnp.std(sgd.head.kernel[...])) == pytest.approx(1 / np.sqrt(3 * 100), rel=0.05)
+    assert not np.any(sgd.whitening.bias[...])
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    for model in (muon, sgd):
+        model.fit(x)
+    sgd.head.kernel[...], sgd.whitening.bias[...] = muon.head.kernel[...], muon.whitening.bias[...]
+    for ours, theirs in zip(muon.blocks, sgd.blocks, strict=True):
+        for conv, other in zip(ours.convs, theirs.convs, strict=True):
+            other.kernel[...] = conv.kernel[...]
+    np.testing.assert_allclose(run(sgd, x)[0], run(muon, x)[0] * 100 / 9, rtol=1e-4)
 
 
 def test_whitening_makes_patches_white():
@@ -96,6 +99,7 @@ def test_whitening_makes_patches_white():
     model = build(image_shape=(32, 32, 3))
     model.fit(images)
     assert "kernel" not in arrays(model, nnx.Param)["whitening"]  # it does not train
+    model.whitening.bias[...] = jnp.zeros(24)
     out = np.asarray(jax.jit(lambda x: model.whitening(x))(images)).reshape(-1, 24)
     np.testing.assert_allclose(out[:, 12:], -out[:, :12], atol=1e-4)
     covariance = out[:, :12].T @ out[:, :12] / len(out)
@@ -140,14 +144,15 @@ def test_forward_pass_is_the_stated_design():
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_batch_statistics_decay_by_0_6():
-    model = build(widths=(4, 4, 4))
+@pytest.mark.parametrize(("fields", "decay"), [({}, 0.6), ({"norm_decay": 0.9}, 0.9)])
+def test_batch_statistics_decay(fields, decay):
+    model = build(widths=(4, 4, 4), **fields)
     x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     model.fit(x)
     first = jax.jit(lambda x: model.blocks[0].convs[0](airbench.gelu(model.whitening(x))))(x)
     stats = nnx.to_pure_dict(run(model, x, seed=1)[1])["blocks"][0]["norms"][0]["norm"]
-    np.testing.assert_allclose(stats["mean"], 0.4 * first.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(stats["var"], 0.6 + 0.4 * first.var((0, 1, 2)), rtol=1e-3)
+    np.testing.assert_allclose(stats["mean"], (1 - decay) * first.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(stats["var"], decay + (1 - decay) * first.var((0, 1, 2)), rtol=1e-3)
 
 
 def test_platforms_compute_the_same_network():
@@ -176,7 +181,9 @@ def test_small_images_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("widths", (0, 1, 1)), ("depth", 4), ("dtype", "float16")], ids=lambda value: str(value)
+    ("field", "value"),
+    [("widths", (0, 1, 1)), ("depth", 4), ("dtype", "float16"), ("norm_decay", 1.0), ("init", "adam")],
+    ids=lambda value: str(value),
 )
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ConfigError, match=f"^model.{field}="):

@@ -3,12 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_flax.data.augment import AugmentConfig, augment, normalize
+from cifar_flax.data import augment as augmentation
+from cifar_flax.data.augment import VIEWS, AugmentConfig, cutout, normalize, views
 from cifar_flax.errors import ConfigError
 
 BATCH = 400
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (BATCH, 7, 9, 3), dtype=np.uint8))
 KEYS = jax.random.split(jax.random.key(1), BATCH)
+
+
+def augment(image, keys, config, epoch=0, first_keys=KEYS):
+    epochs = jnp.full(len(image), epoch, jnp.int32)
+    return augmentation.augment(image, keys, config, epoch=epochs, first_keys=first_keys)
 
 
 def candidates(image, padding, flip):
@@ -26,7 +32,7 @@ def candidates(image, padding, flip):
 @pytest.mark.parametrize(("flip", "padding"), [(True, 0), (False, 2), (True, 2), (False, 3)])
 def test_outputs_are_crops_and_mirror_images(flip, padding):
     chosen = []
-    augmented = augment(IMAGES, KEYS, AugmentConfig(flip=flip, crop_padding=padding))
+    augmented = augment(IMAGES, KEYS, AugmentConfig(flip="random" if flip else "none", crop_padding=padding))
     for image, out in zip(np.asarray(IMAGES), np.asarray(augmented), strict=True):
         matches = [choice for choice, crop in candidates(image, padding, flip) if np.array_equal(crop, out)]
         assert len(matches) == 1
@@ -42,7 +48,7 @@ def test_nothing_to_do_changes_nothing():
 
 
 def test_result_does_not_depend_on_the_place_in_the_batch():
-    config = AugmentConfig(flip=True, crop_padding=2)
+    config = AugmentConfig(flip="random", crop_padding=2)
     order = np.random.default_rng(1).permutation(BATCH)
     straight = augment(IMAGES, KEYS, config)
     np.testing.assert_array_equal(augment(IMAGES[order], KEYS[order], config), np.asarray(straight)[order])
@@ -57,7 +63,57 @@ def test_normalize_gives_mean_zero_and_deviation_one():
     np.testing.assert_allclose(np.asarray(out).reshape(-1, 3).std(axis=0), 1, atol=1e-4)
 
 
+def test_alternating_flips_show_the_mirror_image_in_every_other_epoch():
+    config = AugmentConfig(flip="alternating")
+    other_keys = jax.random.split(jax.random.key(2), BATCH)  # as each epoch has its own
+    first, second, third = (
+        np.asarray(augment(IMAGES, keys, config, epoch)) for epoch, keys in enumerate((KEYS, other_keys, other_keys))
+    )
+    np.testing.assert_array_equal(second, first[:, :, ::-1])
+    np.testing.assert_array_equal(third, first)
+    mirrored = np.array([not np.array_equal(a, b) for a, b in zip(first, np.asarray(IMAGES), strict=True)])
+    assert 0.4 < mirrored.mean() < 0.6
+    np.testing.assert_array_equal(first, augment(IMAGES, KEYS, AugmentConfig(flip="random")))
+
+
+def test_cutout_zeroes_one_square_inside_each_image():
+    image = jnp.ones((BATCH, 7, 9, 3))
+    np.testing.assert_array_equal(cutout(image, KEYS, 0), image)
+    corners = []
+    for out in np.asarray(cutout(image, KEYS, 4)):
+        rows, columns = np.nonzero(out[..., 0] == 0)
+        assert (rows.min() + 3, columns.min() + 3, len(rows)) == (rows.max(), columns.max(), 16)
+        assert np.array_equal(out[..., 0], out[..., 1])
+        corners.append((rows.min(), columns.min()))
+    for axis, places in ((0, 4), (1, 6)):
+        counts = np.bincount([corner[axis] for corner in corners], minlength=places)
+        assert np.all(np.abs(counts - BATCH / places) < 5 * np.sqrt(BATCH / places))
+
+
+def test_squares_and_crops_are_drawn_apart():
+    """Keys of one parent are easily the same ones: then the square would lie where the crop is."""
+    keys = augmentation._split(KEYS)
+    assert len(np.unique(np.asarray(jax.random.key_data(keys)).reshape(-1, 2), axis=0)) == 5 * BATCH
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_the_papers(name):
+    """Against the definition: the image and its two diagonal shifts, each with its mirror image."""
+    got, image = np.asarray(views(IMAGES, name)), np.asarray(IMAGES)
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    shifted = [image, padded[:, 0:7, 0:9], padded[:, 2:9, 2:11]]
+    everything = [view for one in shifted for view in (one, one[:, :, ::-1])]
+    wanted = everything[: {"none": 1, "mirror": 2, "mirror_translate": 6}[name]]
+    np.testing.assert_array_equal(got, wanted)
+    assert len(VIEWS[name]) == len(wanted)
+    assert sum(VIEWS[name]) == 1
+    assert sum(VIEWS["mirror_translate"][:2]) == 0.5  # the centre pair weighs half
+
+
 def test_padding_larger_than_the_image_is_refused():
     AugmentConfig(crop_padding=6).validate_for((7, 9, 3))
     with pytest.raises(ConfigError, match=r"augment\.crop_padding=7: must be at most 6"):
         AugmentConfig(crop_padding=7).validate_for((7, 9, 3))
+    AugmentConfig(cutout=7).validate_for((7, 9, 3))
+    with pytest.raises(ConfigError, match=r"augment\.cutout=8: must be at most 7"):
+        AugmentConfig(cutout=8).validate_for((7, 9, 3))

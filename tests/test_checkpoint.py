@@ -16,6 +16,7 @@ def make_state(step=3, width=2, dtype=jnp.float32):
         params={"layer": {"kernel": leaf}},
         batch_stats={"norm": {"mean": leaf + 1}},
         opt_state=({"mu": leaf + 2}, (), jnp.int32(7)),
+        average=(),
     )
 
 

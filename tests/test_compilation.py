@@ -12,7 +12,7 @@ from cifar_flax import compilation
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.models.layers import random_words
 from cifar_flax.models.pooling import max_over_places
-from cifar_flax.train import Trainer, compile_step
+from cifar_flax.train import Trainer
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.py")
 CHANGED = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -84,7 +84,7 @@ def test_both_steps_are_compiled_with_the_options(tiny_config, monkeypatch):
     trainer = Trainer(tiny_config)
     monkeypatch.setattr(compilation, "options", lambda platform: {f"no_such_option_of_{platform}": True})
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option_of_cpu"):
-        compile_step(trainer.task, trainer.initial_state, 16, trainer.info.image_shape)
+        trainer.compile(trainer.initial_state)
     evaluator = Evaluator(trainer.task, trainer.arrays, trainer.examples, 16)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option_of_cpu"):
         evaluator(trainer.initial_state)

@@ -37,7 +37,7 @@ def test_every_config_is_valid_and_survives_json(path):
         ({"train": {"batch_size": True}}, "train.batch_size=True: must be a whole number"),
         ({"train": {"batch_size": 12.0}}, "train.batch_size=12.0: must be a whole number"),
         ({"train": {"epochs": float("inf")}}, "train.epochs=inf: must be a finite number"),
-        ({"augment": {"flip": 1}}, "augment.flip=1: must be true or false"),
+        ({"data": {"drop_last": 1}}, "data.drop_last=1: must be true or false"),
         ({"optim": {"b1": "x"}}, "optim.b1='x': must be a finite number"),
         ({"seed": -1}, "seed=-1: must be in [0, 2**32)"),
         ({"checkpoint": {"keep_best": True}}, "checkpoint.keep_best=True: needs data.validation_fraction"),
@@ -80,4 +80,6 @@ def test_differences_leave_locations_out():
 def test_only_places_and_evaluation_may_be_overridden():
     allowed = {path for path, _, _ in configs._fields(Config()) if configs.may_override(path)}
     places = {"data.data_dir", "data.archive", "data.cache_dir"}
-    assert allowed == places | {"eval.batch_size", "eval.every_epochs", "eval.checkpoint"}
+    assert allowed == places | {
+        f"eval.{name}" for name in ("batch_size", "every_epochs", "checkpoint", "tta", "tta_below")
+    }

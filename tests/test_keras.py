@@ -3,10 +3,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cifar_flax import optim, state, steps
+from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.batches import Batch
 from cifar_flax.models import CNNConfig
@@ -26,18 +28,20 @@ def test_the_same_weights_and_batches_train_alike():
     from benchmarks import keras_notebook
 
     config = optim.OptimConfig(name="adam", learning_rate=1e-3, eps=EPS)
-    schedule = optim.make_schedule(config, 100, 10)
-    optimizer = optim.make_optimizer(config, schedule)
+    optimizer = optim.make_optimizer(config, 100, 10)
     network = CNNConfig(conv_dropout=0.0, hidden_dropout=0.0)
-    graphdef, train_state = state.create(network, (32, 32, 3), 10, optimizer, 0, platform="cpu")
+    graphdef, init = state.create(network, (32, 32, 3), 10, optimizer, AveragingConfig(), platform="cpu")
+    train_state = init(jnp.uint32(0), None)
     task = steps.Task(
         graphdef=graphdef,
         optimizer=optimizer,
-        schedule=schedule,
+        schedule=optim.make_schedule(config, 100, 10),
         mean=(0.0,) * 3,
         std=(255.0,) * 3,
         augment=AugmentConfig(),
         label_smoothing=0.0,
+        averaging=AveragingConfig(),
+        total_steps=100,
     )
     train_step = jax.jit(functools.partial(steps.train_step, task))
 

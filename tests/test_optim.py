@@ -1,11 +1,17 @@
+import dataclasses
+import itertools
+import runpy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import REPOSITORY
 
+from cifar_flax import optim
 from cifar_flax.errors import ConfigError
-from cifar_flax.optim import OptimConfig, make_optimizer, make_schedule
+from cifar_flax.optim import GROUPS, GroupConfig, OptimConfig, make_optimizer, make_schedule, orthogonalize
 
 PARAMS = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
 
@@ -14,9 +20,10 @@ def gradient(seed, scale=1.0):
     return jax.tree.map(lambda x: scale * jax.random.normal(jax.random.key(seed), x.shape), PARAMS)
 
 
-def run(config, gradients, learning_rate=0.1):
-    optimizer = make_optimizer(config, optax.constant_schedule(learning_rate))
-    params, state = PARAMS, optimizer.init(PARAMS)
+def run(config, gradients, learning_rate=0.1, params=PARAMS):
+    config = dataclasses.replace(config, learning_rate=learning_rate)
+    optimizer = make_optimizer(config, total_steps=100, steps_per_epoch=10)
+    state = optimizer.init(params)
     for grads in gradients:
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -34,6 +41,12 @@ def test_schedules(schedule, middle):
     assert [float(rate(step)) for step in (0, 5, 10)] == pytest.approx([0, 0.05, 0.1])
     assert float(rate(55)) == pytest.approx(middle)
     assert float(rate(100)) == pytest.approx(0.1 if schedule == "constant" else 0, abs=1e-8)
+
+
+def test_schedules_may_start_and_end_above_zero():
+    config = OptimConfig(learning_rate=10.0, schedule="linear", warmup_epochs=1, warmup_start=0.2, final_share=0.07)
+    rate = make_schedule(config, total_steps=110, steps_per_epoch=10)
+    assert [float(rate(step)) for step in (0, 5, 10, 60, 110)] == pytest.approx([2, 6, 10, 5.35, 0.7])
 
 
 def test_warmup_must_be_shorter_than_the_run():
@@ -88,20 +101,185 @@ def test_accumulated_gradients_are_one_averaged_step():
 
 
 def test_accumulation_follows_the_schedule_of_steps():
-    config = OptimConfig(name="sgd", accumulate_steps=2)
-    optimizer = make_optimizer(config, lambda step: 1.0 * step)
+    config = OptimConfig(name="sgd", learning_rate=10.0, warmup_epochs=1, accumulate_steps=2)
+    optimizer = make_optimizer(config, total_steps=100, steps_per_epoch=10)  # the rate of step n is n, at first
     state, ones = optimizer.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
     moves = []
     for _ in range(6):
         updates, state = optimizer.update(ones, state, PARAMS)
         moves.append(float(updates["bias"][0]))
-    assert moves == [0, 0, 0, -2, 0, -4]
+    assert moves == pytest.approx([0, 0, 0, -2, 0, -4])
+
+
+NETWORK = {
+    "conv": {"kernel": jnp.full((3, 3, 2, 4), 2.0)},
+    "head": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)},
+    "whitening": {"bias": jnp.full(3, 2.0)},
+}
+
+
+def moves(config, steps, total_steps=100):
+    """How far each step moves each tensor of `NETWORK`, whose gradients are 1."""
+    optimizer = make_optimizer(config, total_steps=total_steps, steps_per_epoch=10)
+    state, grads = optimizer.init(NETWORK), jax.tree.map(jnp.ones_like, NETWORK)
+    out = []
+    for _ in range(steps):
+        updates, state = optimizer.update(grads, state, NETWORK)
+        out.append(
+            {
+                jax.tree_util.keystr(path, simple=True, separator="/"): float(leaf.ravel()[0])
+                for path, leaf in jax.tree.leaves_with_path(updates)
+            }
+        )
+    return out
+
+
+def test_groups_have_rates_and_decays_of_their_own():
+    config = OptimConfig(
+        name="sgd",
+        learning_rate=0.1,
+        weight_decay=0.5,
+        dense=GroupConfig(learning_rate=1.0, weight_decay=0.25),
+        biases=GroupConfig(learning_rate=0.01, weight_decay=1.0),
+    )
+    (move,) = moves(config, 1)
+    assert move == pytest.approx(
+        {
+            "conv/kernel": -0.1 * (1 + 0.5 * 2),
+            "head/kernel": -1.0 * (1 + 0.25 * 2),
+            "head/bias": -0.01 * (1 + 1.0 * 2),
+            "whitening/bias": -0.1,  # no decay where none is set: it has one axis
+        }
+    )
+
+
+def test_a_group_may_be_frozen():
+    """Cut off, or with a rate that falls to zero until then; the others go on."""
+    config = OptimConfig(name="sgd", learning_rate=1.0, schedule="linear", whitening=GroupConfig(frozen_from=0.4))
+    assert [move["whitening/bias"] for move in moves(config, 6)] == pytest.approx([-1, -0.99, -0.98, -0.97, 0, 0])
+    config.whitening.own_decay = True
+    assert [move["whitening/bias"] for move in moves(config, 6)] == pytest.approx([-1, -0.75, -0.5, -0.25, 0, 0])
+    assert [move["head/bias"] for move in moves(config, 6)] == pytest.approx([-1, -0.99, -0.98, -0.97, -0.96, -0.95])
+
+
+def composed_quintic(x, steps):
+    for _ in range(steps):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    return x
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 8, 4), (1, 6, 6)])
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_orthogonalize_is_the_polynomial_of_the_singular_values(shape, steps):
+    matrices = np.random.default_rng(0).normal(size=shape)
+    u, s, vt = np.linalg.svd(matrices, full_matrices=False)
+    s /= np.linalg.norm(matrices, axis=(1, 2))[:, None]
+    expected = (u * composed_quintic(s, steps)[:, None, :]) @ vt
+    with jax.default_matmul_precision("highest"):
+        out = orthogonalize(jnp.asarray(matrices, jnp.float32), jnp.float32, steps)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_three_steps_bring_singular_values_near_one():
+    singular = jnp.linalg.svd(orthogonalize(jax.random.normal(jax.random.key(0), (4, 64, 576)), jnp.float32))[1]
+    assert 0.3 < float(singular.min()) < float(singular.max()) < 1.6
+
+
+def test_muon_is_the_recipes(monkeypatch):
+    """Three steps beside the recipe written out in NumPy, kernel by kernel: two of one shape, one of another."""
+    monkeypatch.setattr(optim, "MUON_DTYPE", jnp.float32)
+    shapes = {"a": (3, 3, 2, 4), "b": (3, 3, 2, 4), "c": (1, 1, 2, 5)}  # the last has more filters than inputs
+    rng = np.random.default_rng(0)
+    params = {name: {"kernel": rng.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}
+    gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in range(3)]
+    groups = {group: GroupConfig(learning_rate=1.0) for group in GROUPS}
+    with jax.default_matmul_precision("highest"):
+        on_device = jax.tree.map(jnp.asarray, (gradients, params))
+        ours = run(OptimConfig(name="muon", momentum=0.6, **groups), on_device[0], 0.24, on_device[1])
+    for name, shape in shapes.items():
+        weights, buffer = params[name]["kernel"].astype(np.float64), np.zeros(shape)
+        for grads in gradients:
+            g = grads[name]["kernel"]
+            buffer = 0.6 * buffer + g
+            u, s, vt = np.linalg.svd((g + 0.6 * buffer).reshape(-1, shape[-1]).T, full_matrices=False)
+            update = (u * composed_quintic(s / np.linalg.norm(s), 3)) @ vt
+            weights = weights * np.sqrt(shape[-1]) / np.linalg.norm(weights) - 0.24 * update.T.reshape(shape)
+        np.testing.assert_allclose(ours[name]["kernel"], weights, atol=1e-4)
+
+
+def recipe(config_file):
+    return runpy.run_path(str(REPOSITORY / "configs" / config_file))["get_config"]()
+
+
+def summed_sgd(weights, gradients_of_sum, rates, decay, momentum):
+    """The original's: PyTorch's SGD with Nesterov momentum and a decay that its rate is divided out of."""
+    buffer = 0.0
+    for g, rate in zip(gradients_of_sum, rates, strict=True):
+        g = g + decay * weights
+        buffer = momentum * buffer + g
+        weights = weights - rate * (g + momentum * buffer)
+    return weights
+
+
+def linear_decay(rate, steps, total):
+    return [rate * max(1 - step / total, 0) for step in range(steps)]
+
+
+def triangle(rate, steps, total, warm, final):
+    shares = [
+        0.2 + 0.8 * step / warm if step < warm else 1 - (1 - final) * (step - warm) / (total - warm)
+        for step in range(steps)
+    ]
+    return [rate * share for share in shares]
+
+
+AIRBENCH_STEPS = {"airbench94.py": 200, "airbench95.py": 720, "airbench96.py": 1776}
+
+
+@pytest.mark.parametrize(("file", "group"), [*itertools.product(AIRBENCH_STEPS, ("head", "norm", "whitening", "conv"))])
+def test_airbench_configs_are_the_originals(file, group):
+    """Four steps of SGD from the original's constants, which are for the gradient of the sum over the batch."""
+    config, total = recipe(file), AIRBENCH_STEPS[file]
+    batch, per_epoch = config.train.batch_size, total / config.train.epochs
+    if file == "airbench94.py":
+        if group == "conv":
+            pytest.skip("by Muon: tested above")
+        rate = {"head": 0.67, "norm": 0.053, "whitening": 0.053}[group]
+        rates = linear_decay(rate, 4, 75 if group == "whitening" else 200)
+        decay = 2e-6 * 2000 / rate
+    else:
+        kilostep = 1024 * (1 + 1 / (1 - 0.85))
+        lr, wd, warm, final = {"airbench95.py": (10.0, 0.0153, 165, 0.07), "airbench96.py": (9.0, 0.012, 177, 0.0)}[
+            file
+        ]
+        rate = lr / kilostep * (64 if group == "norm" else 1)
+        rates, decay = triangle(rate, 4, total, warm, final), wd * 1024 / kilostep / rate
+    shape = {"head": (5, 3), "conv": (3, 3, 2, 4)}.get(group, (3,))
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=shape), [rng.normal(size=shape) / 1000 for _ in range(4)]
+    name = "whitening" if group == "whitening" else "layer"
+    optimizer = make_optimizer(config.optim, total, per_epoch)
+    params = {name: {"tensor": jnp.asarray(start, jnp.float32)}}
+    state = optimizer.init(params)
+    for g in gradients:
+        updates, state = optimizer.update({name: {"tensor": jnp.asarray(g, jnp.float32)}}, state, params)
+        params = optax.apply_updates(params, updates)
+    expected = summed_sgd(start, [g * batch for g in gradients], rates, decay, 0.85)
+    np.testing.assert_allclose(params[name]["tensor"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "lion"}, "optim.name='lion': must be one of adam, adamw, sgd"),
+        ({"name": "lion"}, "optim.name='lion': must be one of adam, adamw, sgd, muon"),
+        ({"warmup_start": 1.5}, "optim.warmup_start=1.5: must be in [0, 1]"),
+        ({"final_share": 0.1}, "optim.final_share=0.1: does not apply to the schedule constant"),
+        ({"name": "muon"}, "optim.dense.learning_rate=None: must be set where optim.name is muon"),
+        ({"name": "muon", "weight_decay": 0.1}, "optim.weight_decay=0.1: does not apply to muon"),
+        ({"biases": GroupConfig(learning_rate=-1.0)}, "optim.biases.learning_rate=-1.0: must be at least 0"),
+        ({"biases": GroupConfig(momentum=0.5)}, "optim.biases.momentum=0.5: does not apply to adamw"),
+        ({"name": "sgd", "dense": GroupConfig(momentum=1.0)}, "optim.dense.momentum=1.0: must be in [0, 1)"),
+        ({"dense": GroupConfig(own_decay=True)}, "optim.dense.own_decay=True: needs optim.dense.frozen_from above 0"),
         ({"schedule": "step"}, "optim.schedule='step': must be one of constant, cosine, linear"),
         ({"learning_rate": -1.0}, "optim.learning_rate=-1.0: must be at least 0"),
         ({"name": "adam", "weight_decay": 0.1}, "optim.weight_decay=0.1: does not apply to adam"),

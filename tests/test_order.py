@@ -34,6 +34,22 @@ def test_starting_late_gives_the_tail(size, batch_size):
             np.testing.assert_array_equal(all_of_it[start:], tail)
 
 
+@pytest.mark.parametrize(("size", "batch_size"), SIZES)
+def test_epochs_may_end_with_their_last_whole_batch(size, batch_size):
+    examples = np.arange(100, 100 + size, dtype=np.int32)
+    per_epoch = size // batch_size
+    steps = order.total_steps(3, size, batch_size, drop_last=True)
+    assert steps == 3 * per_epoch
+    index, epoch = order.positions(5, examples, batch_size, 0, steps, drop_last=True)
+    assert epoch.tolist() == [[e] * batch_size for e in range(3) for _ in range(per_epoch)]
+    for e in range(3):
+        shown = index[epoch == e].tolist()
+        assert shown == examples[order.permutation(5, e, size)][: per_epoch * batch_size].tolist()
+        assert len(set(shown)) == order.epoch_images(size, batch_size, drop_last=True)
+    late = order.positions(5, examples, batch_size, steps - 1, steps, drop_last=True)
+    np.testing.assert_array_equal(late[0], index[-1:])
+
+
 def test_seeds_and_epochs_have_orders_of_their_own():
     orders = {tuple(order.permutation(seed, epoch, 100)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25

@@ -8,9 +8,11 @@ import pytest
 from flax import nnx
 
 from cifar_flax import experiment, metrics, models, steps
+from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data import sources
 from cifar_flax.data.augment import AugmentConfig, normalize
 from cifar_flax.data.batches import Batch
+from cifar_flax.data.resident import Positions
 from cifar_flax.experiment import DatasetInfo
 from cifar_flax.models import CNNConfig
 from cifar_flax.state import root_keys
@@ -20,7 +22,8 @@ from cifar_flax.state import root_keys
 def setup(tiny_config):
     arrays = sources.load(tiny_config.data, "train")
     info = DatasetInfo.of(arrays, np.arange(len(arrays.labels), dtype=np.int32), "standard")
-    task, state = experiment.build(tiny_config, info)
+    task, init = experiment.build(tiny_config, info)
+    state = init(tiny_config.seed, None)
     index = np.arange(64, dtype=np.int32)
     batch = Batch(arrays.images[:64], arrays.labels[:64], index, np.zeros_like(index), np.ones(64, bool))
     return task, state, jax.device_put(batch)
@@ -118,11 +121,50 @@ def test_padding_changes_no_evaluation(setup):
         jnp.asarray(mask),
     )
     names = tuple("0123456789")
-    whole = metrics.add(None, jax.device_get(step(state.params, state.batch_stats, padded)))
+    whole = metrics.add(None, jax.device_get(step((state.params, state.batch_stats), padded)))
     masked = Batch(batch.image, batch.label, batch.index, batch.epoch, jnp.asarray(mask))
-    plain = metrics.add(None, jax.device_get(step(state.params, state.batch_stats, masked)))
+    plain = metrics.add(None, jax.device_get(step((state.params, state.batch_stats), masked)))
     assert metrics.summarize(whole, names) == metrics.summarize(plain, names)
     assert metrics.summarize(whole, names)["num_examples"] == 40
+
+
+def test_a_loop_on_the_device_is_the_steps_one_by_one(setup):
+    """Cutout, alternating flips and Lookahead too, over the end of an epoch."""
+    task, state, batch = setup
+    task = dataclasses.replace(
+        task,
+        augment=AugmentConfig(flip="alternating", crop_padding=2, cutout=8),
+        averaging=AveragingConfig(name="lookahead", decay=0.5, every=2),
+    )
+    state = state._replace(average=jax.tree.map(jnp.copy, (state.params, state.batch_stats)))
+    index = np.random.default_rng(0).integers(0, 64, (4, 32)).astype(np.int32)
+    epoch = np.repeat(np.array([[0], [0], [1], [1]], np.int32), 32, axis=1)
+    looped, values = jax.jit(functools.partial(steps.train_steps, task))(
+        state, Positions(index, epoch), batch.image, batch.label
+    )
+    step = jax.jit(functools.partial(steps.train_step, task))
+    for number in range(4):
+        one = Batch(batch.image[index[number]], batch.label[index[number]], index[number], epoch[number], index[0] >= 0)
+        state, expected = step(state, one)
+        assert float(values["loss"][number]) == pytest.approx(float(expected["loss"]), rel=1e-4)
+    assert int(looped.step) == 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), looped.params, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), looped.average, state.average)
+
+
+def test_flips_alternate_between_epochs_in_the_step(setup, monkeypatch):
+    """The step hands `augment` the keys of epoch 0: without them each epoch would flip by chance."""
+    task, state, batch = setup
+    task = dataclasses.replace(task, augment=AugmentConfig(flip="alternating"))
+    seen = []
+    monkeypatch.setattr(
+        steps, "normalize", lambda image, *statistics: seen.append(image) or normalize(image, *statistics)
+    )
+    for epoch in range(3):
+        steps.train_step(task, state, dataclasses.replace(batch, epoch=jnp.full_like(batch.epoch, epoch)))
+    first, second, third = map(np.asarray, seen)
+    np.testing.assert_array_equal(second, first[:, :, ::-1])
+    np.testing.assert_array_equal(third, first)
 
 
 def test_random_bits_do_not_depend_on_jaxs_default_generator():

@@ -12,13 +12,16 @@ import pytest
 from conftest import make_tiny_config
 
 from cifar_flax import checkpoint, cli, evaluate
+from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data import sources
 from cifar_flax.data.batches import GROUP, Batch
+from cifar_flax.data.resident import Positions
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.models import AirbenchConfig, CNNConfig
-from cifar_flax.optim import OptimConfig
-from cifar_flax.train import READ_LAG, Trainer, run_steps, train
+from cifar_flax.loop import READ_LAG, run_calls
+from cifar_flax.models import AirbenchConfig, CNNConfig, ResNetConfig
+from cifar_flax.optim import GROUPS, GroupConfig, OptimConfig
+from cifar_flax.train import Trainer, train
 
 MODES = ("train", "eval")
 NOT_TIMES = ("step", "epoch", "split", "loss", "accuracy", "learning_rate")
@@ -221,7 +224,7 @@ def test_metrics_are_read_late():
 
     state = Trainer(make_tiny_config()).initial_state
     batches = iter([batch_of(step) for step in range(11, 17)])
-    run_steps(train_step, state, batches, 10, 16, lambda step, values: events.append(("read", step)))
+    run_calls(train_step, state, batches, range(11, 17), lambda step, values: events.append(("read", step)))
     assert [step for kind, step in events if kind == "read"] == list(range(11, 17))
     assert READ_LAG >= 1
     for step in range(11, 17):
@@ -236,9 +239,14 @@ def test_metrics_are_read_late():
         ({"name": "adam", "eps": 1e-7}, CNNConfig(width=4, hidden=16)),
         ({"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4, "schedule": "linear"}, CNNConfig(width=4, hidden=16)),
         ({"name": "adamw", "clip_norm": 1.0, "accumulate_steps": 2}, CNNConfig(width=4, hidden=16, dtype="bfloat16")),
-        ({"name": "adam"}, AirbenchConfig(widths=(4, 8, 8))),
+        ({"name": "adam"}, ResNetConfig(width=2)),
+        (
+            {"name": "muon", "momentum": 0.6}
+            | {group: GroupConfig(learning_rate=0.1, momentum=0.8) for group in GROUPS},
+            AirbenchConfig(widths=(4, 8, 8)),
+        ),
     ],
-    ids=["adam", "sgd", "accumulation in bfloat16", "airbench"],
+    ids=["adam", "sgd", "accumulation in bfloat16", "resnet", "muon"],
 )
 def test_every_kind_of_state_survives_a_checkpoint(tiny_config, workdir, optim, model):
     tiny_config.optim = OptimConfig(learning_rate=0.01, **optim)
@@ -256,11 +264,11 @@ def test_every_kind_of_state_survives_a_checkpoint(tiny_config, workdir, optim, 
 def test_held_out_examples_are_never_trained_on(tiny_config):
     tiny_config.data.validation_fraction = 0.25
     trainer = Trainer(tiny_config)
-    trained = {int(i) for batch in trainer._training_batches(0) for i in np.asarray(batch.index)}
+    trained = {int(i) for positions in trainer.inputs(0, 0) for i in np.asarray(positions.index).ravel()}
     judged = set(trainer.evaluator._examples.tolist())
     assert not trained & judged
     assert trained | judged == set(range(1442))
-    pixels = trainer.arrays.images[sorted(trained)].astype(np.float64)
+    pixels = np.asarray(trainer.arrays.images)[sorted(trained)].astype(np.float64)
     assert trainer.info.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)))
     assert trainer.info.std == pytest.approx(pixels.std(axis=(0, 1, 2)))
 
@@ -304,16 +312,106 @@ def test_a_result_that_cannot_be_written_is_printed(tiny_config, finished, monke
 
 def test_the_loop_donates_its_state(tiny_config):
     trainer = Trainer(tiny_config)
-    state, step = trainer.initial_state, trainer._compile(trainer.initial_state)
-    step(state, next(iter(trainer._training_batches(0))))
+    state, call = trainer.initial_state, trainer.compile(trainer.initial_state)
+    call(state, next(trainer.inputs(0, 0)))
     assert state.params["hidden"]["kernel"].is_deleted()
 
 
 def test_transfer_guard_watches_the_loop(tiny_config):
     trainer = Trainer(tiny_config)
-    arrays = sources.load(tiny_config.data, "train")
-    index = np.arange(128, dtype=np.int32)
-    on_host = Batch(arrays.images[:128], arrays.labels[:128], index, np.zeros_like(index), np.ones(128, bool))
-    step = trainer._compile(trainer.initial_state)
+    place = np.zeros((1, 128), np.int32)
+    call = trainer.compile(trainer.initial_state)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        run_steps(step, trainer.initial_state, iter([on_host]), 0, 1, lambda step, values: None)
+        run_calls(call, trainer.initial_state, iter([Positions(place, place)]), range(1, 2), lambda step, values: None)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 11, 33])
+def test_many_steps_of_one_call_are_the_steps_of_many(tiny_config, tmp_path, steps_per_call):
+    """One epoch of 11 whole batches by `tf.data`, a call each; the same three by loops on the device."""
+    tiny_config.data.drop_last = True
+    tiny_config.train = dataclasses.replace(tiny_config.train, log_every=33)
+    tiny_config.eval.every_epochs = tiny_config.checkpoint.every_epochs = 3
+    plain = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, pipeline="streaming"))
+    train(plain, tmp_path / "plain")
+    tiny_config.train.steps_per_call = steps_per_call
+    train(tiny_config, tmp_path / "loops")
+    states = [final_state(config, tmp_path / name) for config, name in ((plain, "plain"), (tiny_config, "loops"))]
+    assert [int(state.step) for state in states] == [33, 33]
+    # Rounding errors, which Adam makes steps of where a gradient is next to nothing.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *(state.params for state in states))
+    logs = [read_metrics(tmp_path / name) for name in ("plain", "loops")]
+    for plain_line, line in zip(*logs, strict=True):
+        assert [plain_line[name] for name in NOT_TIMES[:3]] == [line[name] for name in NOT_TIMES[:3]]
+        assert line["loss"] == pytest.approx(plain_line["loss"], rel=1e-3)
+        assert line["learning_rate"] == pytest.approx(plain_line["learning_rate"])
+
+
+def test_a_run_of_loops_resumes_to_the_bit(tiny_config, tmp_path, monkeypatch):
+    tiny_config.data.drop_last = True
+    tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
+    train(tiny_config, tmp_path / "straight")
+    save = checkpoint.Checkpoints.save
+
+    def save_once(self, state, metadata, accuracy):
+        if int(state.step) > 11:
+            raise KeyboardInterrupt
+        save(self, state, metadata, accuracy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save_once)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config, tmp_path / "resumed")
+    train(tiny_config, tmp_path / "resumed")
+    jax.tree.map(
+        np.testing.assert_array_equal, *(final_state(tiny_config, tmp_path / name) for name in ("straight", "resumed"))
+    )
+
+
+def test_calls_must_end_where_the_loop_evaluates(tiny_config):
+    """Batches that run across the ends of epochs: the first epoch of 1,442 images ends in step 12."""
+    tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
+    message = r"train\.steps_per_call=11: must divide the steps done at each evaluation .*; there is one after 12"
+    with pytest.raises(ConfigError, match=message):
+        Trainer(tiny_config)
+
+
+def test_diverging_inside_a_call_names_the_step(tiny_config, workdir):
+    tiny_config.data.drop_last = True
+    tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
+    tiny_config.optim.learning_rate = 1e30
+    with pytest.raises(UserError, match=r"the loss of step [2-9] is (nan|inf) at a learning rate of"):
+        train(tiny_config, workdir)
+
+
+def test_the_final_evaluation_is_augmented_and_says_so(finished, capsys):
+    plain, losses = json.loads((finished / "eval.json").read_text()), set()
+    for settings, title in (
+        (["tta=mirror"], "test-time augmentation mirror\n"),
+        (["tta=mirror_translate"], "test-time augmentation mirror_translate\n"),
+        (["tta=mirror", "tta_below=0.5"], "test-time augmentation mirror where the top probability is below 0.5\n"),
+    ):
+        flags = [f"--config.eval.{setting}" for setting in settings]
+        command = cli.parse(["--mode=eval", f"--workdir={finished}", *flags], MODES)
+        result = evaluate.evaluate(command.config, command.workdir)
+        assert json.loads((finished / "eval.json").read_text()) == result
+        assert (result["tta"], result["tta_below"]) == (command.config.eval.tta, command.config.eval.tta_below)
+        assert title in capsys.readouterr().out
+        losses.add(result["loss"])
+    assert "tta" not in plain
+    assert len(losses | {plain["loss"]}) == 4
+
+
+def test_a_config_that_averages_ends_with_its_average(tiny_config, workdir):
+    tiny_config.averaging = AveragingConfig(name="ema", decay=0.9)
+    train(tiny_config, workdir)
+    state = final_state(tiny_config, workdir)
+    trainer = Trainer(tiny_config)
+    of_average = trainer.evaluator(state).summary
+    params, batch_stats = state.average
+    same = trainer.evaluator(state._replace(params=params, batch_stats=batch_stats)).summary
+    assert of_average == same
+    assert json.loads((workdir / "eval.json").read_text())["loss"] == of_average["loss"]
+    plain = dataclasses.replace(trainer.task, averaging=AveragingConfig())
+    test = sources.load(tiny_config.data, "test")
+    of_weights = evaluate.Evaluator(plain, test, evaluate.all_examples(test), 100)(state).summary
+    assert of_weights["loss"] != of_average["loss"]

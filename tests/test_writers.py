@@ -69,7 +69,7 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = Progress(start=4, total=40, epochs=4)
     progress.train(record(10, images_per_second=1234.5, input_wait_fraction=0.0))
-    progress.step()
+    progress.step(1)
     progress.close()
     bar = capsys.readouterr().err
     for part in ("epoch 1.0/4", "5/40", "loss 0.100", "accuracy 50.0%", "1,234 images/s", "<"):  # "<": time left
@@ -78,8 +78,7 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
 
 def test_without_a_terminal_there_are_plain_lines(capsys):
     progress = Progress(start=0, total=40, epochs=4)
-    for _ in range(10):
-        progress.step()
+    progress.step(10)
     progress.train(record(10, images_per_second=1234.5, input_wait_fraction=0.0123))
     progress.evaluation(record(10, "test"))
     progress.close()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ from cifar_flax.data.cache import Arrays
 # busy CPU and, now and then, its core for milliseconds. After an evaluation the loop takes several at once, and should
 # find them there.
 GROUP = 4
+
+
+T = TypeVar("T")  # what one call takes: a batch, or the positions of several
 
 
 @jax.tree_util.register_dataclass
@@ -52,41 +55,38 @@ def evaluation_batches(arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_
         yield Batch(arrays.images[index], arrays.labels[index], index, np.zeros_like(index), mask)
 
 
-def to_device(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Copies batches to the device in a thread of its own, `GROUP` at a time and from now on one group ahead of use.
+def to_device(batches: Iterable[T], group: int = GROUP) -> Iterator[T]:
+    """Copies batches to the device in a thread of its own, a `group` at a time and from now on one group ahead of use.
 
     The thread does one group for each that is taken, so it never runs on when its user stops. What the source raises
     arrives in place of the group in which it does.
     """
     source = iter(batches)
 
-    def fetch() -> list[Batch]:
-        return [jax.device_put(batch) for batch in itertools.islice(source, GROUP)]
+    def fetch() -> list[T]:
+        return [jax.device_put(batch) for batch in itertools.islice(source, group)]
 
     executor = ThreadPoolExecutor(max_workers=1)
     first = executor.submit(fetch)
 
-    def rest() -> Iterator[Batch]:
+    def rest() -> Iterator[T]:
         with executor:
             following = first
-            while group := following.result():
+            while fetched := following.result():
                 following = executor.submit(fetch)
-                yield from group
+                yield from fetched
 
     return rest()
 
 
-class InputTimer:
+class InputTimer(Iterator[T]):
     """Hands batches on and adds up how long its user waited for them."""
 
-    def __init__(self, batches: Iterator[Batch]):
+    def __init__(self, batches: Iterator[T]):
         self._batches = batches
         self.seconds = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
+    def __next__(self) -> T:
         start = time.perf_counter()
         try:
             return next(self._batches)

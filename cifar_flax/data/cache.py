@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -28,8 +29,8 @@ _FILES = ("images.npy", "labels.npy")
 class Arrays:
     """One split, decoded: stored bytes and class indices, with what the data set says of itself."""
 
-    images: UInt8[np.ndarray, "n height width channels"]
-    labels: Int32[np.ndarray, " n"]
+    images: UInt8[Any, "n height width channels"]  # NumPy's or, where `resident` has put them on a device, JAX's
+    labels: Int32[Any, " n"]
     class_names: tuple[str, ...]
     dataset: str  # name and version, such as "cifar10/3.0.2"
 

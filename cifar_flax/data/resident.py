@@ -1,24 +1,60 @@
-"""Training batches from device memory: the whole split is copied there once, each step gathers from it."""
+"""Training from device memory: a split is copied there once, and the compiled step gathers its batches."""
 
+import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Array, Int32, UInt8
 
 from cifar_flax.data import order
 from cifar_flax.data.batches import Batch
 from cifar_flax.data.cache import Arrays
 
 
-def training_batches(
-    arrays: Arrays, examples: Int32[np.ndarray, " n"], *, batch_size: int, seed: int, start: int, stop: int
-) -> Iterator[Batch]:
-    """The batches of the steps from `start` up to `stop`, on the device; byte for byte those of `streaming`."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """What stands at each place of the batches of one compiled call; NumPy arrays until they are on the device."""
+
+    index: Int32[Any, "*steps batch"]  # of the example in its split
+    epoch: Int32[Any, "*steps batch"]
+
+
+def put(arrays: Arrays) -> Arrays:
+    """The same arrays in the memory of the device."""
     images, labels = jax.device_put((np.asarray(arrays.images), np.asarray(arrays.labels)))
-    mask = jax.device_put(np.ones(batch_size, np.bool_))
-    gather = jax.jit(lambda images, labels, index: (images[index], labels[index]))
-    for index, epoch in zip(*order.positions(seed, examples, batch_size, start, stop), strict=True):
-        index, epoch = jax.device_put((index, epoch))
-        image, label = gather(images, labels, index)
-        yield Batch(image, label, index, epoch, mask)
+    return dataclasses.replace(arrays, images=images, labels=labels)
+
+
+def training_positions(
+    examples: Int32[np.ndarray, " n"],
+    *,
+    batch_size: int,
+    steps_per_call: int,
+    seed: int,
+    start: int,
+    stop: int,
+    drop_last: bool,
+) -> Iterator[Positions]:
+    """The positions of the steps from `start` up to `stop`, [steps_per_call, batch_size] at a time.
+
+    An epoch's order takes the host milliseconds: it is made when it is needed, while the device trains on the one
+    before.
+    """
+    per_epoch = max(order.epoch_images(len(examples), batch_size, drop_last) // batch_size // steps_per_call, 1)
+    for begin in range(start, stop, per_epoch * steps_per_call):
+        end = min(begin + per_epoch * steps_per_call, stop)
+        index, epoch = order.positions(seed, examples, batch_size, begin, end, drop_last)
+        for call in range(0, end - begin, steps_per_call):
+            here = slice(call, call + steps_per_call)
+            yield Positions(index[here], epoch[here])
+
+
+def gather(images: UInt8[Array, "n height width c"], labels: Int32[Array, " n"], positions: Positions) -> Batch:
+    """The batch of one step; byte for byte that of `streaming`."""
+    index = positions.index
+    return Batch(images[index], labels[index], index, positions.epoch, jnp.ones(index.shape, jnp.bool_))

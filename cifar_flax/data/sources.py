@@ -14,6 +14,7 @@ from cifar_flax.data import cache
 from cifar_flax.data.archive import read_archive
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import ConfigError, UserError, require
+from cifar_flax.imports import installed
 
 PIPELINES = ("streaming", "resident")
 _DECODE_BATCH = 1000  # images
@@ -32,6 +33,7 @@ class DataConfig:
     eval_split: str = "test"  # the split that evaluation counts
     validation_fraction: float = 0.0  # share of the train split held out to judge checkpoints on
     pipeline: str = "streaming"  # streaming (tf.data) | resident (the whole split on the accelerator)
+    drop_last: bool = False  # end each epoch with its last whole batch; else batches run on into the next epoch
 
     def validate(self) -> None:
         fraction = self.validation_fraction
@@ -69,6 +71,7 @@ def _digits(split: str) -> Arrays:
     Every fifth example of each class is in the test split. Source: Alpaydin and Kaynak 1998, "Optical Recognition of
     Handwritten Digits", UCI Machine Learning Repository (its test set).
     """
+    require(installed("sklearn"), "data.name", "digits", "needs scikit-learn, which is not installed")
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -95,6 +98,11 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
     cached = cache.load(cache_dir / name / version / split_folder) if version else None
     if cached is not None:
         return cached
+    if not installed("tensorflow_datasets"):
+        raise UserError(
+            f"data.name={config.name!r}: its {split} split is not in the cache {cache_dir}, and tensorflow-datasets, "
+            "which prepares it, is not installed; install it, or name a cache filled elsewhere (data.cache_dir)"
+        )
     builder = _tfds_builder(config)
     info = builder.info
     image_key, label_key = _supervised_keys(config, info)

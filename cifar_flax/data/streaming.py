@@ -14,7 +14,14 @@ _PREFETCH = 4  # batches
 
 
 def training_batches(
-    arrays: Arrays, examples: Int32[np.ndarray, " n"], *, batch_size: int, seed: int, start: int, stop: int
+    arrays: Arrays,
+    examples: Int32[np.ndarray, " n"],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    drop_last: bool = False,
 ) -> Iterator[Batch]:
     """The batches of the steps from `start` up to `stop`, as NumPy arrays."""
     images, labels = as_tensor(arrays.images), as_tensor(arrays.labels)
@@ -23,7 +30,7 @@ def training_batches(
         mask = tf.ones_like(index, tf.bool)
         return tf.gather(images, index), tf.gather(labels, index), index, epoch, mask
 
-    index, epoch = order.positions(seed, examples, batch_size, start, stop)
+    index, epoch = order.positions(seed, examples, batch_size, start, stop, drop_last)
     dataset = tf.data.Dataset.from_tensor_slices((index, epoch)).map(gather).prefetch(_PREFETCH)
     options = dataset_options()
     # A gather of a few hundred small images needs one thread; more would take cores from the training step.

@@ -8,15 +8,26 @@ from cifar_flax.errors import require
 from cifar_flax.models.airbench import Airbench, AirbenchConfig
 from cifar_flax.models.cnn import CNN, CNNConfig
 from cifar_flax.models.layers import Network
+from cifar_flax.models.resnet import ResNet, ResNetConfig
 
-__all__ = ["MODELS", "AirbenchConfig", "CNNConfig", "ModelConfig", "build", "config_class", "sample_size"]
+__all__ = [
+    "MODELS",
+    "AirbenchConfig",
+    "CNNConfig",
+    "ModelConfig",
+    "ResNetConfig",
+    "build",
+    "config_class",
+    "sample_size",
+]
 
-ModelConfig = CNNConfig | AirbenchConfig  # the union of the networks' configs
+ModelConfig = CNNConfig | AirbenchConfig | ResNetConfig  # the union of the networks' configs
 
 # name -> (its config, its module)
 MODELS: dict[str, tuple[type[ModelConfig], type[Any]]] = {
     "cnn": (CNNConfig, CNN),
     "airbench": (AirbenchConfig, Airbench),
+    "resnet18": (ResNetConfig, ResNet),
 }
 
 

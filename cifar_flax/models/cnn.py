@@ -8,20 +8,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
-from cifar_flax.models.layers import Conv, Network, dropout
+from cifar_flax.models.layers import DTYPES, Conv, Network, activation_dtype, dropout
 
 
 @dataclass(slots=True, kw_only=True)
 class CNNConfig:
     name: str = "cnn"
-    dtype: str = "float32"  # of the activations: float32 | bfloat16; parameters and BatchNorm are always float32
+    dtype: str = "float32"  # of the activations: float32 | bfloat16 | auto; parameters and BatchNorm: always float32
     width: int = 32  # filters of the convolution
     hidden: int = 512  # units of the hidden layer
     conv_dropout: float = 0.2  # share of pooled activations zeroed in training
     hidden_dropout: float = 0.5  # share of hidden units zeroed in training
 
     def validate(self) -> None:
-        require(self.dtype in ("float32", "bfloat16"), "model.dtype", self.dtype, "must be float32 or bfloat16")
+        require(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
         for field in ("width", "hidden"):
             require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "must be at least 1")
         for field in ("conv_dropout", "hidden_dropout"):
@@ -37,7 +37,7 @@ class CNN(Network):
     ):
         height, width, channels = image_shape
         self.config = config
-        self.dtype = jnp.dtype(config.dtype)
+        self.dtype = activation_dtype(config.dtype, platform)
         flat = ((height - 2) // 2) * ((width - 2) // 2) * config.width
         glorot = nnx.initializers.glorot_uniform()
         self.conv = Conv(

@@ -17,6 +17,14 @@ from cifar_flax.models.pooling import max_over_places, max_pool
 _MAX_PATCH_CHANNELS = 4
 
 
+DTYPES = ("float32", "bfloat16", "auto")
+
+
+def activation_dtype(name: str, platform: str) -> jnp.dtype:
+    """Of `DTYPES`; "auto" is what suits the platform: float32 for the "cpu", bfloat16 for accelerators."""
+    return jnp.dtype({"auto": "float32" if platform == "cpu" else "bfloat16"}.get(name, name))
+
+
 class Network(nnx.Module):
     """What networks have in common."""
 
@@ -31,39 +39,41 @@ def conv2d(
     kernel: Float[Array, "k_h k_w c_in c_out"],
     *,
     padding: str,
+    stride: int = 1,
     pool: bool = False,
     platform: str,
 ) -> Float[Array, "batch h_out w_out c_out"]:
-    """Convolution with stride 1; with `pool`, the maximum over disjoint 2x2 squares of it.
+    """Convolution; with `pool`, the maximum over disjoint 2x2 squares of it.
 
     `padding` is SAME (zeros) or VALID. For the `platform` "cpu" it is written in matrix products where XLA's
     convolution is slow, and pools while it is at it; "cuda", "tpu" and all others use XLA's. The ways differ by
     rounding only.
     """
-    if platform == "cpu" and _suits_winograd(x, kernel, padding):
+    if platform == "cpu" and _suits_winograd(x, kernel, padding, stride):
         return winograd.conv3x3_max_pool(x, kernel) if pool else winograd.conv3x3(x, kernel)
-    if platform == "cpu" and _suits_patches(kernel, padding):
+    if platform == "cpu" and _suits_patches(kernel, padding, stride):
         if not pool:
-            return _patch_conv(x, kernel)
-        if kernel.shape[:2] == (3, 3):
+            return _patch_conv(x, kernel, stride)
+        if kernel.shape[:2] == (3, 3) and stride == 1:
             return _patch_conv_max_pool(x, kernel)
-    y = lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return max_pool(y) if pool else y
 
 
-def _suits_winograd(x: Array, kernel: Array, padding: str) -> bool:
-    return padding == "SAME" and kernel.shape[:2] == (3, 3) and x.dtype == jnp.float32
+def _suits_winograd(x: Array, kernel: Array, padding: str, stride: int) -> bool:
+    return stride == 1 and padding == "SAME" and kernel.shape[:2] == (3, 3) and x.dtype == jnp.float32
 
 
-def _suits_patches(kernel: Array, padding: str) -> bool:
-    return padding == "VALID" and kernel.shape[2] <= _MAX_PATCH_CHANNELS
+def _suits_patches(kernel: Array, padding: str, stride: int) -> bool:
+    """Short patches, or few of them."""
+    return padding == "VALID" and (kernel.shape[2] <= _MAX_PATCH_CHANNELS or stride > 1)
 
 
-def _patch_conv(x: Array, kernel: Array) -> Array:
+def _patch_conv(x: Array, kernel: Array, stride: int) -> Array:
     k_h, k_w, _, c_out = kernel.shape
     height, width = x.shape[1] - k_h + 1, x.shape[2] - k_w + 1
     x = lax.optimization_barrier(x)
-    shifted = [x[:, i : i + height, j : j + width] for i in range(k_h) for j in range(k_w)]
+    shifted = [x[:, i : i + height : stride, j : j + width : stride] for i in range(k_h) for j in range(k_w)]
     return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, c_out)
 
 
@@ -94,6 +104,7 @@ class Conv(nnx.Module):
         kernel_size: int,
         *,
         padding: str,
+        stride: int = 1,
         kernel_init: Callable[..., Array],
         use_bias: bool = True,
         pool: bool = False,
@@ -103,11 +114,18 @@ class Conv(nnx.Module):
     ):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (kernel_size, kernel_size, c_in, c_out)))
         self.bias = nnx.Param(jnp.zeros(c_out)) if use_bias else None
-        self.padding, self.pool, self.dtype, self.platform = padding, pool, dtype, platform
+        self.padding, self.stride, self.pool, self.dtype, self.platform = padding, stride, pool, dtype, platform
 
     def __call__(self, x: Float[Array, "batch h w c_in"]) -> Float[Array, "batch h_out w_out c_out"]:
         kernel = self.kernel[...].astype(self.dtype)
-        x = conv2d(x.astype(self.dtype), kernel, padding=self.padding, pool=self.pool, platform=self.platform)
+        x = conv2d(
+            x.astype(self.dtype),
+            kernel,
+            padding=self.padding,
+            stride=self.stride,
+            pool=self.pool,
+            platform=self.platform,
+        )
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)[None, None, None, :]
 
 

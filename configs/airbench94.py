@@ -1,0 +1,41 @@
+"""94 % of CIFAR-10 in 200 steps: airbench's network with Muon, the run on the device an epoch at a time.
+
+Command:  python main.py --config configs/airbench94.py
+Hardware: not measured
+Accuracy: not measured
+Time:     not measured
+
+Source: `airbench94_muon.py` of the repository KellerJordan/cifar10-airbench. There the loss is the sum over the batch,
+here it is the mean: SGD's learning rates are times the batch size, and its weight decays divided by it.
+"""
+
+import dataclasses
+
+from cifar_flax.config import Config, EvalConfig, TrainConfig
+from cifar_flax.data.augment import AugmentConfig
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.models import AirbenchConfig
+from cifar_flax.optim import GroupConfig, OptimConfig
+
+BATCH = 2000
+DECAY = 2e-6  # of each group, over its learning rate
+
+
+def get_config() -> Config:
+    biases = GroupConfig(momentum=0.85, learning_rate=0.053 * BATCH, weight_decay=DECAY / 0.053)
+    return Config(
+        data=DataConfig(name="cifar10", pipeline="resident", drop_last=True),
+        augment=AugmentConfig(flip="alternating", crop_padding=2),
+        model=AirbenchConfig(dtype="auto"),
+        optim=OptimConfig(
+            name="muon",
+            learning_rate=0.24,
+            momentum=0.6,
+            schedule="linear",
+            dense=GroupConfig(momentum=0.85, learning_rate=0.67 * BATCH, weight_decay=DECAY / 0.67),
+            biases=biases,
+            whitening=dataclasses.replace(biases, frozen_from=3, own_decay=True),
+        ),
+        train=TrainConfig(batch_size=BATCH, epochs=8, label_smoothing=0.2, steps_per_call=25, log_every=25),
+        eval=EvalConfig(batch_size=2000, tta="mirror_translate"),
+    )

@@ -1,0 +1,24 @@
+"""ResNet-18, the baseline everyone knows, trained the plain way: 200 epochs of SGD.
+
+Command:  python main.py --config configs/resnet18.py
+Hardware: not measured
+Accuracy: not measured; 95 % is what it is known for
+Time:     not measured
+"""
+
+from cifar_flax.config import Config, EvalConfig, TrainConfig
+from cifar_flax.data.augment import AugmentConfig
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.models import ResNetConfig
+from cifar_flax.optim import OptimConfig
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(name="cifar10", pipeline="resident"),
+        augment=AugmentConfig(flip="random", crop_padding=4),
+        model=ResNetConfig(dtype="auto"),
+        optim=OptimConfig(name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
+        train=TrainConfig(batch_size=128, epochs=200),
+        eval=EvalConfig(batch_size=1000),
+    )

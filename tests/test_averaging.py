@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cifar_flax import averaging
+from cifar_flax.averaging import AveragingConfig
+from cifar_flax.errors import ConfigError
+
+TOTAL = 12
+
+
+def run(config):
+    """Twelve steps, each of which adds 1 to both weights: those after each step, and the averages."""
+    weights = ({"kernel": jnp.zeros(2)}, {"mean": jnp.zeros(2)})
+    average = averaging.init(config, weights)
+    history = []
+    for step in range(1, TOTAL + 1):
+        weights = jax.tree.map(lambda x: x + 1, weights)
+        weights, average = averaging.update(config, jnp.int32(step), TOTAL, weights, average)
+        history.append((float(weights[0]["kernel"][0]), float(average[1]["mean"][0]) if average else None))
+    return history
+
+
+def test_none_keeps_nothing():
+    assert averaging.init(AveragingConfig(), {"kernel": jnp.ones(2)}) == ()
+    assert run(AveragingConfig()) == [(step, None) for step in range(1, TOTAL + 1)]
+
+
+def test_ema_follows_the_weights_and_leaves_them_alone():
+    mean, expected = 0.0, []
+    for step in range(1, TOTAL + 1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * step
+        expected.append((step, mean))
+    np.testing.assert_allclose(run(AveragingConfig(name="ema", decay=0.5)), expected, rtol=1e-5)
+
+
+def test_lookahead_takes_the_weights_back():
+    """As the original has it: every 5 steps and after the last, with a decay that grows with the cube of time."""
+    weights, mean, expected = 0.0, 0.0, []
+    for step in range(1, TOTAL + 1):
+        weights += 1
+        if step % 5 == 0:
+            decay = 0.95**5 * (step / TOTAL) ** 3
+            mean = weights = mean + (1 - decay) * (weights - mean)
+        if step == TOTAL:
+            weights = mean
+        expected.append((weights, mean))
+    assert expected[TOTAL - 1][0] == expected[10 - 1][1]
+    np.testing.assert_allclose(run(AveragingConfig(name="lookahead", decay=0.95, every=5)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", averaging.AVERAGES)
+def test_the_average_is_evaluated_where_it_lies_beside_the_weights(name):
+    weights, average = {"kernel": np.zeros(2)}, {"kernel": np.ones(2)}
+    assert averaging.evaluated(AveragingConfig(name=name), weights, average) is (average if name == "ema" else weights)
+
+
+def test_the_first_average_is_a_copy():
+    """The step is given both to reuse their memory."""
+    weights = {"kernel": jnp.ones(2)}
+    average = jax.jit(lambda weights: (weights, averaging.init(AveragingConfig(name="ema"), weights)))(weights)[1]
+    assert average["kernel"] is not weights["kernel"]
+    np.testing.assert_array_equal(average["kernel"], weights["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "swa"}, "averaging.name='swa': must be one of none, ema, lookahead"),
+        ({"decay": 1.0}, "averaging.decay=1.0: must be in [0, 1)"),
+        ({"every": 0}, "averaging.every=0: must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(fields, message):
+    with pytest.raises(ConfigError) as caught:
+        AveragingConfig(**fields).validate()
+    assert str(caught.value) == message

@@ -1,0 +1,117 @@
+"""The program where little is installed: no TensorFlow, TFDS, scikit-learn, matplotlib, tensorboardX or tqdm."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from cifar_flax.data import cache
+
+NEEDED = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "absl-py", "jaxtyping")
+CONFIG = """
+from cifar_flax.config import Config, TrainConfig
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.models import CNNConfig
+
+def get_config():
+    return Config(
+        data=DataConfig(name="squares", pipeline="resident"),
+        model=CNNConfig(width=4, hidden=16),
+        train=TrainConfig(batch_size=50, epochs=2, steps_per_call=2, log_every=2),
+    )
+"""
+
+
+def needed_distributions():
+    """`NEEDED` and whatever they need, as their metadata say."""
+    found, names = {}, list(NEEDED)
+    while names:
+        name = re.sub("[-_.]+", "-", names.pop().lower())
+        if name in found:
+            continue
+        try:
+            found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # for another platform or Python
+            continue
+        needs = [need for need in found[name].requires or () if "extra ==" not in need]
+        names += [re.match(r"[\w.-]+", need)[0] for need in needs]
+    return found
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder that holds what these packages consist of, and nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    for distribution in needed_distributions().values():
+        for file in distribution.files or ():
+            top = file.parts[0]
+            if top != ".." and not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+    return folder
+
+
+def start(site, tmp_path, *arguments):
+    """`main.py` in a Python that sees the standard library and `site`."""
+    code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; import main; sys.exit(main.main())"
+    command = [sys.executable, "-I", "-S", "-c", code, *arguments]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    return str(tmp_path / "config.py")
+
+
+def test_training_and_evaluation_from_the_cache_of_decoded_arrays(site, tmp_path, config_file):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 200), ("test", 30)):
+        labels = rng.integers(0, 2, count, np.int32)
+        images = (rng.integers(0, 100, (count, 32, 32, 3)) + 150 * labels[:, None, None, None]).astype(np.uint8)
+        cache.store(
+            tmp_path / "decoded" / "squares" / "1.0.0" / split,
+            [(images, labels)],
+            num_examples=count,
+            image_shape=(32, 32, 3),
+            class_names=("dark", "bright"),
+            dataset="squares/1.0.0",
+        )
+    place = "--config.data.cache_dir=decoded"
+    done = start(site, tmp_path, "--config", config_file, place, "--workdir=run")
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert (result["num_examples"], result["step"]) == (30, 8)
+    assert result["accuracy"] > 0.9
+    for what in ("tensorboardX", "matplotlib"):
+        assert len([line for line in done.stdout.splitlines() if f"{what} is not installed" in line]) == 1
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoints", "eval.json",
+    }  # fmt: skip
+    trained = (tmp_path / "run" / "eval.json").read_bytes()
+    done = start(site, tmp_path, "--mode=eval", "--workdir=run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "eval.json").read_bytes() == trained
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("", 1, "data.name='squares': its train split is not in the cache"),
+        ("--config.data.name=digits", 2, "data.name='digits': needs scikit-learn, which is not installed"),
+        (
+            "--config.data.pipeline=streaming --config.train.steps_per_call=1",
+            2,
+            "data.pipeline='streaming': needs TensorFlow, which is not installed; resident does without",
+        ),
+    ],
+)
+def test_what_is_missing_is_told_in_a_line(site, tmp_path, config_file, arguments, code, message):
+    done = start(site, tmp_path, "--config", config_file, *arguments.split())
+    assert done.returncode == code
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
