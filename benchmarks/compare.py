@@ -8,10 +8,8 @@ what else the machine did meets both sides of them.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 
 from benchmarks import setting
 from benchmarks.arguments import at_least_one
+from benchmarks.hardware import machine
 from cifar_flax import allocator
 
 OURS = "this project"
@@ -114,15 +113,6 @@ def spread(values: list[float], form: str) -> str:
         return ""
     median, least, most = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
     return f"{median} ({least} to {most})"
-
-
-def machine() -> Record:
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
-    return {"cpu": model, "cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
 
 
 def main() -> None:

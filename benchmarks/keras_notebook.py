@@ -52,9 +52,9 @@ def main() -> None:
     info = DatasetInfo.of(train, evaluate.all_examples(train), config.augment.normalization)
     for seed in args.seeds:
         config.seed = seed
-        _, initial = experiment.build(config, info)
+        _, init = experiment.build(config, info)
         keras.utils.set_random_seed(seed)
-        model = build(config.model, initial.params)
+        model = build(config.model, init(seed, None).params)
         adam = keras.optimizers.Adam(config.optim.learning_rate, epsilon=config.optim.eps)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(adam, loss, metrics=["accuracy"], jit_compile=False)

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from importlib import import_module
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -17,12 +17,28 @@ import numpy as np
 from benchmarks.arguments import at_least_one
 from cifar_flax import allocator, cli
 from cifar_flax.config import Config
-from cifar_flax.data import sources
-from cifar_flax.data.batches import to_device
+from cifar_flax.data import resident, sources
+from cifar_flax.data.batches import Batch, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError
 
-PIPELINES = ("streaming", "resident")
+Settings = dict[str, int]  # of `streaming.training_batches`
+
+
+def streamed(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterator[Batch]:
+    from cifar_flax.data.streaming import training_batches
+
+    return training_batches(arrays, examples, **settings)
+
+
+def gathered(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterator[Batch]:
+    """As training has it, but in a program of its own."""
+    on_device, gather = resident.put(arrays), jax.jit(resident.gather)
+    for positions in resident.training_positions(examples, steps_per_call=1, drop_last=False, **settings):
+        yield gather(on_device.images, on_device.labels, jax.tree.map(lambda rows: rows[0], positions))
+
+
+PIPELINES = {"streaming": streamed, "resident": gathered}
 
 
 def measure(pipeline: str, arrays: Arrays, config: Config, epochs: int) -> tuple[float, float]:
@@ -30,11 +46,8 @@ def measure(pipeline: str, arrays: Arrays, config: Config, epochs: int) -> tuple
     size = config.train.batch_size
     examples = np.arange(len(arrays.labels), dtype=np.int32)
     steps = len(examples) // size
-    batches = to_device(
-        import_module(f"cifar_flax.data.{pipeline}").training_batches(
-            arrays, examples, batch_size=size, seed=config.seed, start=0, stop=(epochs + 1) * steps
-        )
-    )
+    settings = {"batch_size": size, "seed": config.seed, "start": 0, "stop": (epochs + 1) * steps}
+    batches = to_device(PIPELINES[pipeline](arrays, examples, settings))
     rates, per_core = [], []
     for _ in range(epochs + 1):
         start, cpu = time.perf_counter(), time.process_time()

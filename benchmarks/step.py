@@ -7,11 +7,11 @@ comes to the fastest matrix product and the fastest copy that the same process m
 """
 
 import argparse
+import functools
 import re
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,26 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax._src.lib import xla_client
 from jaxlib import _hlo
 
 from benchmarks.arguments import at_least_one
-from cifar_flax import allocator, cli, compilation, train
+from benchmarks.hardware import Speed, measure_speed, median_seconds
+from cifar_flax import allocator, cli, compilation, loop, steps, train
 from cifar_flax.data.batches import Batch, to_device
 from cifar_flax.errors import UserError
 from cifar_flax.state import TrainState
 
 TRACES = 9  # of one step each
 SECONDS = 5.0  # of steps that are timed
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the machine does at best, in operations and bytes per second."""
-
-    flops: float  # of a float32 matrix product, 2048 x 2048 x 2048
-    bytes: float  # read and written by x += 1 over 256 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,45 +44,16 @@ class Operation:
     bytes: float  # of operands and result: caches may spare some of it
 
 
-def measure_machine() -> Machine:
-    matrix, vector = jnp.ones((2048, 2048)), jnp.ones(2**26)
-    product = jax.jit(jnp.matmul)
-    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new memory to fault in
-
-    def copy() -> jax.Array:
-        nonlocal vector
-        vector = add_one(vector)
-        return vector
-
-    return Machine(
-        flops=2 * 2048**3 / median_seconds(lambda: product(matrix, matrix)),
-        bytes=2 * vector.nbytes / median_seconds(copy),
-    )
-
-
-def median_seconds(run: Callable[[], Any], seconds: float = 1.0) -> float:
-    """The median time of `run` after two to warm up, of as many as fit into `seconds`, but at least five."""
-    for _ in range(2):
-        jax.block_until_ready(run())
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 class Step:
     """The compiled training step of a config, on its data's first batch."""
 
     def __init__(self, config: train.Config):
         trainer = train.Trainer(config)
-        size = config.train.batch_size
-        self.compiled = train.compile_step(trainer.task, trainer.initial_state, size, trainer.info.image_shape)
-        index = trainer.examples[:size]
+        index = trainer.examples[: config.train.batch_size]
         host = Batch(trainer.arrays.images[index], trainer.arrays.labels[index], index, 0 * index, index >= 0)
         (self._batch,) = to_device([host])
+        step = functools.partial(steps.train_step, trainer.task)
+        self.compiled = loop.compile_call(step, trainer.initial_state, self._batch)
         self._state: TrainState = trainer.initial_state
 
     def __call__(self) -> Any:
@@ -195,7 +158,7 @@ def _cost(functions: str, line: str, operands: dict[str, str]) -> dict[str, floa
     return xla_client._xla.hlo_module_cost_analysis(jax.devices()[0].client, module)
 
 
-def table(found: list[Operation], machine: Machine, step_seconds: float, rows: int) -> str:
+def table(found: list[Operation], machine: Speed, step_seconds: float, rows: int) -> str:
     lines = [
         "| operation | from | ms | of the step | GFLOP | of matrix speed | MB | of memory speed |",
         "|---|---|---|---|---|---|---|---|",
@@ -238,7 +201,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    machine = measure_machine()
+    machine = measure_speed()
     seconds = median_seconds(step, SECONDS)
     cost = step.compiled.cost_analysis()
     print(

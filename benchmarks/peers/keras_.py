@@ -31,11 +31,11 @@ class Contestant:
             if padding := config.augment.crop_padding:
                 padded = tf.pad(image, [(padding, padding), (padding, padding), (0, 0)], "REFLECT")
                 image = tf.image.random_crop(padded, tf.shape(image))
-            return tf.image.random_flip_left_right(image) if config.augment.flip else image, label
+            return tf.image.random_flip_left_right(image) if config.augment.flip == "random" else image, label
 
         examples = tf.data.Dataset.from_tensor_slices((setting.train_images, setting.train_labels))
         examples = examples.shuffle(len(setting.train_labels)).repeat()
-        if config.augment.flip or config.augment.crop_padding:
+        if config.augment.flip == "random" or config.augment.crop_padding:
             examples = examples.map(augment, num_parallel_calls=tf.data.AUTOTUNE)
         self._train = examples.batch(config.train.batch_size, drop_remainder=True).map(normalize).prefetch(2)
         test = tf.data.Dataset.from_tensor_slices((setting.test_images, setting.test_labels))

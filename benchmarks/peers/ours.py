@@ -1,19 +1,20 @@
 """This project: the pipeline, the step and the loop that `main.py` runs."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 
 from benchmarks.contestant import EVAL_BATCHES, Setting
-from cifar_flax import compilation, evaluate, experiment, models
+from cifar_flax import compilation, evaluate, experiment, models, steps
 from cifar_flax import config as configs
-from cifar_flax.data.batches import to_device
+from cifar_flax.data.batches import batch_shapes, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.streaming import training_batches
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
-from cifar_flax.train import compile_step, run_steps
+from cifar_flax.loop import compile_call, run_calls
 
 VERSIONS = {"jax": jax.__version__}
 
@@ -30,9 +31,11 @@ class Contestant:
             DatasetInfo.of(train, examples, "unit"), mean=tuple(setting.mean), std=tuple(setting.std)
         )
         sample = train.images[: models.sample_size(config.model)]
-        task, self._state = experiment.build(config, info, sample if len(sample) else None)
+        task, init = experiment.build(config, info)
+        self._state = init(config.seed, sample if len(sample) else None)
         self._evaluators = {size: Evaluator(task, test, evaluate.all_examples(test), size) for size in EVAL_BATCHES}
-        self._step = compile_step(task, self._state, config.train.batch_size, info.image_shape)
+        shapes = batch_shapes(config.train.batch_size, info.image_shape)
+        self._step = compile_call(functools.partial(steps.train_step, task), self._state, shapes)
         self._batches = to_device(
             training_batches(
                 train,
@@ -47,8 +50,9 @@ class Contestant:
 
     def train(self, steps: int) -> None:
         start, self._done = self._done, self._done + steps
-        self._state = run_steps(
-            self._step, self._state, self._batches, start, self._done, lambda step, values: jax.device_get(values)
+        calls = range(start + 1, self._done + 1)
+        self._state = run_calls(
+            self._step, self._state, self._batches, calls, lambda step, values: jax.device_get(values)
         )
 
     def evaluate(self, batch_size: int) -> float:

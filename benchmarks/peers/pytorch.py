@@ -61,7 +61,7 @@ class Contestant:
     def _augment(self, image: Tensor) -> Tensor:
         """Flips and reflect-padded crops: source rows and columns of each image, gathered at once."""
         settings, (batch, height, width, _) = self._config.augment, image.shape
-        if not settings.flip and not settings.crop_padding:
+        if settings.flip == "none" and not settings.crop_padding:
             return image
         rows, columns = (
             (torch.arange(size) + torch.randint(-settings.crop_padding, settings.crop_padding + 1, (batch, 1)))
@@ -70,7 +70,7 @@ class Contestant:
         rows, columns = (
             size - 1 - (size - 1 - source.abs()).abs() for size, source in ((height, rows), (width, columns))
         )
-        if settings.flip:
+        if settings.flip == "random":
             columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
         return image[torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
 

@@ -1,0 +1,72 @@
+"""What the machine is, and what it does at best."""
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 operations per second by the makers' data sheets; the name is JAX's `device_kind`.
+PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What the machine does at best, in operations and bytes per second."""
+
+    flops: float  # of a float32 matrix product, 2048 x 2048 x 2048
+    bytes: float  # read and written by x += 1 over 256 MB
+
+
+def measure_speed() -> Speed:
+    matrix, vector = jnp.ones((2048, 2048)), jnp.ones(2**26)
+    product = jax.jit(jnp.matmul)
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new memory to fault in
+
+    def copy() -> jax.Array:
+        nonlocal vector
+        vector = add_one(vector)
+        return vector
+
+    return Speed(
+        flops=2 * 2048**3 / median_seconds(lambda: product(matrix, matrix)),
+        bytes=2 * vector.nbytes / median_seconds(copy),
+    )
+
+
+def median_seconds(run: Callable[[], Any], seconds: float = 1.0) -> float:
+    """The median time of `run` after two to warm up, of as many as fit into `seconds`, but at least five."""
+    for _ in range(2):
+        jax.block_until_ready(run())
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def machine() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    return {"cpu": model, "cores": os.cpu_count(), "date": datetime.date.today().isoformat()}

@@ -1,0 +1,176 @@
+"""The speedrun benchmark: its figures, its rule, its file, and a PyTorch script that runs in turn with ours."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from benchmarks import speedrun
+from benchmarks.flops import forward_flops
+from benchmarks.peers import original
+from cifar_flax.data import sources
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.models import CNNConfig
+
+DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
+FIELDS = ("train.epochs=1", "model.width=4", "model.hidden=16", "optim.warmup_epochs=0")
+TINY = [f"--config.{field}" for field in FIELDS]
+# Loops and prints as the scripts do; its runs are worth what the one before was and a tenth.
+SCRIPT = """
+import sys
+import torch
+
+with open(sys.argv[0]) as file:
+    code = file.read()
+
+def row(*cells):
+    print("".join(f"|  {cell}  " for cell in cells) + "|")
+
+def main(run):
+    kept = torch.load("cifar10/test.pt")
+    assert sorted(kept) == ["classes", "images", "labels"] and len(kept["images"]) == 355, kept
+    for epoch in range(2):
+        row(run if epoch == 0 else "", epoch, "0.9", "0.5", "", "1.0")
+    accuracy = 1.0 if run == "warmup" else 0.1 * (run + 1)
+    row("", "eval", "0.9", "0.5", f"{accuracy:.4f}", "2.0000")
+    return accuracy
+
+if __name__ == "__main__":
+    print("-" * 20)
+    row("run   ", "epoch", "train_acc", "val_acc", "tta_val_acc", "time_seconds")
+    main("warmup")
+    accuracies = torch.tensor([main(run) for run in range(200)])
+    print("Mean: %.4f    Std: %.4f" % (accuracies.mean(), accuracies.std()))
+"""
+
+
+def start(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--config", DIGITS, *TINY, *arguments])
+    return speedrun.main()
+
+
+@pytest.fixture(autouse=True)
+def own_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # the process is not to be started again
+    monkeypatch.setattr(speedrun, "RESULTS", tmp_path / "results")
+
+
+def test_every_seed_is_a_run_of_its_own(tmp_path, monkeypatch, capsys):
+    assert start(monkeypatch, "--trials=3", "--config.seed=5", "--config.eval.tta=mirror") == 0
+    (path,) = (tmp_path / "results").iterdir()
+    assert path.name == "speedrun_quickstart_cpu.json"
+    result = json.loads(path.read_text())
+    trials = result["ours"]["trials"]
+    assert [trial["seed"] for trial in trials] == [5, 6, 7]
+    assert len({trial["accuracy"] for trial in trials}) > 1
+    assert result["ours"]["accuracy"]["mean"] == pytest.approx(np.mean([trial["accuracy"] for trial in trials]))
+    assert all(trial["seconds"] > 0 for trial in trials)
+    assert result["config"]["seed"] == 5
+    images, seconds = 23 * 64, result["ours"]["seconds"]["mean"]  # 1,442 images in batches of 64
+    assert result["images_per_second"] == pytest.approx(images / seconds)
+    forward = forward_flops(CNNConfig(width=4, hidden=16), (32, 32, 3), 10)
+    assert result["flops"] == forward * (3 * images + 2 * 355)  # two views of each test image
+    assert set(result["compile_seconds"]) == {"cold", "warm"}
+    assert {"cpu", "cores", "date", "device", "devices"} == set(result["machine"])
+    assert {"python", "jax", "flax"} == set(result["versions"])
+    out = capsys.readouterr().out
+    for seed in (5, 6, 7):
+        assert f"seed {seed}: " in out
+    for part in (speedrun.TIMED, speedrun.NOT_TIMED, "95 % interval", "TFLOP/s", "warm cache", "from its start"):
+        assert part in out
+
+
+def test_a_run_is_what_main_trains(tmp_path, monkeypatch):
+    """The same accuracy as by training to a checkpoint, restoring it and evaluating it."""
+    from cifar_flax import cli
+    from cifar_flax.train import train
+
+    assert start(monkeypatch, "--trials=1") == 0
+    (path,) = (tmp_path / "results").iterdir()
+    train(cli.parse(["--config", DIGITS, *TINY], ("train",)).config, tmp_path / "run")
+    expected = json.loads((tmp_path / "run" / "eval.json").read_text())["accuracy"]
+    assert json.loads(path.read_text())["ours"]["trials"][0]["accuracy"] == expected
+
+
+def test_intervals_are_students():
+    """Of four values 1, 2, 3, 4: t is 3.182 for three degrees of freedom."""
+    figures = speedrun.mean_of([1.0, 2.0, 3.0, 4.0])
+    assert figures["mean"] == 2.5
+    assert figures["deviation"] == pytest.approx(1.2910, abs=1e-4)
+    assert figures["interval"] == pytest.approx(3.1824 * 1.2910 / 2, abs=1e-3)
+    assert speedrun.mean_of([3.0]) == {"mean": 3.0, "deviation": None, "interval": None}
+
+
+def test_a_peer_runs_in_turn_with_ours(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    assert start(monkeypatch, "--trials=2", f"--peer={script}", "--out=out.json") == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["peer"]["script"] == "script.py"
+    assert result["peer"]["trials"] == [{"accuracy": 0.1, "seconds": 2.0}, {"accuracy": 0.2, "seconds": 2.0}]
+    ratios = [trial["seconds"] / 2.0 for trial in result["ours"]["trials"]]
+    assert result["time_ratio"] == pytest.approx(np.mean(ratios))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith(("seed", "script.py:"))] == [
+        "seed 0", "script.py", "seed 1", "script.py",
+    ]  # fmt: skip
+
+
+def test_a_peer_waits_for_its_turn(tmp_path, monkeypatch):
+    """Without torch: what runs the script, but for the writing of its data."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("import torch", "from fake_torch import torch"))
+    (tmp_path / "fake_torch.py").write_text(
+        "from types import SimpleNamespace\nimport numpy as np\n"
+        "torch = SimpleNamespace(load=lambda path: {'classes': 0, 'images': range(355), 'labels': 0},"
+        " save=lambda kept, path: None, tensor=lambda values, dtype=None: np.array(values), int64=None)\n"
+    )
+    (tmp_path / "torch.py").write_text("from fake_torch import torch\nglobals().update(vars(torch))\n")
+    monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
+    splits = {split: sources.load(DataConfig(name="digits"), split) for split in ("train", "test")}
+    with original.start(script, splits) as peer:
+        assert [peer.run()["accuracy"] for _ in range(3)] == [0.1, 0.2, 0.3]
+
+
+def test_a_peer_that_fails_is_one_line(tmp_path, monkeypatch, capsys, as_if_torch_were_there):
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    script = tmp_path / "script.py"
+    script.write_text("")
+    monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
+    assert start(monkeypatch, "--trials=1", f"--peer={script}") == 1
+    assert capsys.readouterr().err == f"error: {script} ended with exit code 7: see above\n"
+
+
+@pytest.fixture
+def as_if_torch_were_there(monkeypatch):
+    monkeypatch.setattr(speedrun, "installed", lambda name: True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--peer=nowhere.py", "--peer='nowhere.py': no such file"),
+        ("--peer=.", "--peer='.': is a folder: name a script in it (known for airbench94, airbench95, airbench96)"),
+        ("--config.seed=x", "seed='x': must be a whole number"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, as_if_torch_were_there, argument, message):
+    assert start(monkeypatch, argument) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_checkout_holds_the_original_of_a_config(tmp_path, monkeypatch, as_if_torch_were_there):
+    monkeypatch.setattr("os.environ", {})
+    for name, script in speedrun.ORIGINALS.items():
+        (tmp_path / script).parent.mkdir(exist_ok=True)
+        (tmp_path / script).touch()
+        assert speedrun.original_of(tmp_path, name) == tmp_path / script
+
+
+def test_without_torch_there_is_no_peer(monkeypatch, capsys):
+    monkeypatch.setattr(speedrun, "installed", lambda name: False)
+    assert start(monkeypatch, "--peer=script.py") == 2
+    assert capsys.readouterr().err == "error: --peer='script.py': needs PyTorch, which is not installed\n"
