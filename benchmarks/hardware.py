@@ -30,12 +30,12 @@ PEAKS = {
 class Speed:
     """What the machine does at best, in operations and bytes per second."""
 
-    flops: float  # of a float32 matrix product, 2048 x 2048 x 2048
+    flops: float  # of a matrix product, 2048 x 2048 x 2048
     bytes: float  # read and written by x += 1 over 256 MB
 
 
-def measure_speed() -> Speed:
-    matrix, vector = jnp.ones((2048, 2048)), jnp.ones(2**26)
+def measure_speed(dtype: str = "float32") -> Speed:
+    matrix, vector = jnp.ones((2048, 2048), dtype), jnp.ones(2**26)
     product = jax.jit(jnp.matmul)
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new memory to fault in
 

@@ -18,7 +18,7 @@ from benchmarks.arguments import at_least_one
 from cifar_flax import allocator, cli
 from cifar_flax.config import Config
 from cifar_flax.data import resident, sources
-from cifar_flax.data.batches import Batch, to_device
+from cifar_flax.data.batches import Batch, gather, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError
 
@@ -33,9 +33,9 @@ def streamed(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterat
 
 def gathered(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterator[Batch]:
     """As training has it, but in a program of its own."""
-    on_device, gather = resident.put(arrays), jax.jit(resident.gather)
+    on_device, compiled = resident.put(arrays), jax.jit(gather)
     for positions in resident.training_positions(examples, steps_per_call=1, drop_last=False, **settings):
-        yield gather(on_device.images, on_device.labels, jax.tree.map(lambda rows: rows[0], positions))
+        yield compiled(on_device.images, on_device.labels, jax.tree.map(lambda rows: rows[0], positions))
 
 
 PIPELINES = {"streaming": streamed, "resident": gathered}

@@ -11,42 +11,39 @@ import time
 
 STARTED = time.perf_counter()  # of the process, but for Python's own start
 
+from cifar_flax import allocator
+
+if __name__ == "__main__":
+    allocator.keep_freed_memory()  # starts this module again, so before the imports that take their time
+
 import argparse
-import json
 import os
-import platform
 import re
-import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import flax
 import jax
-import scipy.stats
 from jax.experimental.compilation_cache import compilation_cache
 
+from benchmarks import report
 from benchmarks.arguments import at_least_one
 from benchmarks.flops import forward_flops
-from benchmarks.hardware import PEAKS, machine, measure_speed
 from benchmarks.peers import original
-from cifar_flax import allocator, cli, compilation, evaluate
-from cifar_flax import config as configs
+from benchmarks.report import Record
+from cifar_flax import cli, compilation
 from cifar_flax.config import Config
 from cifar_flax.data import sources
 from cifar_flax.data.augment import VIEWS
-from cifar_flax.errors import UserError, require
+from cifar_flax.errors import ConfigError, UserError, require
+from cifar_flax.evaluate import final_evaluator
 from cifar_flax.imports import installed
 from cifar_flax.loop import run_calls
 from cifar_flax.train import Trainer
+from cifar_flax.writers import write_json
 
 RESULTS = Path(__file__).parent / "results"
-TIMED = "first weights and whitening, the order of the examples, training with augmentation, the final evaluation"
-NOT_TIMED = "start and imports of Python, reading the data (and, resident, its way to the device), compilation"
-
 # config -> its original in a checkout of airbench
 ORIGINALS = {
     "airbench94": "airbench94_muon.py",
@@ -54,30 +51,30 @@ ORIGINALS = {
     "airbench96": "legacy/airbench96.py",
 }
 
-Record = dict[str, Any]
-
 
 class Runner:
     """A config, compiled once for any seed."""
 
     def __init__(self, config: Config):
-        self.config = config
-        self.trainer = Trainer(config)
-        test = sources.load(config.data, config.data.eval_split)
-        self._num_tests = len(test.labels)
-        self._evaluator = evaluate.final_evaluator(config, self.trainer.task, test)
-        self.num_images = self.trainer.total_steps * config.train.batch_size
+        self._config = config
+        self._trainer = Trainer(config)
+        self.num_images = self._trainer.total_steps * config.train.batch_size
+        self.compile()
 
     def compile(self) -> None:
-        state = self.trainer.init(self.config.seed)
-        self._train_call = self.trainer.compile(state)
+        """All that a run needs: the first weights, the calls of training, the evaluation."""
+        trainer = self._trainer
+        state = trainer.init(self._config.seed)
+        self._train_call = trainer.compile(state)
+        self._evaluator = final_evaluator(self._config, trainer.task, trainer.eval_arrays)
         self._evaluator.compile(state)
 
     def run(self, seed: int) -> Record:
+        trainer = self._trainer
         start = time.perf_counter()
-        inputs = self.trainer.inputs(seed, 0)
-        state = self.trainer.init(seed)
-        calls = self.trainer.calls(0, self.trainer.total_steps)
+        inputs = trainer.inputs(seed, 0)
+        state = trainer.init(seed)
+        calls = trainer.calls(0, trainer.total_steps)
         state = run_calls(self._train_call, state, inputs, calls, lambda step, values: None)
         accuracy = self._evaluator(state).summary["accuracy"]  # on the host: the device has done all its work
         return {"seed": seed, "accuracy": accuracy, "seconds": time.perf_counter() - start}
@@ -87,10 +84,10 @@ class Runner:
 
         Where only images of which the network is unsure get several views, one view of each is counted.
         """
-        info, settings = self.trainer.info, self.config.eval
+        info, settings = self._trainer.info, self._config.eval
         views = len(VIEWS[settings.tta]) if settings.tta_below is None else 1
-        forward = forward_flops(self.config.model, info.image_shape, len(info.class_names))
-        return forward * (3 * self.num_images + views * self._num_tests)
+        forward = forward_flops(self._config.model, info.image_shape, len(info.class_names))
+        return forward * (3 * self.num_images + views * len(self._trainer.eval_arrays.labels))
 
 
 def compile_seconds(runner: Runner) -> Record:
@@ -110,118 +107,33 @@ def compile_seconds(runner: Runner) -> Record:
     return seconds
 
 
-def mean_of(values: list[float]) -> Record:
-    """Mean, standard deviation and, by Student's t, half of the mean's 95 % interval; None where there is one value."""
-    count, mean = len(values), statistics.fmean(values)
-    if count == 1:
-        return {"mean": mean, "deviation": None, "interval": None}
-    deviation = statistics.stdev(values)
-    interval = float(scipy.stats.t.ppf(0.975, count - 1)) * deviation / count**0.5
-    return {"mean": mean, "deviation": deviation, "interval": interval}
-
-
-def summary_of(trials: list[Record]) -> Record:
-    return {"trials": trials} | {name: mean_of([trial[name] for trial in trials]) for name in ("accuracy", "seconds")}
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """All that is known before the first run."""
-
-    config_file: str
-    config: Config
-    num_images: int
-    flops: float  # of a run
-    peak: float  # operations per second
-    peak_is: str
-    compile_seconds: Record
-
-    def result(self, ours: list[Record], theirs: list[Record], script: Path | None) -> Record:
-        summary = summary_of(ours)
-        seconds = summary["seconds"]["mean"]
-        result = {
-            "config_file": self.config_file,
-            "machine": machine() | {"device": jax.devices()[0].device_kind, "devices": jax.device_count()},
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__},
-            "timed": TIMED,
-            "not_timed": NOT_TIMED,
-            "process_seconds": time.perf_counter() - STARTED,
-            "compile_seconds": self.compile_seconds,
-            "images_per_second": self.num_images / seconds,
-            "flops": self.flops,
-            "flops_per_second": self.flops / seconds,
-            "peak_flops_per_second": self.peak,
-            "peak_is": self.peak_is,
-            "ours": summary,
-        }
-        if script is not None and theirs:
-            result["peer"] = {"script": script.name} | summary_of(theirs)
-            pairs = zip(ours, theirs, strict=True)
-            result["time_ratio"] = statistics.median(mine["seconds"] / its["seconds"] for mine, its in pairs)
-        return result | {"config": configs.to_dict(self.config)}
-
-
-def measure(config: Config, config_file: str, trials: int, script: Path | None, out: Path) -> Record:
+def measure(config: Config, name: str, trials: int, script: Path | None, out: Path) -> Record:
     """Prints each run; writes the result to `out` after each, so that none is lost."""
     runner = Runner(config)
-    times = compile_seconds(runner)
-    device = jax.devices()[0].device_kind
-    peak, peak_is = PEAKS.get(device, 0.0), f"the bfloat16 peak of {device}"
-    if not peak:
-        peak, peak_is = measure_speed().flops, "the speed of a float32 matrix product here"
-    known = Measurement(config_file, config, runner.num_images, runner.flops(), peak, peak_is, times)
-    if jax.default_backend() != "cpu":
-        runner.run(config.seed)  # a program's first run on an accelerator loads libraries and takes memory
-    ours: list[Record] = []
-    theirs: list[Record] = []
+    result = report.head(name, config, runner.num_images, runner.flops())
     with ExitStack() as stack:
         if script is not None:
-            splits = {split: sources.load(config.data, split) for split in ("train", "test")}
-            peer = stack.enter_context(original.start(script, splits))
-        for number in range(trials):
-            ours.append(runner.run(config.seed + number))
-            print(f"seed {config.seed + number}: {shown(ours[-1])}", flush=True)
+            peer = stack.enter_context(
+                original.start(script, {split: sources.load(config.data, split) for split in ("train", "test")})
+            )
+            peer.run()
+        if jax.default_backend() != "cpu":
+            runner.run(config.seed)
+        ours: list[Record] = []
+        theirs: list[Record] = []
+        for seed in range(config.seed, config.seed + trials):
+            ours.append(runner.run(seed))
+            print(f"seed {seed}: {report.shown(ours[-1])}", flush=True)
+            result.setdefault("seconds_to_first_accuracy", time.perf_counter() - STARTED)
             if script is not None:
                 theirs.append(peer.run())
-                print(f"{script.name}: {shown(theirs[-1])}", flush=True)
-            result = known.result(ours, theirs, script)
-            out.write_text(json.dumps(result, indent=1) + "\n")
+                print(f"{script.name}: {report.shown(theirs[-1])}", flush=True)
+            result |= report.figures(result, ours, script and script.name, theirs)
+            write_json(out, result)
+    result["compile_seconds"] = compile_seconds(runner)
+    result["process_seconds"] = time.perf_counter() - STARTED
+    write_json(out, result)
     return result
-
-
-def shown(trial: Record) -> str:
-    return f"{trial['accuracy']:.2%} in {trial['seconds']:.3f} s"
-
-
-def report(result: Record) -> str:
-    times = result["compile_seconds"]
-    share = result["flops_per_second"] / result["peak_flops_per_second"]
-    lines = [
-        f"{result['config_file']} on {result['machine']['device']}",
-        f"  timed        {result['timed']}",
-        f"  not timed    {result['not_timed']}",
-        *figures(result["ours"]),
-        f"  training     {result['images_per_second']:,.0f} images/s, over all that is timed",
-        f"  operations   {result['flops'] / 1e15:.3f} PFLOP a run, {result['flops_per_second'] / 1e12:,.3f} TFLOP/s",
-        f"               {share:.1%} of {result['peak_is']}",
-        f"  compilation  {times['cold']:.1f} s, with a warm cache {times['warm']:.1f} s",
-        f"  process      {result['process_seconds']:.1f} s from its start",
-    ]
-    if "peer" in result:
-        lines += [f"{result['peer']['script']}, in turn with it", *figures(result["peer"])]
-        lines.append(f"  ratio        {result['time_ratio']:.3f}: our time over its time, median of the pairs")
-    return "\n".join(lines)
-
-
-def figures(summary: Record) -> list[str]:
-    lines = [f"  runs         {len(summary['trials'])}"]
-    for name, scale, unit in (("accuracy", 100, "%"), ("seconds", 1, "s")):
-        mean, deviation, interval = (summary[name][key] for key in ("mean", "deviation", "interval"))
-        line = f"  {name:11}  {mean * scale:.3f} {unit}"
-        if deviation is not None:
-            line += f" ± {interval * scale:.3f} (95 % interval), standard deviation {deviation * scale:.3f}"
-        lines.append(line)
-    return lines
 
 
 def original_of(path: Path, config_name: str) -> Path:
@@ -243,22 +155,28 @@ def main() -> int:
     parser.add_argument("--peer", type=Path, metavar="PATH", help="a checkout of airbench, or a script of its kind")
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
     args, overrides = parser.parse_known_args()
-    allocator.keep_freed_memory()
     compilation.keep_programs()
     try:
         config = cli.parse(["--config", args.config, *overrides], ("train",)).config
+        require(config.seed + args.trials <= 2**32, "--trials", args.trials, f"leads above the seed {2**32 - 1}")
         script = None if args.peer is None else original_of(args.peer, Path(args.config).stem)
+        fraction = config.data.validation_fraction
+        fits = script is None or fraction == 0
+        require(fits, "data.validation_fraction", fraction, "must be 0 beside a peer, which trains on all images")
         device = re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
         out = args.out or RESULTS / f"speedrun_{Path(args.config).stem}_{device}.json"
+        require(not out.is_dir(), "--out", str(out), "is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = measure(config, args.config, args.trials, script, out)
-    except UserError as error:
+        print(report.text(measure(config, args.config, args.trials, script, out)))
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:  # the peer's process ended, a folder cannot be written to
+    except (UserError, OSError) as error:  # the peer's process ended, a folder cannot be written to
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(report(result))
+    except KeyboardInterrupt:
+        print(f"interrupted; the runs that were finished are in {out}", file=sys.stderr)
+        return 130
     print(f"written: {out}")
     return 0
 

@@ -45,7 +45,7 @@ class Operation:
 
 
 class Step:
-    """The compiled training step of a config, on its data's first batch."""
+    """The compiled training step of a config, on its data's first batch; alone, where training runs it in a loop."""
 
     def __init__(self, config: train.Config):
         trainer = train.Trainer(config)

@@ -11,14 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int32, PyTree
+from jaxtyping import Array, Int32, PyTree
 
 from cifar_flax import averaging, compilation, experiment, metrics, report, steps
 from cifar_flax import config as configs
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import resident, sources
-from cifar_flax.data.batches import Batch, InputTimer, batch_shapes, evaluation_batches, to_device
+from cifar_flax.data.batches import Batch, InputTimer, Positions, evaluation_positions, gather, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.experiment import DatasetInfo
@@ -53,33 +53,36 @@ class Evaluator:
     ):
         self._task, self._arrays, self._examples = task, arrays, examples
         self._batch_size = min(batch_size, len(examples))
-        # Each takes the weights and a batch.
+        # A split that is on the device stays there: the compiled step gathers from it.
+        self._resident = (arrays.images, arrays.labels) if isinstance(arrays.images, jax.Array) else ()
         self._steps: list[Callable[..., Any]] = [functools.partial(steps.eval_step, task, tta=tta)]
         if tta_below is not None:
             self._steps.insert(0, functools.partial(steps.sure_step, task, below=tta_below))
-        self._compiled: list[jax.stages.Compiled] = []
+        self._compiled: list[Callable[..., Any]] = []
 
     def compile(self, state: TrainState) -> None:
-        """For states like this one, where it has not been done."""
-        if not self._compiled:
-            shapes = self._weights(state), batch_shapes(self._batch_size, self._arrays.images.shape[1:])
-            options = compilation.options(jax.default_backend())
-            self._compiled = [jax.jit(step, compiler_options=options).lower(*shapes).compile() for step in self._steps]
+        """Compiles for states like this one; the first evaluation does it where it has not been done."""
+        arguments = (self._weights(state), next(self._inputs(self._examples)), *self._resident)
+        options = compilation.options(jax.default_backend())
+        self._compiled = [
+            jax.jit(_on_inputs(step), compiler_options=options).lower(*arguments).compile() for step in self._steps
+        ]
 
     def __call__(self, state: TrainState) -> Evaluation:
         """Raises `UserError` where the loss is not finite: the network gives no answer worth a number."""
-        self.compile(state)
+        if not self._compiled:
+            self.compile(state)
         weights, examples = self._weights(state), self._examples
         *sure_step, eval_step = self._compiled
         start, waited = time.perf_counter(), 0.0
         total: metrics.Sums | None = None
         for step in sure_step:
-            batches = self._batches(examples)
-            sums, unsure = zip(*_outputs(step, weights, batches), strict=True)
+            inputs = InputTimer(to_device(self._inputs(examples)))
+            sums, unsure = zip(*self._outputs(step, weights, inputs), strict=True)
             total = functools.reduce(metrics.add, sums, total)
-            examples, waited = examples[np.flatnonzero(np.concatenate(unsure))], batches.seconds
-        batches = self._batches(examples)
-        total = functools.reduce(metrics.add, _outputs(eval_step, weights, batches), total)
+            examples, waited = examples[np.flatnonzero(np.concatenate(unsure))], inputs.seconds
+        inputs = InputTimer(to_device(self._inputs(examples)))
+        total = functools.reduce(metrics.add, self._outputs(eval_step, weights, inputs), total)
         assert total is not None
         summary = metrics.summarize(total, self._arrays.class_names)
         if not math.isfinite(summary["loss"]):
@@ -88,26 +91,35 @@ class Evaluator:
         return Evaluation(
             summary=summary,
             images_per_second=summary["num_examples"] / seconds,
-            input_wait_fraction=(waited + batches.seconds) / seconds,
+            input_wait_fraction=(waited + inputs.seconds) / seconds,
         )
 
     def _weights(self, state: TrainState) -> PyTree:
         return averaging.evaluated(self._task.averaging, (state.params, state.batch_stats), state.average)
 
-    def _batches(self, examples: Int32[np.ndarray, " n"]) -> InputTimer:
-        return InputTimer(to_device(evaluation_batches(self._arrays, examples, self._batch_size)))
+    def _inputs(self, examples: Int32[np.ndarray, " n"]) -> Iterator[Batch | Positions]:
+        for positions in evaluation_positions(examples, self._batch_size):
+            yield positions if self._resident else gather(self._arrays.images, self._arrays.labels, positions)
 
-
-def _outputs(step: jax.stages.Compiled, weights: PyTree, batches: Iterable[Batch]) -> Iterator[Any]:
-    """What `step` gives for each batch, read while the device works on the next."""
-    before = None
-    for batch in batches:
-        outputs = step(weights, batch)
+    def _outputs(self, step: Callable[..., Any], weights: PyTree, inputs: Iterable[Batch | Positions]) -> Iterator[Any]:
+        """What `step` gives for each batch, read while the device works on the next."""
+        before = None
+        for batch in inputs:
+            outputs = step(weights, batch, *self._resident)
+            if before is not None:
+                yield jax.device_get(before)
+            before = outputs
         if before is not None:
             yield jax.device_get(before)
-        before = outputs
-    if before is not None:
-        yield jax.device_get(before)
+
+
+def _on_inputs(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` for a batch, or for the positions of one with the split to gather it from."""
+
+    def run(weights: PyTree, inputs: Any, images: Array | None = None, labels: Array | None = None) -> Any:
+        return step(weights, inputs if images is None else gather(images, labels, inputs))
+
+    return run
 
 
 def all_examples(arrays: Arrays) -> Int32[np.ndarray, " n"]:
@@ -116,7 +128,6 @@ def all_examples(arrays: Arrays) -> Int32[np.ndarray, " n"]:
 
 def final_evaluator(config: Config, task: steps.Task, arrays: Arrays) -> Evaluator:
     """As the config has the evaluation that counts: with test-time augmentation if wanted."""
-    arrays = resident.put(arrays) if config.data.pipeline == "resident" else arrays
     settings = config.eval
     return Evaluator(
         task, arrays, all_examples(arrays), settings.batch_size, tta=settings.tta, tta_below=settings.tta_below
@@ -159,6 +170,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": step}
     if config.eval.tta != "none":
         result |= {"tta": config.eval.tta, "tta_below": config.eval.tta_below}
+    arrays = resident.put(arrays) if config.data.pipeline == "resident" else arrays
     result |= final_evaluator(config, task, arrays)(state).summary
     write_result(workdir, result)
     return result

@@ -20,7 +20,7 @@ from cifar_flax.state import TrainState
 from cifar_flax.steps import Task
 
 _CHUNK = 1000  # images
-_MAX_EXAMPLES = 2**28  # shown in one run: their order is held in memory, 8 bytes each
+_MAX_EXAMPLES = 2**28  # shown in one run: streaming holds their order in memory, 8 bytes each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from cifar_flax import compilation
-from cifar_flax.data.batches import Batch, InputTimer
-from cifar_flax.data.resident import Positions
+from cifar_flax.data.batches import Batch, InputTimer, Positions
 from cifar_flax.state import TrainState
 
 # A call's metrics are read when this many later calls have been given to the device, so it never waits for the host.

@@ -204,11 +204,11 @@ def _group_schedule(
     group: GroupConfig, config: OptimConfig, total_steps: int, steps_per_epoch: float
 ) -> optax.Schedule:
     """`make_schedule` until the group is frozen, or a decay of its own; zero from then on."""
-    frozen_from = round(group.frozen_from * steps_per_epoch)
+    frozen_from = max(round(group.frozen_from * steps_per_epoch), 1)  # step
     if group.own_decay:
-        return optax.linear_schedule(config.learning_rate, 0.0, max(frozen_from, 1))
+        return optax.linear_schedule(config.learning_rate, 0.0, frozen_from)
     schedule = make_schedule(config, total_steps, steps_per_epoch)
-    if not frozen_from:
+    if not group.frozen_from:
         return schedule
     return lambda step: jnp.where(step < frozen_from, schedule(step), 0.0)
 

@@ -11,8 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt8
 from cifar_flax import averaging, metrics
 from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data.augment import VIEWS, AugmentConfig, augment, cutout, normalize, views
-from cifar_flax.data.batches import Batch
-from cifar_flax.data.resident import Positions, gather
+from cifar_flax.data.batches import Batch, Positions, gather
 from cifar_flax.state import TrainState, root_keys
 
 
@@ -114,4 +113,5 @@ def _logits(task: Task, weights: PyTree, batch: Batch, tta: str) -> Float[Array,
         return model(normalize(batch.image, task.mean, task.std))
     # One view after the other: all at once would take as many times the memory.
     logits = jax.lax.map(lambda view: model(normalize(view, task.mean, task.std)), views(batch.image, tta))
-    return jnp.tensordot(jnp.asarray(VIEWS[tta]), logits, 1)
+    # Written out: a matrix product would round to the few bits that accelerators multiply with.
+    return jnp.sum(jnp.asarray(VIEWS[tta])[:, None, None] * logits, axis=0)

@@ -18,8 +18,7 @@ from cifar_flax import evaluate, experiment, models, steps
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import order, resident, sources
-from cifar_flax.data.batches import GROUP, InputTimer, batch_shapes, to_device
-from cifar_flax.data.resident import Positions
+from cifar_flax.data.batches import GROUP, InputTimer, Positions, batch_shapes, to_device
 from cifar_flax.errors import ConfigError, UserError, require
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
@@ -62,6 +61,7 @@ class Trainer:
         self.task, init = experiment.build(config, self.info)
         if config.data.pipeline == "resident":
             self.arrays, eval_arrays = resident.put(self.arrays), resident.put(eval_arrays)
+        self.eval_arrays = eval_arrays
         sample = self.arrays.images[self.examples[: models.sample_size(config.model)]]
         self.init = lambda seed: init(seed, sample if len(sample) else None)
         self.initial_state = self.init(config.seed)
@@ -161,7 +161,7 @@ class Trainer:
         }
         if self.config.data.pipeline == "resident":
             positions = resident.training_positions(self.examples, steps_per_call=per_call, **settings)
-            return to_device(positions, group=GROUP if per_call == 1 else 1)
+            return to_device(positions, group=GROUP if per_call == 1 else 1)  # one call has as much as many batches
         # Imported where it is used: TensorFlow takes seconds and hundreds of megabytes.
         from cifar_flax.data.streaming import training_batches
 
@@ -171,10 +171,11 @@ class Trainer:
         """The program of one call, for states like this one."""
         settings = self.config.train
         if self.config.data.pipeline == "resident":
-            shape = jax.ShapeDtypeStruct((settings.steps_per_call, settings.batch_size), np.int32)
+            places = (settings.steps_per_call, settings.batch_size)
+            index, mask = jax.ShapeDtypeStruct(places, np.int32), jax.ShapeDtypeStruct(places, np.bool_)
             split = self.arrays.images, self.arrays.labels
-            steps_of = functools.partial(steps.train_steps, self.task)
-            program = compile_call(steps_of, state, Positions(shape, shape), *split)
+            train_steps = functools.partial(steps.train_steps, self.task)
+            program = compile_call(train_steps, state, Positions(index, index, mask), *split)
             return lambda state, positions: program(state, positions, *split)
         step = functools.partial(steps.train_step, self.task)
         return compile_call(step, state, batch_shapes(settings.batch_size, self.info.image_shape))

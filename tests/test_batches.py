@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from cifar_flax.data import order, resident, streaming
-from cifar_flax.data.batches import GROUP, Batch, InputTimer, evaluation_batches, to_device
+from cifar_flax.data.batches import GROUP, Batch, InputTimer, Positions, evaluation_positions, gather, to_device
 from cifar_flax.data.cache import Arrays
-from cifar_flax.data.resident import Positions
 
 FIELDS = ("image", "label", "index", "epoch", "mask")
 
@@ -29,10 +28,10 @@ def test_pipelines_agree_byte_for_byte(start, steps_per_call, drop_last):
     arguments = {"batch_size": 8, "seed": 7, "start": start, "stop": 12, "drop_last": drop_last}
     streamed = list(streaming.training_batches(arrays, examples, **arguments))
     calls = list(resident.training_positions(examples, steps_per_call=steps_per_call, **arguments))
-    on_device, gather = resident.put(arrays), jax.jit(resident.gather)
+    on_device, compiled = resident.put(arrays), jax.jit(gather)
     assert {call.index.shape for call in calls} == {(steps_per_call, 8)}
-    rows = [Positions(*row) for call in calls for row in zip(call.index, call.epoch, strict=True)]
-    gathered = [gather(on_device.images, on_device.labels, row) for row in rows]
+    rows = [Positions(*row) for call in calls for row in zip(call.index, call.epoch, call.mask, strict=True)]
+    gathered = [compiled(on_device.images, on_device.labels, row) for row in rows]
     index, epoch = order.positions(7, examples, 8, start, 12, drop_last)
     assert len(streamed) == len(gathered) == 12 - start
     for step, batches in enumerate(zip(streamed, gathered, strict=True)):
@@ -46,14 +45,16 @@ def test_pipelines_agree_byte_for_byte(start, steps_per_call, drop_last):
                 np.testing.assert_array_equal(got, wanted)
 
 
+def evaluation_batches(arrays, examples, batch_size):
+    for positions in evaluation_positions(examples, batch_size):
+        yield gather(arrays.images, arrays.labels, positions)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 25, 64])
-@pytest.mark.parametrize("on_device", [False, True])
-def test_evaluation_counts_every_example_once(batch_size, on_device):
+def test_evaluation_counts_every_example_once(batch_size):
     arrays = make_arrays(25)
     seen = []
-    for batch in evaluation_batches(
-        resident.put(arrays) if on_device else arrays, np.arange(25, dtype=np.int32), batch_size
-    ):
+    for batch in evaluation_batches(arrays, np.arange(25, dtype=np.int32), batch_size):
         assert batch.image.shape == (batch_size, 6, 5, 3)
         np.testing.assert_array_equal(batch.image, arrays.images[batch.index])
         np.testing.assert_array_equal(batch.label, arrays.labels[batch.index])

@@ -24,6 +24,39 @@ def test_every_config_is_valid_and_survives_json(path):
         assert re.search(rf"^{part}: +\w", header, re.MULTILINE)
 
 
+# What the originals have beside their learning rates, which tests/test_optim.py compares.
+ORIGINALS = {
+    "": ("airbench94", "airbench95", "airbench96"),
+    "train.batch_size": (2000, 1024, 1024),
+    "train.epochs": (8, 15, 37),
+    "train.label_smoothing": (0.2, 0.2, 0.2),
+    "data.drop_last": (True, True, True),
+    "augment.flip": ("alternating", "alternating", "alternating"),
+    "augment.crop_padding": (2, 2, 4),
+    "augment.cutout": (0, 0, 12),
+    "model.widths": ((64, 256, 256), (128, 384, 384), (128, 384, 512)),
+    "model.depth": (2, 2, 3),
+    "model.residual": (False, False, True),
+    "model.norm_decay": (0.6, 0.6, 0.9),
+    "model.init": ("muon", "sgd", "sgd"),
+    "averaging.name": ("none", "lookahead", "lookahead"),
+    "averaging.decay": (0.999, 0.95, 0.95),
+    "averaging.every": (1, 5, 5),
+    "optim.whitening.frozen_from": (3, 3, 3),
+    "optim.whitening.own_decay": (True, False, False),
+    "eval.tta": ("mirror_translate", "mirror_translate", "mirror_translate"),
+    "eval.tta_below": (None, None, None),
+}
+
+
+@pytest.mark.parametrize("column", range(3), ids=ORIGINALS[""])
+def test_airbench_configs_are_the_originals(column):
+    recipe = {path: values[column] for path, values in ORIGINALS.items()}
+    config = runpy.run_path(str(REPOSITORY / "configs" / f"{recipe.pop('')}.py"))["get_config"]()
+    found = {path: value for path, value, _ in configs._fields(config)}
+    assert {path: found[path] for path in recipe} == recipe
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -2,12 +2,16 @@
 
 import json
 import sys
+import tempfile
+import time
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import speedrun
+from benchmarks import report, speedrun
 from benchmarks.flops import forward_flops
 from benchmarks.peers import original
 from cifar_flax.data import sources
@@ -31,10 +35,13 @@ def row(*cells):
 def main(run):
     kept = torch.load("cifar10/test.pt")
     assert sorted(kept) == ["classes", "images", "labels"] and len(kept["images"]) == 355, kept
+    assert __import__("builtins").range is range  # in functions it is Python's own
     for epoch in range(2):
         row(run if epoch == 0 else "", epoch, "0.9", "0.5", "", "1.0")
     accuracy = 1.0 if run == "warmup" else 0.1 * (run + 1)
-    row("", "eval", "0.9", "0.5", f"{accuracy:.4f}", "2.0000")
+    with open("runs", "a") as file:
+        file.write("x")
+    row("", "eval", "0.9", "0.5", f"{accuracy:.4f}", f"{2.0 ** run if run != 'warmup' else 9.0:.4f}")
     return accuracy
 
 if __name__ == "__main__":
@@ -73,12 +80,14 @@ def test_every_seed_is_a_run_of_its_own(tmp_path, monkeypatch, capsys):
     forward = forward_flops(CNNConfig(width=4, hidden=16), (32, 32, 3), 10)
     assert result["flops"] == forward * (3 * images + 2 * 355)  # two views of each test image
     assert set(result["compile_seconds"]) == {"cold", "warm"}
-    assert {"cpu", "cores", "date", "device", "devices"} == set(result["machine"])
-    assert {"python", "jax", "flax"} == set(result["versions"])
+    assert result["compile_seconds"]["warm"] < result["compile_seconds"]["cold"]
+    assert 0 < result["seconds_to_first_accuracy"] < result["process_seconds"]
+    assert {"cpu", "cores", "date", "device"} == set(result["machine"])
+    assert {"python", "platform", "jax", "jaxlib", "flax", "optax", "numpy", "XLA_FLAGS"} <= set(result["versions"])
     out = capsys.readouterr().out
     for seed in (5, 6, 7):
         assert f"seed {seed}: " in out
-    for part in (speedrun.TIMED, speedrun.NOT_TIMED, "95 % interval", "TFLOP/s", "warm cache", "from its start"):
+    for part in (report.TIMED, report.NOT_TIMED, "95 % interval", "TFLOP/s", "warm cache", "from its start"):
         assert part in out
 
 
@@ -94,33 +103,64 @@ def test_a_run_is_what_main_trains(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["ours"]["trials"][0]["accuracy"] == expected
 
 
+def test_the_clock_runs_for_what_the_rule_says(monkeypatch):
+    """From before the first weights and the order of the examples to after the evaluation; nothing compiles in it."""
+    runner = speedrun.Runner(speedrun.cli.parse(["--config", DIGITS, *TINY], ("train",)).config)
+    events, clock = [], speedrun.time.perf_counter
+
+    def watch(owner, name, what):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: events.append(what) or call(*arguments))
+
+    for name in ("init", "inputs"):
+        watch(runner._trainer, name, name)
+    for name, what in (("_train_call", "train"), ("_evaluator", "evaluate")):
+        watch(runner, name, what)
+    monkeypatch.setattr(speedrun.time, "perf_counter", lambda: events.append("clock") or clock())
+    compiled = []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *arguments, **settings: compiled.append(arguments))
+    runner.run(0)
+    order = [what for what, again in zip(events, [None, *events], strict=False) if what != again]
+    assert [what for what in order if what != "clock"] == ["inputs", "init", "train", "evaluate"]
+    assert order[0] == order[-1] == "clock"
+    assert not compiled
+
+
 def test_intervals_are_students():
     """Of four values 1, 2, 3, 4: t is 3.182 for three degrees of freedom."""
-    figures = speedrun.mean_of([1.0, 2.0, 3.0, 4.0])
+    figures = report.mean_of([1.0, 2.0, 3.0, 4.0])
     assert figures["mean"] == 2.5
     assert figures["deviation"] == pytest.approx(1.2910, abs=1e-4)
     assert figures["interval"] == pytest.approx(3.1824 * 1.2910 / 2, abs=1e-3)
-    assert speedrun.mean_of([3.0]) == {"mean": 3.0, "deviation": None, "interval": None}
+    assert report.mean_of([3.0]) == {"mean": 3.0, "deviation": None, "interval": None}
 
 
 def test_a_peer_runs_in_turn_with_ours(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    assert start(monkeypatch, "--trials=2", f"--peer={script}", "--out=out.json") == 0
+    assert start(monkeypatch, "--trials=3", f"--peer={script}", "--out=out.json") == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["peer"]["script"] == "script.py"
-    assert result["peer"]["trials"] == [{"accuracy": 0.1, "seconds": 2.0}, {"accuracy": 0.2, "seconds": 2.0}]
-    ratios = [trial["seconds"] / 2.0 for trial in result["ours"]["trials"]]
-    assert result["time_ratio"] == pytest.approx(np.mean(ratios))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if line.startswith(("seed", "script.py:"))] == [
-        "seed 0", "script.py", "seed 1", "script.py",
-    ]  # fmt: skip
+    its = [(trial["accuracy"], trial["seconds"]) for trial in result["peer"]["trials"]]
+    assert its == [(0.2, 2.0), (0.3, 4.0), (0.4, 8.0)]  # its first run is for warming up
+    ratios = [trial["seconds"] / seconds for trial, (_, seconds) in zip(result["ours"]["trials"], its, strict=True)]
+    assert result["time_ratio"] == {"median": np.median(ratios), "least": min(ratios), "most": max(ratios)}
+    mean = np.mean([trial["accuracy"] for trial in result["ours"]["trials"]])
+    difference = result["accuracy_difference"]
+    assert difference["mean"] == pytest.approx(mean - 0.3)
+    assert difference["low"] < difference["mean"] < difference["high"]
+    assert "torch" in result["versions"]
+    out = capsys.readouterr().out
+    turns = [line.split(":")[0] for line in out.splitlines() if line.startswith(("seed", "script.py:"))]
+    assert turns == ["seed 0", "script.py", "seed 1", "script.py", "seed 2", "script.py"]
+    assert "our time over its" in out
 
 
 def test_a_peer_waits_for_its_turn(tmp_path, monkeypatch):
     """Without torch: what runs the script, but for the writing of its data."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("import torch", "from fake_torch import torch"))
     (tmp_path / "fake_torch.py").write_text(
@@ -131,17 +171,52 @@ def test_a_peer_waits_for_its_turn(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("from fake_torch import torch\nglobals().update(vars(torch))\n")
     monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
     splits = {split: sources.load(DataConfig(name="digits"), split) for split in ("train", "test")}
+    counts = []
     with original.start(script, splits) as peer:
-        assert [peer.run()["accuracy"] for _ in range(3)] == [0.1, 0.2, 0.3]
+        (folder,) = Path(tempfile.gettempdir()).glob("*/cifar10")
+        for run in range(3):
+            time.sleep(0.2)
+            counts.append(len((folder.parent / "runs").read_text()) - 1)  # but for its own warm-up
+            assert peer.run() == {"accuracy": pytest.approx(0.1 * (run + 1)), "seconds": 2.0**run}
+    assert counts == [0, 1, 2]
 
 
-def test_a_peer_that_fails_is_one_line(tmp_path, monkeypatch, capsys, as_if_torch_were_there):
-    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
-    script = tmp_path / "script.py"
-    script.write_text("")
+FAKE_TORCH = "load = save = tensor = lambda *arguments, **settings: None\nint64 = None\n"
+
+
+@pytest.mark.parametrize(
+    ("torch", "script", "message"),
+    [
+        ("raise SystemExit(7)", "", "ended with exit code 7; it printed last: nothing"),
+        (FAKE_TORCH, "print('done')", "ended with exit code 0; it printed last: done"),
+        (FAKE_TORCH, "[run for run in range(3)]", "prints no table with columns tta_val_acc and time_seconds"),
+        (
+            FAKE_TORCH,
+            "print('| tta_val_acc | time_seconds |')\nfor run in range(3): print('| | |')",
+            r"ends a run without an accuracy: '| | |\n\n'",
+        ),
+    ],
+)
+def test_a_peer_that_fails_is_one_line(tmp_path, monkeypatch, capsys, as_if_torch_were_there, torch, script, message):
+    (tmp_path / "torch.py").write_text(torch)
+    (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
-    assert start(monkeypatch, "--trials=1", f"--peer={script}") == 1
-    assert capsys.readouterr().err == f"error: {script} ended with exit code 7: see above\n"
+    assert start(monkeypatch, "--trials=1", f"--peer={tmp_path / 'script.py'}") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'script.py'} {message}\n"
+
+
+def test_an_interrupted_benchmark_keeps_its_runs(tmp_path, monkeypatch, capsys):
+    run = speedrun.Runner.run
+
+    def interrupted(self, seed):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return run(self, seed)
+
+    monkeypatch.setattr(speedrun.Runner, "run", interrupted)
+    assert start(monkeypatch, "--trials=3", "--out=out.json") == 130
+    assert "interrupted; the runs that were finished are in out.json" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out.json").read_text())["ours"]["trials"]) == 1
 
 
 @pytest.fixture
@@ -155,6 +230,8 @@ def as_if_torch_were_there(monkeypatch):
         ("--peer=nowhere.py", "--peer='nowhere.py': no such file"),
         ("--peer=.", "--peer='.': is a folder: name a script in it (known for airbench94, airbench95, airbench96)"),
         ("--config.seed=x", "seed='x': must be a whole number"),
+        ("--config.seed=4294967290", "--trials=10: leads above the seed 4294967295"),
+        ("--out=/", "--out='/': is a folder"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, as_if_torch_were_there, argument, message):

@@ -11,8 +11,7 @@ from cifar_flax import experiment, metrics, models, steps
 from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data import sources
 from cifar_flax.data.augment import AugmentConfig, normalize
-from cifar_flax.data.batches import Batch
-from cifar_flax.data.resident import Positions
+from cifar_flax.data.batches import Batch, Positions
 from cifar_flax.experiment import DatasetInfo
 from cifar_flax.models import CNNConfig
 from cifar_flax.state import root_keys
@@ -140,7 +139,7 @@ def test_a_loop_on_the_device_is_the_steps_one_by_one(setup):
     index = np.random.default_rng(0).integers(0, 64, (4, 32)).astype(np.int32)
     epoch = np.repeat(np.array([[0], [0], [1], [1]], np.int32), 32, axis=1)
     looped, values = jax.jit(functools.partial(steps.train_steps, task))(
-        state, Positions(index, epoch), batch.image, batch.label
+        state, Positions(index, epoch, index >= 0), batch.image, batch.label
     )
     step = jax.jit(functools.partial(steps.train_step, task))
     for number in range(4):

@@ -14,8 +14,7 @@ from conftest import make_tiny_config
 from cifar_flax import checkpoint, cli, evaluate
 from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data import sources
-from cifar_flax.data.batches import GROUP, Batch
-from cifar_flax.data.resident import Positions
+from cifar_flax.data.batches import GROUP, Batch, Positions
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.loop import READ_LAG, run_calls
@@ -321,8 +320,9 @@ def test_transfer_guard_watches_the_loop(tiny_config):
     trainer = Trainer(tiny_config)
     place = np.zeros((1, 128), np.int32)
     call = trainer.compile(trainer.initial_state)
+    inputs = iter([Positions(place, place, place == 0)])
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        run_calls(call, trainer.initial_state, iter([Positions(place, place)]), range(1, 2), lambda step, values: None)
+        run_calls(call, trainer.initial_state, inputs, range(1, 2), lambda step, values: None)
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 11, 33])
@@ -346,9 +346,12 @@ def test_many_steps_of_one_call_are_the_steps_of_many(tiny_config, tmp_path, ste
         assert line["learning_rate"] == pytest.approx(plain_line["learning_rate"])
 
 
-def test_a_run_of_loops_resumes_to_the_bit(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("average", ["none", "ema", "lookahead"])
+def test_a_run_of_loops_resumes_to_the_bit(tiny_config, tmp_path, monkeypatch, average):
+    """From step 11, which is none at which Lookahead's average and the weights are the same."""
     tiny_config.data.drop_last = True
     tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
+    tiny_config.averaging = AveragingConfig(name=average, decay=0.95, every=5)
     train(tiny_config, tmp_path / "straight")
     save = checkpoint.Checkpoints.save
 

@@ -89,23 +89,30 @@ def test_all_and_none_may_be_unsure(trained, below, like):
 
 def test_views_are_computed_for_the_unsure_alone(trained, confidence, monkeypatch):
     """What the option is for: the second pass takes no others."""
-    passes, batches_of = [], evaluate.evaluation_batches
+    passes, positions_of = [], evaluate.evaluation_positions
 
-    def watched(arrays, examples, batch_size):
+    def watched(examples, batch_size):
         passes.append(examples.tolist())
-        return batches_of(arrays, examples, batch_size)
+        return positions_of(examples, batch_size)
 
-    monkeypatch.setattr(evaluate, "evaluation_batches", watched)
     below = float(np.median(confidence))
-    evaluator(trained, tta="mirror", tta_below=below)(trained[1])
+    partly = evaluator(trained, tta="mirror", tta_below=below)
+    partly.compile(trained[1])
+    monkeypatch.setattr(evaluate, "evaluation_positions", watched)
+    partly(trained[1])
     assert passes == [list(range(COUNT)), np.flatnonzero(confidence < below).tolist()]
     assert 0 < len(passes[1]) < COUNT
 
 
-def test_a_split_on_the_device_gives_the_same(trained):
+def test_a_split_on_the_device_gives_the_same_and_stays_there(trained):
     task, state = trained
-    on_device = evaluate.Evaluator(task, resident.put(TEST), evaluate.all_examples(TEST), 100, tta="mirror")
-    assert on_device(state).summary == evaluator(trained, tta="mirror")(state).summary
+    expected = evaluator(trained, tta="mirror", tta_below=0.5)(state).summary
+    on_device = evaluate.Evaluator(
+        task, resident.put(TEST), evaluate.all_examples(TEST), 100, tta="mirror", tta_below=0.5
+    )
+    on_device.compile(state)
+    with jax.transfer_guard_host_to_device("disallow"):  # but by device_put, as positions come
+        assert on_device(state).summary == expected
 
 
 def test_padding_is_never_unsure(trained):

@@ -1,17 +1,17 @@
 """A PyTorch speedrun's own script, one of its runs at a time: `benchmarks.speedrun --peer`.
 
-The script is left as it is and runs in a process of its own. Its loop over runs, `for run in range(...)` outside of any
-function, gets a `range` that says READY and waits for a line on standard input before each run. Its data lies where its
-loader keeps what it has downloaded: in the folder cifar10 of its working folder.
+The script is left as it is, but for the `range(...)` of its loop over runs, outside of any function: what takes its
+place says READY and waits for a line on standard input before each run. It has a process of its own, and its data lies
+where its loader keeps what it has downloaded: in the folder cifar10 of its working folder.
 """
 
+import ast
 import itertools
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,23 @@ class Peer:
 
     def __init__(self, script: Path, process: subprocess.Popen[str]):
         self._script, self._process = script, process
-        head = next((line for line in self._until_ready() if "tta_val_acc" in line), "")
-        self._columns = _cells(head)
+        heads = [line for line in self._until_ready() if "tta_val_acc" in line]
+        self._columns = _cells(heads[0]) if heads else []
+        self._time = next((name for name in self._columns if name.endswith("time_seconds")), None)
+        if self._time is None:
+            raise ChildProcessError(f"{script} prints no table with columns tta_val_acc and time_seconds")
 
     def run(self) -> dict[str, Any]:
         """One run more: its accuracy with test-time augmentation and its seconds, both as the script counts them."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        rows = [dict(zip(self._columns, _cells(line), strict=False)) for line in self._until_ready()]
-        last = [row for row in rows if row.get("tta_val_acc")][-1]
-        seconds = next(value for name, value in last.items() if name.endswith("time_seconds"))
-        return {"accuracy": float(last["tta_val_acc"]), "seconds": float(seconds)}
+        printed = self._until_ready()
+        rows = [dict(zip(self._columns, _cells(line), strict=False)) for line in printed]
+        found = [row for row in rows if row.get("tta_val_acc") and row.get(self._time)]
+        if not found:
+            raise ChildProcessError(f"{self._script} ends a run without an accuracy: {''.join(printed[-3:])!r}")
+        return {"accuracy": float(found[-1]["tta_val_acc"]), "seconds": float(found[-1][self._time])}
 
     def _until_ready(self) -> list[str]:
         """What it prints before it waits for its next run; raises `ChildProcessError` where it ends instead."""
@@ -48,7 +53,8 @@ class Peer:
             if line.strip() == READY:
                 return lines
             lines.append(line)
-        raise ChildProcessError(f"{self._script} ended with exit code {self._process.wait()}: see above")
+        last = lines[-1].strip() if lines else "nothing"
+        raise ChildProcessError(f"{self._script} ended with exit code {self._process.wait()}; it printed last: {last}")
 
 
 @contextmanager
@@ -60,7 +66,7 @@ def start(script: Path, splits: dict[str, Any]) -> Iterator[Peer]:
         with subprocess.Popen(
             [sys.executable, "-u", "-m", "benchmarks.peers.original", str(script.absolute())],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -75,12 +81,19 @@ def _cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip().strip("|").split("|")]
 
 
-def _turns(*bounds: int) -> Iterable[int]:
-    """The `range` of the script."""
-    return _wait() if sys._getframe(1).f_code.co_name == "<module>" else range(*bounds)
+class _TakeTurns(ast.NodeTransformer):
+    """Puts `turns()` in the place of each `range(...)`; functions, which may be compiled, stay as they are."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if isinstance(node.func, ast.Name) and node.func.id == "range":
+            return ast.copy_location(ast.Call(ast.copy_location(ast.Name("turns", ast.Load()), node), [], []), node)
+        return self.generic_visit(node)
 
 
-def _wait() -> Iterator[int]:
+def _turns() -> Iterator[int]:
     for run in itertools.count():
         print(f"\n{READY}", flush=True)
         if not sys.stdin.readline():
@@ -99,6 +112,12 @@ def _keep_data(folder: Path) -> None:
             torch.save(kept, folder / f"{split}.pt")
 
 
+def _run(script: str) -> None:
+    sys.argv = [script]
+    tree = _TakeTurns().visit(ast.parse(Path(script).read_text()))
+    exec(compile(tree, script, "exec"), {"__name__": "__main__", "__file__": script, "turns": _turns})
+
+
 if __name__ == "__main__":
     _keep_data(Path("cifar10"))
-    runpy.run_path(sys.argv[1], init_globals={"range": _turns}, run_name="__main__")
+    _run(sys.argv[1])

@@ -11,8 +11,6 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-from cifar_flax.data.cache import Arrays
-
 # Batches fetched at a time. Waking a thread for each of them would cost the training loop a tenth of a millisecond on a
 # busy CPU and, now and then, its core for milliseconds. After an evaluation the loop takes several at once, and should
 # find them there.
@@ -34,6 +32,22 @@ class Batch:
     mask: Bool[Any, " batch"]  # False where the place is padding and must not count
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """What stands at each place of a batch, or of those of several steps; the images are elsewhere."""
+
+    index: Int32[Any, "*steps batch"]
+    epoch: Int32[Any, "*steps batch"]
+    mask: Bool[Any, "*steps batch"]
+
+
+def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n"], positions: Positions) -> Batch:
+    """The batch of one step, from a split on the host or, in a compiled program, on the device."""
+    index = positions.index
+    return Batch(images[index], labels[index], index, positions.epoch, positions.mask)
+
+
 def batch_shapes(batch_size: int, image_shape: tuple[int, int, int]) -> Batch:
     """A batch without its data, to compile a step for."""
     vector = jax.ShapeDtypeStruct((batch_size,), np.int32)
@@ -46,13 +60,13 @@ def batch_shapes(batch_size: int, image_shape: tuple[int, int, int]) -> Batch:
     )
 
 
-def evaluation_batches(arrays: Arrays, examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
+def evaluation_positions(examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Positions]:
     """Every one of `examples` once, in order; the last batch is filled up with masked repeats of its first example."""
     for start in range(0, len(examples), batch_size):
         index = examples[start : start + batch_size]
         mask = np.arange(batch_size) < len(index)
         index = np.concatenate([index, np.full(batch_size - len(index), index[0], np.int32)])
-        yield Batch(arrays.images[index], arrays.labels[index], index, np.zeros_like(index), mask)
+        yield Positions(index, np.zeros_like(index), mask)
 
 
 def to_device(batches: Iterable[T], group: int = GROUP) -> Iterator[T]:

@@ -2,26 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, UInt8
+from jaxtyping import Int32
 
 from cifar_flax.data import order
-from cifar_flax.data.batches import Batch
+from cifar_flax.data.batches import Positions
 from cifar_flax.data.cache import Arrays
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """What stands at each place of the batches of one compiled call; NumPy arrays until they are on the device."""
-
-    index: Int32[Any, "*steps batch"]  # of the example in its split
-    epoch: Int32[Any, "*steps batch"]
 
 
 def put(arrays: Arrays) -> Arrays:
@@ -51,10 +39,4 @@ def training_positions(
         index, epoch = order.positions(seed, examples, batch_size, begin, end, drop_last)
         for call in range(0, end - begin, steps_per_call):
             here = slice(call, call + steps_per_call)
-            yield Positions(index[here], epoch[here])
-
-
-def gather(images: UInt8[Array, "n height width c"], labels: Int32[Array, " n"], positions: Positions) -> Batch:
-    """The batch of one step; byte for byte that of `streaming`."""
-    index = positions.index
-    return Batch(images[index], labels[index], index, positions.epoch, jnp.ones(index.shape, jnp.bool_))
+            yield Positions(index[here], epoch[here], np.ones(index[here].shape, np.bool_))

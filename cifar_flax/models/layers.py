@@ -141,8 +141,12 @@ class BatchNorm(nnx.Module):
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """x times the normal distribution function of x (Hendrycks and Gimpel 2016, section 2), not approximated."""
-    return x * _normal_cdf(x)
+    """x times the normal distribution function of x (Hendrycks and Gimpel 2016, section 2), not approximated.
+
+    Computed in float32 and rounded once: next to 1, bfloat16 has no word for what the function leaves at x < -2.5.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
 def _normal_cdf(x: Array) -> Array:
@@ -154,8 +158,9 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
-    density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return (dy * (_normal_cdf(x) + x * density),)
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * wide * wide) * (1 / math.sqrt(2 * math.pi))
+    return ((dy * (_normal_cdf(wide) + wide * density)).astype(x.dtype),)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
