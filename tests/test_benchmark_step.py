@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import step
+from benchmarks.hardware import Speed
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_shares_are_of_the_machine_and_of_the_step():
         step.Operation("b", "", 0.003, 0.0, 9e6),
         step.Operation("c", "", 0.001, 0.0, 1e6),
     ]
-    lines = step.table(found, step.Machine(flops=1e12, bytes=10e9), step_seconds=0.010, rows=1).splitlines()
+    lines = step.table(found, Speed(flops=1e12, bytes=10e9), step_seconds=0.010, rows=1).splitlines()
     assert lines[2] == "| a | dense | 6.00 | 60.0% | 3.00 | 50% | 6.0 | 10% |"
     assert lines[3] == "| 2 others |  | 4.00 | 40.0% | 0.00 | 0% | 10.0 | 25% |"
     assert lines[4].startswith("| all |  | 10.00 | 100.0% | 3.00 |")

@@ -78,7 +78,7 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.eval.tta=rotate", 2, "eval.tta='rotate': must be one of none, mirror"),
     (f"--config {DIGITS} --config.augment.cutout=33", 2, "augment.cutout=33: must be at most 32"),
     (f"--config {DIGITS} --config.averaging.name=swa", 2, "averaging.name='swa': must be one of none, ema"),
-    (f"--config {DIGITS} --config.optim.name=muon", 2, "optim.dense.learning_rate=None: must be set where"),
+    (f"--config {DIGITS} --config.optim.name=muon", 2, "optim.weight_decay=0.02: does not apply to muon"),
     (f"--config {DIGITS} --config.optim.biases.learning_rate=x", 2, "optim.biases.learning_rate='x': must be a finite"),
     (f"--config {DIGITS} --config.optim.biases.momentum=0.5", 2, "optim.biases.momentum=0.5: does not apply to adamw"),
     (f"--config {DIGITS} --config.model.dtype=float16", 2, "model.dtype='float16': must be one of float32"),
