@@ -55,6 +55,14 @@ def test_patches_equal_xla(shape):
     assert_equal(shape, (2, 2, shape[-1], 6), padding="VALID")
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("size", [(10, 10), (9, 6), (3, 3)])
+def test_strided_patches_equal_xla(size, kernel_size):
+    """Short patches and long ones."""
+    for c_in in (3, 6):
+        assert_equal((2, *size, c_in), (kernel_size, kernel_size, c_in, 4), padding="VALID", stride=2)
+
+
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_other_shapes_are_left_to_xla(padding):
     assert_equal((2, 9, 9, 6), (5, 5, 6, 4), padding=padding)
