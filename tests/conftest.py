@@ -1,5 +1,6 @@
 """Every shape and type in a signature is checked while the tests run, and no array is broadcast to a higher rank."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -11,11 +12,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile more than they compute. Those that start main.py run it fully optimized.
 jax.config.update("jax_disable_most_optimizations", True)
 
+from cifar_flax import checkpoint
 from cifar_flax.config import Config, EvalConfig, TrainConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.models import CNNConfig
 from cifar_flax.optim import OptimConfig
+from cifar_flax.train import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -50,3 +53,19 @@ def make_tiny_config() -> Config:
 @pytest.fixture
 def tiny_config() -> Config:
     return make_tiny_config()
+
+
+# What a run logs that is the same whenever and wherever it is trained.
+NOT_TIMES = ("step", "epoch", "split", "loss", "accuracy", "learning_rate")
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(config, workdir):
+    trainer = Trainer(config)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)
+    state = checkpoints.restore(checkpoints.newest_step(), trainer.initial_state)
+    checkpoints.close()
+    return state

@@ -1,0 +1,114 @@
+"""Calls of one step and of many: what they compute, when they are read, and where they may end."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import NOT_TIMES, final_state, make_tiny_config, read_metrics
+
+from cifar_flax import checkpoint
+from cifar_flax.averaging import AveragingConfig
+from cifar_flax.data.batches import GROUP, Batch, Positions
+from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.loop import READ_LAG, run_calls
+from cifar_flax.train import Trainer, train
+
+
+def test_metrics_are_read_late():
+    """When a step is read, later ones are already on their way: the device never waits for the host."""
+    events = []
+
+    def train_step(state, batch):
+        events.append(("dispatch", int(batch.index[0])))
+        return state, {}
+
+    def batch_of(step):
+        vector = np.full(1, step, np.int32)
+        return Batch(np.zeros((1, 2, 2, 3), np.uint8), vector, vector, vector, np.ones(1, bool))
+
+    state = Trainer(make_tiny_config()).initial_state
+    batches = iter([batch_of(step) for step in range(11, 17)])
+    run_calls(train_step, state, batches, range(11, 17), lambda step, values: events.append(("read", step)))
+    assert [step for kind, step in events if kind == "read"] == list(range(11, 17))
+    assert READ_LAG >= 1
+    for step in range(11, 17):
+        assert events.index(("read", step)) > events.index(("dispatch", min(step + READ_LAG, 16)))
+    # Before anything is read, and so perhaps before any step has run, the batches of these have been asked for.
+    assert GROUP > events.index(("read", 11)) == READ_LAG + 1
+
+
+def test_the_loop_donates_its_state(tiny_config):
+    trainer = Trainer(tiny_config)
+    state, call = trainer.initial_state, trainer.compile(trainer.initial_state)
+    call(state, next(trainer.inputs(0, 0)))
+    assert state.params["hidden"]["kernel"].is_deleted()
+
+
+def test_transfer_guard_watches_the_loop(tiny_config):
+    trainer = Trainer(tiny_config)
+    place = np.zeros((1, 128), np.int32)
+    call = trainer.compile(trainer.initial_state)
+    inputs = iter([Positions(place, place, place == 0)])
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run_calls(call, trainer.initial_state, inputs, range(1, 2), lambda step, values: None)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 33])
+def test_many_steps_of_one_call_are_the_steps_of_many(tiny_config, tmp_path, steps_per_call):
+    """One epoch of 11 whole batches by `tf.data`, a call each; the same three by loops on the device."""
+    tiny_config.data.drop_last = True
+    tiny_config.train = dataclasses.replace(tiny_config.train, log_every=33)
+    tiny_config.eval.every_epochs = tiny_config.checkpoint.every_epochs = 3
+    plain = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, pipeline="streaming"))
+    train(plain, tmp_path / "plain")
+    tiny_config.train.steps_per_call = steps_per_call
+    train(tiny_config, tmp_path / "loops")
+    states = [final_state(config, tmp_path / name) for config, name in ((plain, "plain"), (tiny_config, "loops"))]
+    assert [int(state.step) for state in states] == [33, 33]
+    # Rounding errors, which Adam makes steps of where a gradient is next to nothing.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *(state.params for state in states))
+    logs = [read_metrics(tmp_path / name) for name in ("plain", "loops")]
+    for plain_line, line in zip(*logs, strict=True):
+        assert [plain_line[name] for name in NOT_TIMES[:3]] == [line[name] for name in NOT_TIMES[:3]]
+        assert line["loss"] == pytest.approx(plain_line["loss"], rel=1e-3)
+        assert line["learning_rate"] == pytest.approx(plain_line["learning_rate"])
+
+
+def test_a_run_of_loops_with_an_average_resumes_to_the_bit(tiny_config, tmp_path, monkeypatch):
+    """From step 11, which is none at which Lookahead's average and the weights are the same."""
+    tiny_config.data.drop_last = True
+    tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
+    tiny_config.averaging = AveragingConfig(name="lookahead", decay=0.95, every=5)
+    train(tiny_config, tmp_path / "straight")
+    save = checkpoint.Checkpoints.save
+
+    def save_once(self, state, metadata, accuracy):
+        if int(state.step) > 11:
+            raise KeyboardInterrupt
+        save(self, state, metadata, accuracy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save_once)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config, tmp_path / "resumed")
+    train(tiny_config, tmp_path / "resumed")
+    jax.tree.map(
+        np.testing.assert_array_equal, *(final_state(tiny_config, tmp_path / name) for name in ("straight", "resumed"))
+    )
+
+
+def test_calls_must_end_where_the_loop_evaluates(tiny_config):
+    """Batches that run across the ends of epochs: the first epoch of 1,442 images ends in step 12."""
+    tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
+    message = r"train\.steps_per_call=11: must divide the steps done at each evaluation .*; there is one after 12"
+    with pytest.raises(ConfigError, match=message):
+        Trainer(tiny_config)
+
+
+def test_diverging_inside_a_call_names_the_step(tiny_config, tmp_path):
+    tiny_config.data.drop_last = True
+    tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
+    tiny_config.optim.learning_rate = 1e30
+    with pytest.raises(UserError, match=r"the loss of step [2-9] is (nan|inf) at a learning rate of"):
+        train(tiny_config, tmp_path / "run")
