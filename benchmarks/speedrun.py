@@ -175,7 +175,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; the runs that were finished are in {out}", file=sys.stderr)
+        print("interrupted; every run that was finished has been written", file=sys.stderr)
         return 130
     print(f"written: {out}")
     return 0

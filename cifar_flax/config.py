@@ -14,7 +14,7 @@ from cifar_flax.checkpoint import CheckpointConfig
 from cifar_flax.data.augment import VIEWS, AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, require
-from cifar_flax.optim import OptimConfig
+from cifar_flax.optim import GroupConfig, OptimConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,6 +87,11 @@ class Config:
             self.checkpoint,
         ):
             part.validate()
+        whitening = self.optim.whitening
+        fits = self.model.name == "airbench" or whitening == GroupConfig()
+        require(
+            fits, "optim.whitening", whitening, f"does not apply to {self.model.name}, which has no whitening layer"
+        )
         resident = self.data.pipeline == "resident"
         fits, per_call = resident or self.train.steps_per_call == 1, self.train.steps_per_call
         require(fits, "train.steps_per_call", per_call, "must be 1 where data.pipeline is not resident")

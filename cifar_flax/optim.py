@@ -41,7 +41,7 @@ class OptimConfig:
     momentum: float | None = None  # sgd, muon: Nesterov momentum; None is 0
     dense: GroupConfig = field(default_factory=GroupConfig)  # kernels with two axes
     biases: GroupConfig = field(default_factory=GroupConfig)  # tensors of one axis: biases, BatchNorm's scales
-    whitening: GroupConfig = field(default_factory=GroupConfig)  # what trains in a whitening layer: its bias
+    whitening: GroupConfig = field(default_factory=GroupConfig)  # a whitening layer's bias; None: that of biases
     clip_norm: float = 0.0  # largest global norm of the gradient; 0 does not clip
     accumulate_steps: int = 1  # steps whose gradients are averaged for one update; a remainder at the end is not used
 
@@ -77,7 +77,7 @@ class OptimConfig:
         require(0 <= (settings.momentum or 0) < 1, f"{group}.momentum", settings.momentum, "must be in [0, 1)")
         fits = settings.frozen_from > 0 or not settings.own_decay
         require(fits, f"{group}.own_decay", settings.own_decay, f"needs {group}.frozen_from above 0")
-        fits = self.name != "muon" or settings.learning_rate is not None
+        fits = self.name != "muon" or group == "optim.whitening" or settings.learning_rate is not None
         require(fits, f"{group}.learning_rate", settings.learning_rate, "must be set where optim.name is muon")
 
 
@@ -222,12 +222,14 @@ def make_optimizer(config: OptimConfig, total_steps: int, steps_per_epoch: float
         return OPTIMIZERS[name][0](config, lambda update: schedule(update * every))
 
     groups = {"convolutions": of(config.name, config, make_schedule(config, total_steps, steps_per_epoch))}
+    bases = {"dense": config, "biases": dataclasses.replace(config, weight_decay=0.0)}
     for name in GROUPS:
         group = getattr(config, name)
         settings = {field: getattr(group, field) for field in ("learning_rate", "weight_decay", "momentum")}
-        if name != "dense" and group.weight_decay is None:
-            settings["weight_decay"] = 0.0
-        own = dataclasses.replace(config, **{key: value for key, value in settings.items() if value is not None})
+        # The whitening layer's bias is a bias: it comes last, after theirs.
+        base = bases.get(name, bases["biases"])
+        own = dataclasses.replace(base, **{key: value for key, value in settings.items() if value is not None})
+        bases[name] = own
         groups[name] = of(_optimizer_of_groups(config), own, _group_schedule(group, own, total_steps, steps_per_epoch))
     optimizer = optax.partition(groups, lambda params: jax.tree.map_with_path(_group_of, params))
     if config.clip_norm:

@@ -10,8 +10,6 @@ Source: `airbench94_muon.py` of the repository KellerJordan/cifar10-airbench. Th
 here it is the mean: SGD's learning rates are times the batch size, and its weight decays divided by it.
 """
 
-import dataclasses
-
 from cifar_flax.config import Config, EvalConfig, TrainConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig
@@ -23,7 +21,6 @@ DECAY = 2e-6  # of each group, over its learning rate
 
 
 def get_config() -> Config:
-    biases = GroupConfig(momentum=0.85, learning_rate=0.053 * BATCH, weight_decay=DECAY / 0.053)
     return Config(
         data=DataConfig(name="cifar10", pipeline="resident", drop_last=True),
         augment=AugmentConfig(flip="alternating", crop_padding=2),
@@ -34,8 +31,8 @@ def get_config() -> Config:
             momentum=0.6,
             schedule="linear",
             dense=GroupConfig(momentum=0.85, learning_rate=0.67 * BATCH, weight_decay=DECAY / 0.67),
-            biases=biases,
-            whitening=dataclasses.replace(biases, frozen_from=3, own_decay=True),
+            biases=GroupConfig(momentum=0.85, learning_rate=0.053 * BATCH, weight_decay=DECAY / 0.053),
+            whitening=GroupConfig(frozen_from=3, own_decay=True),
         ),
         train=TrainConfig(batch_size=BATCH, epochs=8, label_smoothing=0.2, steps_per_call=25, log_every=25),
         eval=EvalConfig(batch_size=2000, tta="mirror_translate"),

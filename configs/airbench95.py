@@ -38,7 +38,7 @@ def get_config() -> Config:
             warmup_start=0.2,
             final_share=0.07,
             biases=GroupConfig(learning_rate=BIAS * RATE, weight_decay=DECAY / BIAS),
-            whitening=GroupConfig(weight_decay=DECAY, frozen_from=3),
+            whitening=GroupConfig(learning_rate=RATE, weight_decay=DECAY, frozen_from=3),
         ),
         averaging=AveragingConfig(name="lookahead", decay=0.95, every=5),
         train=TrainConfig(batch_size=1024, epochs=15, label_smoothing=0.2, steps_per_call=48, log_every=48),

@@ -70,6 +70,7 @@ def test_airbench_configs_are_the_originals(column):
         ({"train": {"batch_size": True}}, "train.batch_size=True: must be a whole number"),
         ({"train": {"batch_size": 12.0}}, "train.batch_size=12.0: must be a whole number"),
         ({"train": {"epochs": float("inf")}}, "train.epochs=inf: must be a finite number"),
+        ({"optim": {"whitening": {"frozen_from": 3.0}}}, "optim.whitening=GroupConfig("),
         ({"data": {"drop_last": 1}}, "data.drop_last=1: must be true or false"),
         ({"optim": {"b1": "x"}}, "optim.b1='x': must be a finite number"),
         ({"seed": -1}, "seed=-1: must be in [0, 2**32)"),

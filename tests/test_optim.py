@@ -148,9 +148,17 @@ def test_groups_have_rates_and_decays_of_their_own():
             "conv/kernel": -0.1 * (1 + 0.5 * 2),
             "head/kernel": -1.0 * (1 + 0.25 * 2),
             "head/bias": -0.01 * (1 + 1.0 * 2),
-            "whitening/bias": -0.1,  # no decay where none is set: it has one axis
+            "whitening/bias": -0.01 * (1 + 1.0 * 2),  # as the other biases, where nothing else is said
         }
     )
+
+
+def test_a_group_may_differ_from_the_one_that_it_follows():
+    config = OptimConfig(name="sgd", learning_rate=0.1, weight_decay=0.5, biases=GroupConfig(learning_rate=0.01))
+    config.whitening = GroupConfig(learning_rate=0.2, weight_decay=0.25)
+    (move,) = moves(config, 1)
+    assert move["head/bias"] == pytest.approx(-0.01)  # no decay where none is set: it has one axis
+    assert move["whitening/bias"] == pytest.approx(-0.2 * (1 + 0.25 * 2))
 
 
 def test_a_group_may_be_frozen():

@@ -215,7 +215,7 @@ def test_an_interrupted_benchmark_keeps_its_runs(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(speedrun.Runner, "run", interrupted)
     assert start(monkeypatch, "--trials=3", "--out=out.json") == 130
-    assert "interrupted; the runs that were finished are in out.json" in capsys.readouterr().err
+    assert "interrupted; every run that was finished has been written\n" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "out.json").read_text())["ours"]["trials"]) == 1
 
 
