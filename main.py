@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import io
 import sys
 
-from cifar_flax import cli, compilation
+from cifar_flax import cli, compilation, distributed
 from cifar_flax.errors import UserError
 from cifar_flax.evaluate import evaluate
 from cifar_flax.train import train
@@ -22,18 +22,26 @@ def main() -> int:
         sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once, and keeps it if the run is killed
     try:
         command = cli.parse(sys.argv[1:], tuple(MODES))
+        distributed.start(command.config.parallel)
         MODES[command.mode](command.config, command.workdir)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(f"error: {error}", error.exit_code)
     except OSError as error:  # a full disk, a folder that may not be written to
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _fail(f"error: {error}", 1)
     except KeyboardInterrupt:
-        print("interrupted; a training run goes on from its newest checkpoint", file=sys.stderr)
-        return 130
+        return _fail("interrupted; a training run goes on from its newest checkpoint", 130)
+    except Exception as error:
+        lost = distributed.lost_peer(error)
+        if lost is None:
+            raise
+        return _fail(f"error: {lost}", lost.exit_code)
     return 0
 
 
+def _fail(line: str, code: int) -> int:
+    print(f"{distributed.label()}{line}", file=sys.stderr)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.run(main)

@@ -1,5 +1,6 @@
 """Checkpoints on disk. The only file that imports Orbax."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
         except Exception as error:  # Orbax has no error class of its own
-            raise self._unreadable(step, error) from error
+            raise _unreadable(self._folder, step, error) from error
 
     def restore(self, step: int, template: TrainState) -> TrainState:
         """The state saved at `step`, with the structure, the shapes and the devices of `template`.
@@ -87,7 +88,7 @@ class Checkpoints:
         try:
             saved = flatten_dict(self._manager.item_metadata(step)["state"].tree, sep="/")
         except Exception as error:
-            raise self._unreadable(step, error) from error
+            raise _unreadable(self._folder, step, error) from error
         # Orbax would load a part of a state that does not fit.
         for name in sorted(wanted.keys() | saved.keys()):
             ours, theirs = (
@@ -102,19 +103,34 @@ class Checkpoints:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(unflatten_dict(abstract, sep="/")))
             restored = flatten_dict(self._manager.restore(step, args=args)["state"], sep="/")
         except Exception as error:
-            raise self._unreadable(step, error) from error
+            raise _unreadable(self._folder, step, error) from error
         return jax.tree.unflatten(jax.tree.structure(template), [restored[name] for name in wanted])
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; raises what the background save raised."""
         self._manager.wait_until_finished()
 
-    def _unreadable(self, step: int, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())[:200]
-        return UserError(
-            f"the checkpoint {self._folder}/{step} cannot be read ({type(error).__name__}: {reason}); "
-            "delete that folder to go on from the one before it"
-        )
+
+def newest_metadata(folder: Path) -> dict[str, Any] | None:
+    """What `save` was given as `metadata` for the newest checkpoint; None where there is none.
+
+    Read from its file, as Orbax would make JAX look for devices, which must not be before `distributed.start`.
+    """
+    steps = ocp.utils.checkpoint_steps(folder)
+    if not steps:
+        return None
+    try:
+        return json.loads((folder / str(max(steps)) / "metadata" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, max(steps), error) from error
+
+
+def _unreadable(folder: Path, step: int, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"the checkpoint {folder}/{step} cannot be read ({type(error).__name__}: {reason}); "
+        "delete that folder to go on from the one before it"
+    )
 
 
 def _accuracy(metrics: Mapping[str, float]) -> float:

@@ -69,7 +69,7 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> Command:
                 may_override(path),
                 path,
                 value,
-                f"cannot be changed in {arguments.mode}; {', '.join(LOCATIONS)} and eval.* can",
+                f"cannot be changed in {arguments.mode}; {', '.join(LOCATIONS)}, eval.* and parallel.* can",
             )
     return Command(arguments.mode, Path(workdir), config)
 

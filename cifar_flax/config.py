@@ -15,6 +15,7 @@ from cifar_flax.data.augment import VIEWS, AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, require
 from cifar_flax.optim import GroupConfig, OptimConfig
+from cifar_flax.parallel import ParallelConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,6 +24,7 @@ class TrainConfig:
     epochs: float = 10.0
     label_smoothing: float = 0.0  # share of the target spread evenly over all classes
     log_every: int = 50  # steps between the lines of metrics.jsonl
+    sync_batchnorm: bool = True  # whether BatchNorm sees the batch of all devices, or each device its own part
     steps_per_call: int = 1  # steps that run as one loop on the device, without a word from the host
 
     def validate(self) -> None:
@@ -64,6 +66,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def validate(self) -> None:
         """Raises `ConfigError` at the first field that is of a wrong type or not allowed."""
@@ -85,6 +88,7 @@ class Config:
             self.train,
             self.eval,
             self.checkpoint,
+            self.parallel,
         ):
             part.validate()
         whitening = self.optim.whitening
@@ -113,13 +117,20 @@ class Config:
         )
 
 
-# What may differ between a run and the use of its checkpoint: where data lies and how it is evaluated.
+# Where data lies: it may differ from host to host, and between a run and the use of its checkpoint.
 LOCATIONS = ("data.data_dir", "data.archive", "data.cache_dir")
 
 
 def may_override(path: str) -> bool:
     """Whether evaluation accepts another value for the field `path`, such as "eval.batch_size"."""
-    return path in LOCATIONS or path.startswith("eval.")
+    return path in LOCATIONS or path.startswith(("eval.", "parallel."))
+
+
+def mathematics(config: Config) -> dict[str, Any]:
+    """Path -> value of all settings but those that say where things are and run: what makes a run the same run."""
+    return {
+        path: value for path, value, _ in _fields(config) if path not in LOCATIONS and not path.startswith("parallel.")
+    }
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -136,12 +147,12 @@ def from_dict(values: Any) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Lines such as "optim.learning_rate: 0.002 -> 0.001", locations of data left out."""
-    before, after = ({path: value for path, value, _ in _fields(config)} for config in (old, new))
+    """Lines such as "optim.learning_rate: 0.002 -> 0.001" of what `mathematics` gives."""
+    before, after = mathematics(old), mathematics(new)
     return [
         f"{path}: {before.get(path)!r} -> {after.get(path)!r}"
         for path in before | after
-        if before.get(path) != after.get(path) and path not in LOCATIONS
+        if before.get(path) != after.get(path)
     ]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -13,9 +14,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int32, PyTree
 
-from cifar_flax import averaging, compilation, experiment, metrics, report, steps
+from cifar_flax import averaging, distributed, experiment, metrics, report, steps
 from cifar_flax import config as configs
-from cifar_flax.checkpoint import Checkpoints
+from cifar_flax.checkpoint import Checkpoints, newest_metadata
 from cifar_flax.config import Config
 from cifar_flax.data import resident, sources
 from cifar_flax.data.batches import Batch, InputTimer, Positions, evaluation_positions, gather, to_device
@@ -23,6 +24,7 @@ from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.experiment import DatasetInfo
 from cifar_flax.imports import installed
+from cifar_flax.parallel import ParallelConfig
 from cifar_flax.state import TrainState
 from cifar_flax.writers import evaluation_table, write_json
 
@@ -52,7 +54,8 @@ class Evaluator:
         tta_below: float | None = None,
     ):
         self._task, self._arrays, self._examples = task, arrays, examples
-        self._batch_size = min(batch_size, len(examples))
+        self._layout = task.layout
+        self._batch_size = self._layout.round_up(min(batch_size, len(examples)))
         # A split that is on the device stays there: the compiled step gathers from it.
         self._resident = (arrays.images, arrays.labels) if isinstance(arrays.images, jax.Array) else ()
         self._steps: list[Callable[..., Any]] = [functools.partial(steps.eval_step, task, tta=tta)]
@@ -62,11 +65,9 @@ class Evaluator:
 
     def compile(self, state: TrainState) -> None:
         """Compiles for states like this one; the first evaluation does it where it has not been done."""
-        arguments = (self._weights(state), next(self._inputs(self._examples)), *self._resident)
-        options = compilation.options(jax.default_backend())
-        self._compiled = [
-            jax.jit(_on_inputs(step), compiler_options=options).lower(*arguments).compile() for step in self._steps
-        ]
+        inputs = self._layout.split(next(self._inputs(self._examples)))
+        arguments = (self._weights(state), inputs, *self._resident)
+        self._compiled = [self._layout.compile(_on_inputs(step), *arguments) for step in self._steps]
 
     def __call__(self, state: TrainState) -> Evaluation:
         """Raises `UserError` where the loss is not finite: the network gives no answer worth a number."""
@@ -77,11 +78,11 @@ class Evaluator:
         start, waited = time.perf_counter(), 0.0
         total: metrics.Sums | None = None
         for step in sure_step:
-            inputs = InputTimer(to_device(self._inputs(examples)))
+            inputs = InputTimer(to_device(self._inputs(examples), self._layout.split))
             sums, unsure = zip(*self._outputs(step, weights, inputs), strict=True)
             total = functools.reduce(metrics.add, sums, total)
             examples, waited = examples[np.flatnonzero(np.concatenate(unsure))], inputs.seconds
-        inputs = InputTimer(to_device(self._inputs(examples)))
+        inputs = InputTimer(to_device(self._inputs(examples), self._layout.split))
         total = functools.reduce(metrics.add, self._outputs(eval_step, weights, inputs), total)
         assert total is not None
         summary = metrics.summarize(total, self._arrays.class_names)
@@ -98,7 +99,10 @@ class Evaluator:
         return averaging.evaluated(self._task.averaging, (state.params, state.batch_stats), state.average)
 
     def _inputs(self, examples: Int32[np.ndarray, " n"]) -> Iterator[Batch | Positions]:
-        for positions in evaluation_positions(examples, self._batch_size):
+        """This process' rows of the batches."""
+        rows = self._layout.rows(self._batch_size)
+        for whole in evaluation_positions(examples, self._batch_size):
+            positions = jax.tree.map(operator.itemgetter(rows), whole)
             yield positions if self._resident else gather(self._arrays.images, self._arrays.labels, positions)
 
     def _outputs(self, step: Callable[..., Any], weights: PyTree, inputs: Iterable[Batch | Positions]) -> Iterator[Any]:
@@ -136,6 +140,8 @@ def final_evaluator(config: Config, task: steps.Task, arrays: Arrays) -> Evaluat
 
 def write_result(workdir: Path, result: dict[str, Any]) -> None:
     """Prints the result, so that a full disk loses none of it; writes eval.json and confusion_matrix.png."""
+    if not distributed.is_main():
+        return
     print(evaluation_table(result))
     write_json(workdir / "eval.json", result)
     written = [workdir / "eval.json"]
@@ -148,15 +154,25 @@ def write_result(workdir: Path, result: dict[str, Any]) -> None:
 
 
 def saved_config(workdir: Path) -> Config:
-    """The config saved with the newest checkpoint of `workdir`; raises `UserError` if there is none."""
-    with closing(_open_checkpoints(workdir, Config())) as checkpoints:
-        return configs.from_dict(checkpoints.metadata(_newest_step(checkpoints, workdir))["config"])
+    """The config saved with the newest checkpoint of `workdir`; raises `UserError` if there is none.
+
+    But for `parallel`: an evaluation takes place where it is started. It may be of several processes, so nothing here
+    makes JAX look for devices.
+    """
+    metadata = newest_metadata(_checkpoint_folder(workdir))
+    if metadata is None:
+        raise _no_checkpoint(workdir)
+    config = configs.from_dict(metadata["config"])
+    config.parallel = ParallelConfig()
+    return config
 
 
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     """Evaluates the checkpoint that `config.eval.checkpoint` names on `config.data.eval_split`; returns eval.json."""
-    with closing(_open_checkpoints(workdir, config)) as checkpoints:
-        step = _newest_step(checkpoints, workdir)
+    with closing(Checkpoints(_checkpoint_folder(workdir), config.checkpoint, read_only=True)) as checkpoints:
+        step = checkpoints.newest_step()
+        if step is None:
+            raise _no_checkpoint(workdir)
         if config.eval.checkpoint == "best":
             best = checkpoints.best_step()
             if best is None:
@@ -170,21 +186,18 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": step}
     if config.eval.tta != "none":
         result |= {"tta": config.eval.tta, "tta_below": config.eval.tta_below}
-    arrays = resident.put(arrays) if config.data.pipeline == "resident" else arrays
+    arrays = resident.put(arrays, task.layout) if config.data.pipeline == "resident" else arrays
     result |= final_evaluator(config, task, arrays)(state).summary
     write_result(workdir, result)
     return result
 
 
-def _open_checkpoints(workdir: Path, config: Config) -> Checkpoints:
+def _checkpoint_folder(workdir: Path) -> Path:
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise ConfigError(f"--workdir={str(workdir)!r}: holds no checkpoint; train one first")
-    return Checkpoints(folder, config.checkpoint, read_only=True)
+    return folder
 
 
-def _newest_step(checkpoints: Checkpoints, workdir: Path) -> int:
-    step = checkpoints.newest_step()
-    if step is None:
-        raise UserError(f"--workdir={str(workdir)!r}: holds no finished checkpoint; train one first")
-    return step
+def _no_checkpoint(workdir: Path) -> UserError:
+    return UserError(f"--workdir={str(workdir)!r}: holds no finished checkpoint; train one first")

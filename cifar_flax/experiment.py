@@ -1,21 +1,23 @@
 """What a config and a data set make together: the network, its optimizer and the first state."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, UInt8
 
-from cifar_flax import optim, state
+from cifar_flax import config as configs
+from cifar_flax import distributed, optim, state
 from cifar_flax.config import Config
 from cifar_flax.data import order
 from cifar_flax.data.augment import normalize
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError, require
+from cifar_flax.parallel import make_layout
 from cifar_flax.state import TrainState
 from cifar_flax.steps import Task
 
@@ -75,11 +77,19 @@ class DatasetInfo:
 Init = Callable[[int, UInt8[Any, "n height width c"] | None], TrainState]
 
 
-def build(config: Config, info: DatasetInfo) -> tuple[Task, Init]:
+def build(config: Config, info: DatasetInfo, devices: Sequence[jax.Device] | None = None) -> tuple[Task, Init]:
     """The static part of the steps, and what makes the first state, compiled once for all seeds.
 
-    Raises `ConfigError` where the config does not fit the data.
+    They run on `devices`, by default all there are. Raises `ConfigError` where the config does not fit the data or the
+    devices, `UserError` where processes of one run disagree on config or data.
     """
+    distributed.require_agreement(
+        config=configs.mathematics(config), backend=config.parallel.backend, data=info.to_dict()
+    )
+    layout, sync_batchnorm = make_layout(config.parallel, devices), config.train.sync_batchnorm
+    fits = sync_batchnorm or layout.backend != "jit" or layout.num_devices == 1
+    allowed = "must be True where parallel.backend is jit, which knows the whole batch only"
+    require(fits, "train.sync_batchnorm", sync_batchnorm, allowed)
     size, batch_size = info.num_examples, config.train.batch_size
     require(
         batch_size <= size, "train.batch_size", batch_size, f"must be at most the {size} examples of the train split"
@@ -98,7 +108,8 @@ def build(config: Config, info: DatasetInfo) -> tuple[Task, Init]:
         len(info.class_names),
         optimizer,
         config.averaging,
-        platform=jax.default_backend(),
+        platform=layout.mesh.devices.flat[0].platform,
+        norm_axis=layout.axis_name if sync_batchnorm else None,
     )
     task = Task(
         graphdef=graphdef,
@@ -110,13 +121,15 @@ def build(config: Config, info: DatasetInfo) -> tuple[Task, Init]:
         label_smoothing=config.train.label_smoothing,
         averaging=config.averaging,
         total_steps=steps,
+        layout=layout,
+        sync_batchnorm=sync_batchnorm,
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=layout.replicated)
     def init(seed: Array, sample: Array | None) -> TrainState:
         return create(seed, None if sample is None else normalize(sample, info.mean, info.std))
 
-    return task, lambda seed, sample: init(jnp.uint32(seed), sample)
+    return task, lambda seed, sample: init(np.uint32(seed), None if sample is None else layout.replicate(sample))
 
 
 def _mean_and_std(images: np.ndarray, examples: Int32[np.ndarray, " n"]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,4 +1,4 @@
-"""Compiled calls, each of one training step or many, and the loop that runs them."""
+"""The loop that runs compiled calls, each of one training step or many."""
 
 import time
 from collections import deque
@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_flax import compilation
 from cifar_flax.data.batches import Batch, InputTimer, Positions
 from cifar_flax.state import TrainState
 
@@ -18,12 +17,6 @@ READ_LAG = 2
 Values = dict[str, Any]  # what `train_step` reports, of the steps of one call
 Inputs = Batch | Positions  # of one call
 TrainCall = Callable[[TrainState, Any], tuple[TrainState, Values]]
-
-
-def compile_call(program: Callable[..., Any], state: TrainState, *inputs: Any) -> jax.stages.Compiled:
-    """Compiled before the first batch, so that no rate counts the compilation."""
-    options = compilation.options(jax.default_backend())
-    return jax.jit(program, donate_argnums=0, compiler_options=options).lower(state, *inputs).compile()
 
 
 def run_calls(

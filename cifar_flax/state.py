@@ -43,11 +43,16 @@ def create(
     average: AveragingConfig,
     *,
     platform: str,
+    norm_axis: str | None = None,
 ) -> tuple[nnx.GraphDef, Init]:
-    """The network's static graph, as `platform` has it fast, and what makes its first state."""
+    """The network's static graph, as `platform` has it fast, and what makes its first state.
+
+    Batch statistics are those of the batch over all devices of `norm_axis`; None: of the batch that the step sees.
+    """
 
     def build(seed: Array, sample: Array | None) -> tuple[nnx.GraphDef, PyTree, PyTree]:
         network = models.build(model, image_shape, num_classes, platform=platform, rngs=nnx.Rngs(root_keys(seed)[0]))
+        network.set_attributes(nnx.BatchNorm, axis_name=norm_axis, raise_if_not_found=False)
         if sample is not None:
             network.fit(sample)
         graphdef, *variables = nnx.split(network, nnx.Param, nnx.BatchStat)

@@ -1,4 +1,7 @@
-"""The training and the evaluation step: pure functions of a state and a batch."""
+"""The training and the evaluation step: pure functions of a state and a batch, written for one device.
+
+Where several share the work, each has its rows of the batch, and `task.layout.axis_name` is what joins them.
+"""
 
 from dataclasses import dataclass
 
@@ -12,6 +15,7 @@ from cifar_flax import averaging, metrics
 from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data.augment import VIEWS, AugmentConfig, augment, cutout, normalize, views
 from cifar_flax.data.batches import Batch, Positions, gather
+from cifar_flax.parallel import Layout
 from cifar_flax.state import TrainState, root_keys
 
 
@@ -28,6 +32,8 @@ class Task:
     label_smoothing: float
     averaging: AveragingConfig
     total_steps: int
+    layout: Layout
+    sync_batchnorm: bool  # whether BatchNorm sees the batch of all devices
 
 
 def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array, " batch"]) -> Key[Array, " batch"]:
@@ -43,9 +49,10 @@ def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array,
 def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One step of gradient descent.
 
-    Returns the new state and, over the batch as the network saw it (augmented, with dropout): the mean `loss` (with
-    label smoothing), the `accuracy`, and the `learning_rate` of the step.
+    Returns the new state and, over the whole batch as the network saw it (augmented, with dropout): the mean `loss`
+    (with label smoothing), the `accuracy`, and the `learning_rate` of the step.
     """
+    axis_name = task.layout.axis_name
     keys, dropout_keys = _keys(state, batch, batch.epoch)
     first_keys, _ = _keys(state, batch, jnp.zeros_like(batch.epoch))
     image = augment(batch.image, keys, task.augment, epoch=batch.epoch, first_keys=first_keys)
@@ -58,7 +65,17 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
         loss = jnp.mean(optax.softmax_cross_entropy(logits, target))
         return loss, (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    # A copy of the parameters for each device: the gradient for what they share would be summed over the devices
+    # already, and the mean below would change nothing.
+    params = state.params if axis_name is None else jax.lax.pcast(state.params, axis_name, to="varying")
+    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.label)
+    if axis_name is not None:
+        # What synchronised statistics are equal in, others change by: a kernel that is none stays to the bit.
+        changes = () if task.sync_batchnorm else jax.tree.map(jnp.subtract, batch_stats, state.batch_stats)
+        grads, loss, accuracy, changes = jax.lax.pmean((grads, loss, accuracy, changes), axis_name)
+        if not task.sync_batchnorm:
+            batch_stats = jax.tree.map(jnp.add, state.batch_stats, changes)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     step = state.step + 1
     weights = optax.apply_updates(state.params, updates), batch_stats
@@ -67,7 +84,6 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     new_state = TrainState(
         step=step, seed=state.seed, params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
     )
-    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.label)
     learning_rate = jnp.asarray(task.schedule(state.step), jnp.float32)
     return new_state, {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
 
@@ -97,14 +113,27 @@ def eval_step(task: Task, weights: PyTree, batch: Batch, *, tta: str = "none") -
 
     `weights` are params and batch_stats; with `tta`, a name in `VIEWS`, the logits of several views are averaged.
     """
-    return metrics.evaluation_sums(_logits(task, weights, batch, tta), batch.label, batch.mask)
+    return _sum(task, metrics.evaluation_sums(_logits(task, weights, batch, tta), batch.label, batch.mask))
 
 
-def sure_step(task: Task, weights: PyTree, batch: Batch, *, below: float) -> tuple[metrics.Sums, Bool[Array, " batch"]]:
-    """As `eval_step`, of those examples whose top probability is at least `below`; and which are the others."""
+def sure_step(task: Task, weights: PyTree, batch: Batch, *, below: float) -> tuple[metrics.Sums, Bool[Array, " whole"]]:
+    """As `eval_step`, of those examples whose top probability is at least `below`; and which are the others.
+
+    Which, of the whole batch: each device is told of the rows of all.
+    """
     logits = _logits(task, weights, batch, "none")
     sure = jnp.max(jax.nn.softmax(logits), axis=-1) >= below
-    return metrics.evaluation_sums(logits, batch.label, batch.mask & sure), batch.mask & ~sure
+    unsure = batch.mask & ~sure
+    if (axis_name := task.layout.axis_name) is not None:
+        everywhere = jnp.zeros((task.layout.num_devices, *unsure.shape), jnp.int32)
+        own_place = everywhere.at[jax.lax.axis_index(axis_name)].set(unsure.astype(jnp.int32))
+        unsure = jax.lax.psum(own_place, axis_name).reshape(-1) > 0
+    return _sum(task, metrics.evaluation_sums(logits, batch.label, batch.mask & sure)), unsure
+
+
+def _sum(task: Task, sums: metrics.Sums) -> metrics.Sums:
+    axis_name = task.layout.axis_name
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
 
 def _logits(task: Task, weights: PyTree, batch: Batch, tta: str) -> Float[Array, "batch classes"]:

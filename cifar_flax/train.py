@@ -14,16 +14,16 @@ import jax
 import numpy as np
 
 from cifar_flax import config as configs
-from cifar_flax import evaluate, experiment, models, steps
+from cifar_flax import distributed, evaluate, experiment, models, steps
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import order, resident, sources
-from cifar_flax.data.batches import GROUP, InputTimer, Positions, batch_shapes, to_device
+from cifar_flax.data.batches import GROUP, InputTimer, empty_batch, empty_positions, to_device
 from cifar_flax.errors import ConfigError, UserError, require
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
 from cifar_flax.imports import installed
-from cifar_flax.loop import Inputs, Interval, TrainCall, Values, compile_call, run_calls
+from cifar_flax.loop import Inputs, Interval, TrainCall, Values, run_calls
 from cifar_flax.state import TrainState
 from cifar_flax.writers import MetricsWriter, Progress, Record, write_json
 
@@ -59,11 +59,13 @@ class Trainer:
         self.info = DatasetInfo.of(self.arrays, self.examples, config.augment.normalization)
         self.info.check(eval_arrays)
         self.task, init = experiment.build(config, self.info)
-        if config.data.pipeline == "resident":
-            self.arrays, eval_arrays = resident.put(self.arrays), resident.put(eval_arrays)
-        self.eval_arrays = eval_arrays
+        self.layout = self.task.layout
+        self.layout.require_divides("train.batch_size", config.train.batch_size)
         sample = self.arrays.images[self.examples[: models.sample_size(config.model)]]
         self.init = lambda seed: init(seed, sample if len(sample) else None)
+        if config.data.pipeline == "resident":
+            self.arrays, eval_arrays = (resident.put(arrays, self.layout) for arrays in (self.arrays, eval_arrays))
+        self.eval_arrays = eval_arrays
         self.initial_state = self.init(config.seed)
         self.total_steps = self.task.total_steps
         self._check_calls()
@@ -86,14 +88,16 @@ class Trainer:
                 self._check_data(checkpoints.metadata(start)["dataset"])
                 state = checkpoints.restore(start, state)
             if start >= self.total_steps:
-                print(f"{workdir} is finished: {start} steps of {self.total_steps}; evaluating its checkpoint")
+                distributed.say(
+                    f"{workdir} is finished: {start} steps of {self.total_steps}; evaluating its checkpoint"
+                )
                 return
             where = f"resuming at step {start} of {self.total_steps}" if start else f"{self.total_steps} steps"
-            print(f"{self.info.name}: {self.info.num_examples} images, {where}, on {jax.devices()[0].device_kind}")
+            distributed.say(f"{self.info.name}: {self.info.num_examples} images, {where}, on {self.layout}")
             inputs = InputTimer(self.inputs(self.config.seed, start))
             begin = time.perf_counter()
             train_call = self.compile(state)
-            print(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
+            distributed.say(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
             with (
                 closing(MetricsWriter(workdir, start)) as writer,
                 closing(Progress(start=start, total=self.total_steps, epochs=self.config.train.epochs)) as progress,
@@ -158,27 +162,29 @@ class Trainer:
             "seed": seed,
             "start": start,
             "stop": self.total_steps,
+            "rows": self.layout.rows(self.config.train.batch_size),
         }
         if self.config.data.pipeline == "resident":
             positions = resident.training_positions(self.examples, steps_per_call=per_call, **settings)
-            return to_device(positions, group=GROUP if per_call == 1 else 1)  # one call has as much as many batches
+            put = functools.partial(self.layout.split, batch_axis=1)
+            return to_device(positions, put, GROUP if per_call == 1 else 1)  # one call has as much as many batches
         # Imported where it is used: TensorFlow takes seconds and hundreds of megabytes.
         from cifar_flax.data.streaming import training_batches
 
-        return to_device(training_batches(self.arrays, self.examples, **settings))
+        return to_device(training_batches(self.arrays, self.examples, **settings), self.layout.split)
 
     def compile(self, state: TrainState) -> TrainCall:
         """The program of one call, for states like this one."""
-        settings = self.config.train
+        rows = self.layout.rows(self.config.train.batch_size)
+        places = rows.stop - rows.start
         if self.config.data.pipeline == "resident":
-            places = (settings.steps_per_call, settings.batch_size)
-            index, mask = jax.ShapeDtypeStruct(places, np.int32), jax.ShapeDtypeStruct(places, np.bool_)
+            positions = self.layout.split(empty_positions(self.config.train.steps_per_call, places), batch_axis=1)
             split = self.arrays.images, self.arrays.labels
             train_steps = functools.partial(steps.train_steps, self.task)
-            program = compile_call(train_steps, state, Positions(index, index, mask), *split)
+            program = self.layout.compile(train_steps, state, positions, *split, batch_axis=1, donate=True)
             return lambda state, positions: program(state, positions, *split)
-        step = functools.partial(steps.train_step, self.task)
-        return compile_call(step, state, batch_shapes(settings.batch_size, self.info.image_shape))
+        batch = self.layout.split(empty_batch(places, self.info.image_shape))
+        return self.layout.compile(functools.partial(steps.train_step, self.task), state, batch, donate=True)
 
     def calls(self, start: int, stop: int) -> range:
         """How many steps are done after each call from `start` to `stop`."""
@@ -216,11 +222,13 @@ def _open_workdir(workdir: Path, config: Config) -> None:
     field = f"--workdir={str(workdir)!r}"
     path = workdir / "config.json"
     try:
+        used = (workdir / "checkpoints").exists()  # looked for first: the main process may just be making both
         if not path.exists():
-            if (workdir / "checkpoints").exists():
+            if used:
                 raise UserError(f"{field}: has checkpoints but no config.json; choose another --workdir")
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, configs.to_dict(config))
+            if distributed.is_main():
+                workdir.mkdir(parents=True, exist_ok=True)
+                write_json(path, configs.to_dict(config))
             return
         saved = json.loads(path.read_text())
     except ValueError as error:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cifar_flax import distributed
 from cifar_flax.imports import without
 
 # Training does without these where they are not installed.
@@ -39,10 +40,13 @@ def _replace(path: Path, text: str) -> None:
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl and to TensorBoard's event files."""
+    """Appends records to metrics.jsonl and to TensorBoard's event files; in the main process alone."""
 
     def __init__(self, workdir: Path, start_step: int):
         """Continues at `start_step`: what an interrupted run wrote of later steps is dropped, as they come again."""
+        self._file = self._events = None
+        if not distributed.is_main():
+            return
         path = workdir / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= start_step]
@@ -53,11 +57,14 @@ class MetricsWriter:
         self._events = SummaryWriter and SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
     def write(self, record: Record) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in record.items():
@@ -76,7 +83,7 @@ def _step_of(line: str) -> float:
 class Lines:
     """In place of tqdm's bar: of all that it shows, only the lines that stay."""
 
-    write = staticmethod(print)
+    write = staticmethod(distributed.say)
 
     def _nothing(self, *values: object, **settings: object) -> None:
         pass
@@ -85,12 +92,12 @@ class Lines:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line per evaluation."""
+    """A bar on a terminal; elsewhere a line per evaluation; of the main process alone."""
 
     def __init__(self, *, start: int, total: int, epochs: float):
         self._start, self._total, self._epochs = start, total, epochs
         self._begin = time.monotonic()
-        bar = tqdm is not None and sys.stderr.isatty()
+        bar = tqdm is not None and sys.stderr.isatty() and distributed.is_main()
         self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True) if bar else Lines()
         self._train: Record = {}
 

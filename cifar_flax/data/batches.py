@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -48,16 +48,16 @@ def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n
     return Batch(images[index], labels[index], index, positions.epoch, positions.mask)
 
 
-def batch_shapes(batch_size: int, image_shape: tuple[int, int, int]) -> Batch:
-    """A batch without its data, to compile a step for."""
-    vector = jax.ShapeDtypeStruct((batch_size,), np.int32)
-    return Batch(
-        image=jax.ShapeDtypeStruct((batch_size, *image_shape), np.uint8),
-        label=vector,
-        index=vector,
-        epoch=vector,
-        mask=jax.ShapeDtypeStruct((batch_size,), np.bool_),
-    )
+def empty_positions(*shape: int) -> Positions:
+    """Positions to compile a call for."""
+    zeros = np.zeros(shape, np.int32)
+    return Positions(zeros, zeros, zeros > 0)
+
+
+def empty_batch(batch_size: int, image_shape: tuple[int, int, int]) -> Batch:
+    """A batch to compile a step for."""
+    images, labels = np.zeros((1, *image_shape), np.uint8), np.zeros(1, np.int32)
+    return gather(images, labels, empty_positions(batch_size))
 
 
 def evaluation_positions(examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Positions]:
@@ -69,8 +69,8 @@ def evaluation_positions(examples: Int32[np.ndarray, " n"], batch_size: int) -> 
         yield Positions(index, np.zeros_like(index), mask)
 
 
-def to_device(batches: Iterable[T], group: int = GROUP) -> Iterator[T]:
-    """Copies batches to the device in a thread of its own, a `group` at a time and from now on one group ahead of use.
+def to_device(batches: Iterable[T], put: Callable[[T], T] = jax.device_put, group: int = GROUP) -> Iterator[T]:
+    """Has batches `put` on the device by a thread, a `group` at a time and from now on one group ahead of use.
 
     The thread does one group for each that is taken, so it never runs on when its user stops. What the source raises
     arrives in place of the group in which it does.
@@ -78,7 +78,7 @@ def to_device(batches: Iterable[T], group: int = GROUP) -> Iterator[T]:
     source = iter(batches)
 
     def fetch() -> list[T]:
-        return [jax.device_put(batch) for batch in itertools.islice(source, group)]
+        return [put(batch) for batch in itertools.islice(source, group)]
 
     executor = ThreadPoolExecutor(max_workers=1)
     first = executor.submit(fetch)

@@ -1,20 +1,20 @@
-"""Training from device memory: a split is copied there once, and the compiled step gathers its batches."""
+"""Training from device memory: a split is copied to each device once, and the compiled step gathers its batches."""
 
 import dataclasses
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from jaxtyping import Int32
 
 from cifar_flax.data import order
 from cifar_flax.data.batches import Positions
 from cifar_flax.data.cache import Arrays
+from cifar_flax.parallel import Layout
 
 
-def put(arrays: Arrays) -> Arrays:
-    """The same arrays in the memory of the device."""
-    images, labels = jax.device_put((np.asarray(arrays.images), np.asarray(arrays.labels)))
+def put(arrays: Arrays, layout: Layout) -> Arrays:
+    """The same arrays in the memory of each device."""
+    images, labels = layout.replicate((np.asarray(arrays.images), np.asarray(arrays.labels)))
     return dataclasses.replace(arrays, images=images, labels=labels)
 
 
@@ -27,8 +27,9 @@ def training_positions(
     start: int,
     stop: int,
     drop_last: bool,
+    rows: slice = slice(None),
 ) -> Iterator[Positions]:
-    """The positions of the steps from `start` up to `stop`, [steps_per_call, batch_size] at a time.
+    """The positions of the steps from `start` up to `stop`, `steps_per_call` at a time, of each batch those in `rows`.
 
     An epoch's order takes the host milliseconds: it is made when it is needed, while the device trains on the one
     before.
@@ -38,5 +39,5 @@ def training_positions(
         end = min(begin + per_epoch * steps_per_call, stop)
         index, epoch = order.positions(seed, examples, batch_size, begin, end, drop_last)
         for call in range(0, end - begin, steps_per_call):
-            here = slice(call, call + steps_per_call)
+            here = slice(call, call + steps_per_call), rows
             yield Positions(index[here], epoch[here], np.ones(index[here].shape, np.bool_))

@@ -22,8 +22,9 @@ def training_batches(
     start: int,
     stop: int,
     drop_last: bool = False,
+    rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """The batches of the steps from `start` up to `stop`, as NumPy arrays."""
+    """The batches of the steps from `start` up to `stop`, as NumPy arrays: of each those places that lie in `rows`."""
     images, labels = as_tensor(arrays.images), as_tensor(arrays.labels)
 
     def gather(index: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -31,7 +32,7 @@ def training_batches(
         return tf.gather(images, index), tf.gather(labels, index), index, epoch, mask
 
     index, epoch = order.positions(seed, examples, batch_size, start, stop, drop_last)
-    dataset = tf.data.Dataset.from_tensor_slices((index, epoch)).map(gather).prefetch(_PREFETCH)
+    dataset = tf.data.Dataset.from_tensor_slices((index[:, rows], epoch[:, rows])).map(gather).prefetch(_PREFETCH)
     options = dataset_options()
     # A gather of a few hundred small images needs one thread; more would take cores from the training step.
     options.threading.private_threadpool_size = 1

@@ -1,0 +1,125 @@
+"""Runs of several processes: how they find each other, agree, speak and end."""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.imports import installed
+from cifar_flax.parallel import ParallelConfig
+
+_label = ""  # of this process, where there are several
+
+
+def start(config: ParallelConfig) -> None:
+    """Joins the other processes of the run, if there are any; to be called before JAX looks for devices.
+
+    Raises `ConfigError` where `distributed` is on and nothing says who they are, `UserError` where they cannot be had.
+    """
+    global _label
+    settings: dict[str, Any] = {"heartbeat_timeout_seconds": config.heartbeat_timeout_seconds}
+    if config.coordinator:
+        settings |= {
+            "coordinator_address": config.coordinator,
+            "num_processes": config.num_processes,
+            "process_id": config.process_id,
+            "cluster_detection_method": "deactivate",
+        }
+    elif config.distributed == "off" or not (config.distributed == "on" or _is_launched()):
+        return
+    try:
+        jax.distributed.initialize(**settings)
+    except ValueError as error:  # nothing that JAX knows has launched this process
+        if config.distributed == "on":
+            allowed = "no launcher says who takes part: set parallel.coordinator, num_processes and process_id"
+            raise ConfigError(f"parallel.distributed='on': {allowed} ({error})") from error
+        return
+    except RuntimeError as error:
+        raise UserError(f"the other processes of the run cannot be reached ({_one_line(error)})") from error
+    if jax.process_count() > 1:
+        _label = f"[process {jax.process_index()} of {jax.process_count()}, {socket.gethostname()}] "
+        print(f"{_label}{jax.local_device_count()} of {jax.device_count()} devices", flush=True)
+
+
+def _is_launched() -> bool:
+    """Whether a launcher that JAX can ask has started this process among others, or may have.
+
+    A shell within a Slurm job knows the job's number of tasks too; only in a step that `srun` started is it that of
+    processes at work.
+    """
+    tpu = installed("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu"
+    return tpu or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and tells of the run."""
+    return jax.process_index() == 0
+
+
+def label() -> str:
+    """What the lines of this process begin with: which of several it is, and on which host."""
+    return _label
+
+
+def say(text: str) -> None:
+    """Prints a line of the run, once for all processes."""
+    if is_main():
+        print(f"{_label}{text}")
+
+
+def require_agreement(**values: Any) -> None:
+    """Raises `UserError`, in every process, unless all of them call this with equal `values` (of JSON)."""
+    if jax.process_count() == 1:
+        return
+    for name, value in values.items():
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+        digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+        others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+        if others:
+            which = f"process {others[0]} has" if len(others) == 1 else f"processes {others} have"
+            raise UserError(f"{which} another {name} than process 0; start all of them with the same")
+
+
+def lost_peer(error: Exception) -> UserError | None:
+    """What to tell where `error` says that another process has gone; None where it says something else."""
+    if _label and re.search("gloo|nccl|coordination|barrier|heartbeat|connection", str(error), re.IGNORECASE):
+        return UserError(
+            f"another process of the run has ended or cannot be reached ({_one_line(error)}); see its log; the same "
+            "command goes on from the newest checkpoint"
+        )
+    return None
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the code that `main` returns: on success after the others, else at once.
+
+    JAX would have it wait for the others, and they, in the middle of a step, would wait for it.
+    """
+    try:
+        code = main()
+    except BaseException:
+        if not _label:
+            raise
+        traceback.print_exc()
+        code = 1
+    if _label and code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if _label:
+        jax.distributed.shutdown()
+    sys.exit(code)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
