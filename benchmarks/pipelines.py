@@ -21,6 +21,7 @@ from cifar_flax.data import resident, sources
 from cifar_flax.data.batches import Batch, gather, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError
+from cifar_flax.parallel import ParallelConfig, make_layout
 
 Settings = dict[str, int]  # of `streaming.training_batches`
 
@@ -33,7 +34,7 @@ def streamed(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterat
 
 def gathered(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterator[Batch]:
     """As training has it, but in a program of its own."""
-    on_device, compiled = resident.put(arrays), jax.jit(gather)
+    on_device, compiled = resident.put(arrays, make_layout(ParallelConfig())), jax.jit(gather)
     for positions in resident.training_positions(examples, steps_per_call=1, drop_last=False, **settings):
         yield compiled(on_device.images, on_device.labels, jax.tree.map(lambda rows: rows[0], positions))
 

@@ -24,8 +24,8 @@ from jaxlib import _hlo
 
 from benchmarks.arguments import at_least_one
 from benchmarks.hardware import Speed, measure_speed, median_seconds
-from cifar_flax import allocator, cli, compilation, loop, steps, train
-from cifar_flax.data.batches import Batch, to_device
+from cifar_flax import allocator, cli, compilation, steps, train
+from cifar_flax.data.batches import Batch
 from cifar_flax.errors import UserError
 from cifar_flax.state import TrainState
 
@@ -51,9 +51,9 @@ class Step:
         trainer = train.Trainer(config)
         index = trainer.examples[: config.train.batch_size]
         host = Batch(trainer.arrays.images[index], trainer.arrays.labels[index], index, 0 * index, index >= 0)
-        (self._batch,) = to_device([host])
+        self._batch = trainer.layout.split(host)
         step = functools.partial(steps.train_step, trainer.task)
-        self.compiled = loop.compile_call(step, trainer.initial_state, self._batch)
+        self.compiled = trainer.layout.compile(step, trainer.initial_state, self._batch, donate=True)
         self._state: TrainState = trainer.initial_state
 
     def __call__(self) -> Any:

@@ -67,7 +67,7 @@ class Evaluator:
         """Compiles for states like this one; the first evaluation does it where it has not been done."""
         inputs = self._layout.split(next(self._inputs(self._examples)))
         arguments = (self._weights(state), inputs, *self._resident)
-        self._compiled = [self._layout.compile(_on_inputs(step), *arguments) for step in self._steps]
+        self._compiled = [self._layout.compile(on_inputs(step), *arguments) for step in self._steps]
 
     def __call__(self, state: TrainState) -> Evaluation:
         """Raises `UserError` where the loss is not finite: the network gives no answer worth a number."""
@@ -117,7 +117,7 @@ class Evaluator:
             yield jax.device_get(before)
 
 
-def _on_inputs(step: Callable[..., Any]) -> Callable[..., Any]:
+def on_inputs(step: Callable[..., Any]) -> Callable[..., Any]:
     """`step` for a batch, or for the positions of one with the split to gather it from."""
 
     def run(weights: PyTree, inputs: Any, images: Array | None = None, labels: Array | None = None) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from cifar_flax.data import order, resident, streaming
 from cifar_flax.data.batches import GROUP, Batch, InputTimer, Positions, evaluation_positions, gather, to_device
 from cifar_flax.data.cache import Arrays
+from cifar_flax.parallel import ParallelConfig, make_layout
 
 FIELDS = ("image", "label", "index", "epoch", "mask")
 
@@ -28,7 +29,7 @@ def test_pipelines_agree_byte_for_byte(start, steps_per_call, drop_last):
     arguments = {"batch_size": 8, "seed": 7, "start": start, "stop": 12, "drop_last": drop_last}
     streamed = list(streaming.training_batches(arrays, examples, **arguments))
     calls = list(resident.training_positions(examples, steps_per_call=steps_per_call, **arguments))
-    on_device, compiled = resident.put(arrays), jax.jit(gather)
+    on_device, compiled = resident.put(arrays, make_layout(ParallelConfig())), jax.jit(gather)
     assert {call.index.shape for call in calls} == {(steps_per_call, 8)}
     rows = [Positions(*row) for call in calls for row in zip(call.index, call.epoch, call.mask, strict=True)]
     gathered = [compiled(on_device.images, on_device.labels, row) for row in rows]

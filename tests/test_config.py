@@ -106,6 +106,7 @@ def test_the_model_may_be_one_of_several(monkeypatch):
 def test_differences_leave_locations_out():
     old, new = Config(), Config(seed=3)
     new.data.data_dir = "/elsewhere"
+    new.parallel.backend = "pmap"
     new.optim.learning_rate = 0.5
     assert configs.differences(old, new) == ["seed: 0 -> 3", "optim.learning_rate: 0.001 -> 0.5"]
     assert configs.differences(old, Config()) == []
@@ -114,6 +115,16 @@ def test_differences_leave_locations_out():
 def test_only_places_and_evaluation_may_be_overridden():
     allowed = {path for path, _, _ in configs._fields(Config()) if configs.may_override(path)}
     places = {"data.data_dir", "data.archive", "data.cache_dir"}
-    assert allowed == places | {
-        f"eval.{name}" for name in ("batch_size", "every_epochs", "checkpoint", "tta", "tta_below")
+    parallel = {
+        f"parallel.{name}"
+        for name in (
+            "backend",
+            "distributed",
+            "coordinator",
+            "num_processes",
+            "process_id",
+            "heartbeat_timeout_seconds",
+        )
     }
+    evaluation = {f"eval.{name}" for name in ("batch_size", "every_epochs", "checkpoint", "tta", "tta_below")}
+    assert allowed == places | evaluation | parallel

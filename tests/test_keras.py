@@ -12,6 +12,7 @@ from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.batches import Batch
 from cifar_flax.models import CNNConfig
+from cifar_flax.parallel import ParallelConfig, make_layout
 
 BATCH = 32
 EPS = 1e-12
@@ -42,6 +43,8 @@ def test_the_same_weights_and_batches_train_alike():
         label_smoothing=0.0,
         averaging=AveragingConfig(),
         total_steps=100,
+        layout=make_layout(ParallelConfig()),
+        sync_batchnorm=True,
     )
     train_step = jax.jit(functools.partial(steps.train_step, task))
 

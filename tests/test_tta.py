@@ -108,7 +108,7 @@ def test_a_split_on_the_device_gives_the_same_and_stays_there(trained):
     task, state = trained
     expected = evaluator(trained, tta="mirror", tta_below=0.5)(state).summary
     on_device = evaluate.Evaluator(
-        task, resident.put(TEST), evaluate.all_examples(TEST), 100, tta="mirror", tta_below=0.5
+        task, resident.put(TEST, task.layout), evaluate.all_examples(TEST), 100, tta="mirror", tta_below=0.5
     )
     on_device.compile(state)
     with jax.transfer_guard_host_to_device("disallow"):  # but by device_put, as positions come

@@ -9,12 +9,12 @@ import jax
 from benchmarks.contestant import EVAL_BATCHES, Setting
 from cifar_flax import compilation, evaluate, experiment, models, steps
 from cifar_flax import config as configs
-from cifar_flax.data.batches import batch_shapes, to_device
+from cifar_flax.data.batches import empty_batch, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.streaming import training_batches
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
-from cifar_flax.loop import compile_call, run_calls
+from cifar_flax.loop import run_calls
 
 VERSIONS = {"jax": jax.__version__}
 
@@ -34,8 +34,8 @@ class Contestant:
         task, init = experiment.build(config, info)
         self._state = init(config.seed, sample if len(sample) else None)
         self._evaluators = {size: Evaluator(task, test, evaluate.all_examples(test), size) for size in EVAL_BATCHES}
-        shapes = batch_shapes(config.train.batch_size, info.image_shape)
-        self._step = compile_call(functools.partial(steps.train_step, task), self._state, shapes)
+        batch = task.layout.split(empty_batch(config.train.batch_size, info.image_shape))
+        self._step = task.layout.compile(functools.partial(steps.train_step, task), self._state, batch, donate=True)
         self._batches = to_device(
             training_batches(
                 train,
@@ -44,7 +44,8 @@ class Contestant:
                 seed=config.seed,
                 start=0,
                 stop=len(setting.learning_rates),
-            )
+            ),
+            task.layout.split,
         )
         self._done = 0
 

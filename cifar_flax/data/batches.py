@@ -23,13 +23,13 @@ T = TypeVar("T")  # what one call takes: a batch, or the positions of several
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """NumPy arrays on the host, JAX arrays on a device."""
+    """NumPy arrays on the host, JAX arrays on a device; pmap has one on each of its devices."""
 
-    image: UInt8[Any, "batch height width channels"]
-    label: Int32[Any, " batch"]
-    index: Int32[Any, " batch"]  # of the example in its split: with the epoch, the source of its random bits
-    epoch: Int32[Any, " batch"]
-    mask: Bool[Any, " batch"]  # False where the place is padding and must not count
+    image: UInt8[Any, "*devices batch height width channels"]
+    label: Int32[Any, "*devices batch"]
+    index: Int32[Any, "*devices batch"]  # of the example in its split: with the epoch, the source of its random bits
+    epoch: Int32[Any, "*devices batch"]
+    mask: Bool[Any, "*devices batch"]  # False where the place is padding and must not count
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,254 @@
+"""One step, however it is spread: run by test_parallel.py in a process with eight virtual devices.
+
+Each comparison is of the reference network itself, at its full size, with augmentation and dropout, over 20 steps.
+"""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from cifar_flax import evaluate, experiment, steps
+from cifar_flax.checkpoint import CheckpointConfig, Checkpoints
+from cifar_flax.config import Config, TrainConfig
+from cifar_flax.data import order, resident
+from cifar_flax.data.augment import AugmentConfig
+from cifar_flax.data.batches import Positions, gather
+from cifar_flax.data.cache import Arrays
+from cifar_flax.errors import ConfigError
+from cifar_flax.experiment import DatasetInfo
+from cifar_flax.models import AirbenchConfig
+from cifar_flax.optim import OptimConfig
+from cifar_flax.parallel import ParallelConfig
+
+jax.config.update("jax_disable_most_optimizations", False)  # what XLA makes of the collectives is a part of this
+
+BATCH = 64
+COUNT = 20  # steps
+SIZE = 640  # images: the steps are two epochs
+
+
+def make_images():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, SIZE).astype(np.int32)
+    images = rng.integers(0, 160, (SIZE, 32, 32, 3)) + 9 * labels[:, None, None, None]
+    return Arrays(images.astype(np.uint8), labels, tuple("0123456789"), "noise")
+
+
+IMAGES = make_images()
+EXAMPLES = np.arange(SIZE, dtype=np.int32)
+INFO = DatasetInfo.of(IMAGES, EXAMPLES, "standard")
+
+
+def make_config(backend="auto", **settings):
+    return Config(
+        augment=AugmentConfig(flip="random", crop_padding=2),
+        optim=OptimConfig(name="sgd", learning_rate=1e-3, momentum=0.9),
+        train=TrainConfig(batch_size=BATCH, epochs=2, **settings),
+        parallel=ParallelConfig(backend=backend),
+    )
+
+
+def build(backend, devices, **settings):
+    task, init = experiment.build(make_config(backend, **settings), INFO, jax.devices()[:devices])
+    return task, init(0, None)
+
+
+def batches(start=0):
+    index, epoch = order.positions(0, EXAMPLES, BATCH, start, COUNT)
+    for row, of in zip(index, epoch, strict=True):
+        yield gather(IMAGES.images, IMAGES.labels, Positions(row, of, row >= 0))
+
+
+def compile_step(task, state, step=steps.train_step):
+    return task.layout.compile(functools.partial(step, task), state, task.layout.split(next(batches())), donate=True)
+
+
+def run(task, state, start=0):
+    """The last state, and the losses of the steps before it."""
+    step, losses = compile_step(task, state), []
+    for batch in batches(start):
+        state, values = step(state, task.layout.split(batch))
+        losses.append(float(values["loss"]))
+    return state, np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The losses and the parameters of one device that sees the whole batch."""
+    state, losses = run(*build("jit", 1))
+    assert losses[-1] < losses[0] - 0.3  # there is something to compare
+    return jax.device_get(state), losses
+
+
+# The first loss has gone through one forward pass alone; from then on rounding errors grow with the steps.
+LAYOUTS = [("shard_map", 1), ("shard_map", 2), ("shard_map", 4), ("shard_map", 8), ("pmap", 8), ("jit", 8)]
+
+
+@pytest.mark.parametrize(("backend", "devices"), LAYOUTS)
+def test_losses_do_not_depend_on_the_layout(whole, backend, devices):
+    state, losses = run(*build(backend, devices))
+    np.testing.assert_allclose(losses[0], whole[1][0], rtol=1e-6)
+    np.testing.assert_allclose(losses, whole[1], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        jax.device_get((state.params, state.batch_stats)),
+        (whole[0].params, whole[0].batch_stats),
+    )
+
+
+def test_the_same_arithmetic_is_the_same_to_the_bit():
+    """The same program again; and, where BatchNorm adds no sums of its own, shard_map and pmap."""
+    (state, losses), (again, same) = (run(*build("shard_map", 4)) for _ in range(2))
+    np.testing.assert_array_equal(losses, same)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(again))
+    (state, losses), (mapped, same) = (run(*build(name, 4, sync_batchnorm=False)) for name in ("shard_map", "pmap"))
+    np.testing.assert_array_equal(losses, same)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(mapped))
+
+
+def test_one_device_under_shard_map_is_jit_to_the_bit(whole):
+    """A mean over one device is no arithmetic."""
+    np.testing.assert_array_equal(run(*build("shard_map", 1, sync_batchnorm=False))[1], whole[1])
+
+
+def test_without_the_copies_of_the_parameters_gradients_are_wrong(whole, monkeypatch):
+    """Autodiff would sum them over the devices already, and the mean would change nothing: eight times too large."""
+    monkeypatch.setattr(steps.jax.lax, "pcast", lambda x, axis_name, to: x)
+    _, losses = run(*build("shard_map", 8))
+    np.testing.assert_allclose(losses[0], whole[1][0], rtol=1e-6)
+    assert np.abs(losses[1:5] / whole[1][1:5] - 1).max() > 0.01
+
+
+def test_without_their_mean_gradients_are_refused(monkeypatch):
+    """shard_map knows what differs between devices, and that a state must not."""
+    monkeypatch.setattr(steps.jax.lax, "pmean", lambda x, axis_name, **settings: x)
+    with pytest.raises(ValueError, match="out_specs"):
+        compile_step(*build("shard_map", 8, sync_batchnorm=False))
+
+
+def test_without_their_mean_batch_statistics_are_those_of_a_part(whole):
+    """Per device: a model of its own kind, whose losses are not those of the whole batch."""
+    _, losses = run(*build("shard_map", 8, sync_batchnorm=False))
+    assert abs(losses[0] / whole[1][0] - 1) > 1e-4
+    # The running mean is the mean over the devices, which is that of the whole batch for the first step.
+    means = []
+    for task, state in (build("shard_map", 8, sync_batchnorm=False), build("jit", 1)):
+        state, _ = compile_step(task, state)(state, task.layout.split(next(batches())))
+        means.append(state.batch_stats["norm"]["mean"])
+    np.testing.assert_allclose(*means, rtol=1e-5)
+
+
+def test_what_no_step_changes_stays_to_the_bit_on_three_devices():
+    """airbench's whitening kernel is kept among the batch statistics: averaged over three devices, it would wander."""
+    config = make_config("shard_map", sync_batchnorm=False)
+    config.model = AirbenchConfig(widths=(4, 8, 8))
+    config.train.batch_size = 63
+    task, init = experiment.build(config, INFO, jax.devices()[:3])
+    state = init(0, IMAGES.images[:600])
+    kernel = np.asarray(state.batch_stats["whitening"]["kernel"])
+    index = EXAMPLES[:63]
+    batch = task.layout.split(gather(IMAGES.images, IMAGES.labels, Positions(index, 0 * index, index >= 0)))
+    step = task.layout.compile(functools.partial(steps.train_step, task), state, batch, donate=True)
+    for _ in range(3):
+        state, _ = step(state, batch)
+    assert np.abs(kernel).max() > 0
+    np.testing.assert_array_equal(state.batch_stats["whitening"]["kernel"], kernel)
+
+
+COLLECTIVES = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(?:-start)?\(")
+BYTES_PER_STEP = 4 * (3_693_002 + 2)  # gradients, loss and accuracy in float32
+STATISTICS = 4 * 2 * 32  # a mean and a square per channel
+
+
+@pytest.mark.parametrize(
+    ("backend", "sync_batchnorm", "expected"),
+    [
+        ("shard_map", True, [STATISTICS, STATISTICS, BYTES_PER_STEP]),  # forward, backward, the rest
+        ("shard_map", False, [BYTES_PER_STEP + STATISTICS]),
+        ("pmap", True, [STATISTICS, STATISTICS, BYTES_PER_STEP]),
+    ],
+)
+def test_devices_exchange_no_more_than_they_must(backend, sync_batchnorm, expected):
+    """Bytes of each collective of the compiled step; all of them are sums."""
+    task, state = build(backend, 8, sync_batchnorm=sync_batchnorm)
+    found = COLLECTIVES.findall(compile_step(task, state).as_text())
+    assert {kind for _, kind in found} == {"all-reduce"}
+    sizes = [
+        sum(4 * int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"f32\[([\d,]*)\]", shapes))
+        for shapes, _ in found
+    ]
+    assert sorted(sizes) == expected
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("jit", 1), ("shard_map", 8), ("pmap", 8)])
+def test_the_state_gives_its_memory_away(backend, devices):
+    task, state = build(backend, devices)
+    addresses = {shard.data.unsafe_buffer_pointer() for shard in state.params["hidden"]["kernel"].addressable_shards}
+    step = compile_step(task, state)
+    after, _ = step(state, task.layout.split(next(batches())))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    kernel = after.params["hidden"]["kernel"]
+    assert {shard.data.unsafe_buffer_pointer() for shard in kernel.addressable_shards} == addresses
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize(("backend", "devices"), [("shard_map", 3), ("pmap", 8), ("jit", 8)])
+def test_evaluation_counts_the_same_on_any_devices(on_device, backend, devices):
+    """500 images a batch, which neither 3 nor 8 divide; several views for some of them."""
+    (one, state), (several, spread) = build("jit", 1), build(backend, devices)
+    results = []
+    for task, of in ((one, state), (several, spread)):
+        arrays = resident.put(IMAGES, task.layout) if on_device else IMAGES
+        evaluator = evaluate.Evaluator(task, arrays, EXAMPLES, 500, tta="mirror", tta_below=0.12)
+        results.append(evaluator(of).summary)
+    assert results[0]["num_examples"] == SIZE
+    assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(("shard_map", 8), ("shard_map", 2)), (("jit", 1), ("pmap", 4))])
+def test_a_checkpoint_moves_between_layouts(whole, tmp_path, saved_on, restored_on):
+    """Half the steps here, half there: the same global batches, the same run."""
+    task, state = build(*saved_on)
+    step = compile_step(task, state)
+    for batch, _ in zip(batches(), range(COUNT // 2), strict=False):
+        state, _ = step(state, task.layout.split(batch))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    checkpoints.save(state, {}, None)
+    checkpoints.wait()
+    task, template = build(*restored_on)
+    restored = checkpoints.restore(COUNT // 2, template)
+    checkpoints.close()
+    assert all(leaf.sharding.device_set == set(task.layout.mesh.devices.flat) for leaf in jax.tree.leaves(restored))
+    _, losses = run(task, restored, COUNT // 2)
+    np.testing.assert_allclose(losses, whole[1][COUNT // 2 :], rtol=1e-5)
+
+
+def test_a_loop_on_the_devices_is_the_steps_one_by_one(whole):
+    """Positions of all steps, split along their second axis, and the whole data set on each device."""
+    for backend in ("shard_map", "pmap"):
+        task, state = build(backend, 4)
+        arrays = resident.put(IMAGES, task.layout)
+        (positions,) = resident.training_positions(
+            EXAMPLES, batch_size=BATCH, steps_per_call=COUNT, seed=0, start=0, stop=COUNT, drop_last=False
+        )
+        inputs = task.layout.split(positions, batch_axis=1)
+        split = arrays.images, arrays.labels
+        program = functools.partial(steps.train_steps, task)
+        call = task.layout.compile(program, state, inputs, *split, batch_axis=1, donate=True)
+        _, values = call(state, inputs, *split)
+        np.testing.assert_allclose(values["loss"], whole[1], rtol=1e-5)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match=r"^train\.sync_batchnorm=False: must be True where parallel\.backend is jit"):
+        build("jit", 8, sync_batchnorm=False)
+    layout = build("auto", 8)[0].layout
+    assert (layout.backend, str(layout)) == ("shard_map", "8 x cpu (shard_map)")
+    with pytest.raises(ConfigError, match=r"^train\.batch_size=100: must be a multiple of the number of devices, 8$"):
+        layout.require_divides("train.batch_size", 100)
+    layout.require_divides("train.batch_size", 104)
+    assert [layout.round_up(size) for size in (1, 8, 9, 500)] == [8, 8, 16, 504]

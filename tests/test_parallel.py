@@ -1,0 +1,92 @@
+"""The layouts' tests, on eight virtual devices; and what accelerators would be given to compile."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import REPOSITORY
+
+from cifar_flax import evaluate, experiment, steps
+from cifar_flax.cli import parse
+from cifar_flax.data.batches import empty_batch, empty_positions
+from cifar_flax.errors import ConfigError
+from cifar_flax.experiment import DatasetInfo
+from cifar_flax.parallel import ParallelConfig
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
+
+
+def test_on_eight_devices():
+    """A process of its own: JAX makes its devices once."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/many_devices.py"]
+    done = subprocess.run(run, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["jit", "shard_map"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerators_are_given_both_steps_of_every_config(path, platform, backend, monkeypatch):
+    """As the network is written for them: with XLA's convolutions and, where the config says auto, in bfloat16."""
+    config = parse(["--config", str(path), f"--config.parallel.backend={backend}"], ("train",)).config
+    info = DatasetInfo(
+        name="none",
+        image_shape=(32, 32, 3),
+        class_names=tuple("0123456789"),
+        num_examples=50_000,
+        mean=(125.0,) * 3,
+        std=(60.0,) * 3,
+    )
+    create = experiment.state.create
+    monkeypatch.setattr(
+        experiment.state, "create", lambda *args, **settings: create(*args, **settings | {"platform": platform})
+    )
+    task, init = experiment.build(config, info)
+    state = jax.eval_shape(lambda: init(0, None))
+    layout, train, test = task.layout, config.train, config.eval
+    if config.data.pipeline == "resident":
+        program, batch_axis, inputs = steps.train_steps, 1, empty_positions(train.steps_per_call, train.batch_size)
+        shared = jax.ShapeDtypeStruct((50_000, 32, 32, 3), "uint8"), jax.ShapeDtypeStruct((50_000,), "int32")
+        of_test = empty_positions(test.batch_size)
+    else:
+        program, batch_axis, inputs = steps.train_step, 0, empty_batch(train.batch_size, info.image_shape)
+        shared, of_test = (), empty_batch(test.batch_size, info.image_shape)
+    step = functools.partial(program, task)
+    training = layout.spread(step, shared=len(shared), batch_axis=batch_axis, donate=True)
+    step = evaluate.on_inputs(functools.partial(steps.eval_step, task, tta=test.tta))
+    evaluation = layout.spread(step, shared=len(shared))
+    weights = state.params, state.batch_stats
+    for function, arguments in ((training, (state, inputs, *shared)), (evaluation, (weights, of_test, *shared))):
+        text = function.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+        convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+        assert convolutions
+        if config.model.dtype == "auto":
+            assert all("bf16" in line for line in convolutions)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "ddp"}, "parallel.backend='ddp': must be one of auto, jit, shard_map, pmap"),
+        ({"distributed": "yes"}, "parallel.distributed='yes': must be auto, off or on"),
+        ({"heartbeat_timeout_seconds": 1}, "parallel.heartbeat_timeout_seconds=1: must be at least 10"),
+        ({"process_id": 0}, "parallel.process_id=0: goes with a coordinator"),
+        ({"coordinator": "a:1"}, "parallel.num_processes=None: goes with a coordinator"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "parallel.coordinator='a': must be address:port"),
+        ({"coordinator": "a:0", "num_processes": 2, "process_id": 0}, "parallel.coordinator='a:0': must be address"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "parallel.process_id=2: must be in [0, 2)"),
+        (
+            {"coordinator": "a:1", "num_processes": 2, "process_id": 0, "distributed": "off"},
+            "parallel.coordinator='a:1': needs another parallel.distributed",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        ParallelConfig(**settings).validate()
+    assert str(caught.value).startswith(message)
