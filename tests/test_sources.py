@@ -165,3 +165,19 @@ def test_damaged_prepared_data_is_one_message(tmp_path):
         with pytest.raises(UserError, match=r"what TFDS prepared .* cannot be read") as caught:
             sources.load(config, "train")
         assert "\n" not in str(caught.value)
+
+
+def test_one_of_several_processes_decodes_for_all(tmp_path):
+    """Hosts that start together and share a cache: the lock lets one in, the others find what it has decoded."""
+    code = (
+        f"import sys\nsys.path += [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
+        "import fake_tfds\nfrom cifar_flax.data import sources\n"
+        "decode = sources._decode\n"
+        "def told(*arguments):\n    print('decodes')\n    return decode(*arguments)\n"
+        "sources._decode = told\nsources.load(sources.DataConfig(name='fake_color'), 'train')\n"
+    )
+    run = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], printed
+    assert sorted(out for out, _ in printed) == ["", "", "decodes\n"]

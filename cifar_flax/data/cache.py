@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,27 @@ def newest_version(cache_dir: Path, name: str) -> str | None:
     versions = {path.parent.parent.name for path in (cache_dir / name).glob(f"*/*/{_MANIFEST}")}
     numbered = [version for version in versions if version.replace(".", "").isdigit()]
     return max(numbered, key=lambda version: [int(part) for part in version.split(".")], default=None)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Here, no other process fills `folder`, of one data set: of those that come together, the first decodes for all.
+
+    The lock is the kernel's: it ends with its process. Where the file system has none, each decodes for itself.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def load(folder: Path) -> Arrays | None:

@@ -107,22 +107,26 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
     info = builder.info
     image_key, label_key = _supervised_keys(config, info)
     image_shape = _image_shape(config, info.features[image_key].shape)
-    _prepare(config, builder)
-    if split not in info.splits:
-        field = "data.name" if split == "train" else "data.eval_split"
-        value = config.name if split == "train" else split
-        raise ConfigError(
-            f"{field}={value!r}: {config.name} has no such split; it has {', '.join(info.splits)}"
-            + ("" if split == "train" else " (set data.eval_split)")
+    with cache.filling(cache_dir / name):
+        builder = _tfds_builder(config)  # anew: another process may just have prepared the data
+        info = builder.info
+        _prepare(config, builder)
+        if split not in info.splits:
+            field = "data.name" if split == "train" else "data.eval_split"
+            value = config.name if split == "train" else split
+            raise ConfigError(
+                f"{field}={value!r}: {config.name} has no such split; it has {', '.join(info.splits)}"
+                + ("" if split == "train" else " (set data.eval_split)")
+            )
+        folder = cache_dir / name / str(info.version) / split_folder
+        return cache.load(folder) or cache.store(  # or decoded it
+            folder,
+            _decode(builder, split, image_key, label_key, config.image_size),
+            num_examples=info.splits[split].num_examples,
+            image_shape=image_shape,
+            class_names=tuple(info.features[label_key].names),
+            dataset=info.full_name,
         )
-    return cache.store(
-        cache_dir / name / str(info.version) / split_folder,
-        _decode(builder, split, image_key, label_key, config.image_size),
-        num_examples=info.splits[split].num_examples,
-        image_shape=image_shape,
-        class_names=tuple(info.features[label_key].names),
-        dataset=info.full_name,
-    )
 
 
 def _tfds_builder(config: DataConfig) -> Any:
