@@ -77,11 +77,15 @@ class DatasetInfo:
 Init = Callable[[int, UInt8[Any, "n height width c"] | None], TrainState]
 
 
-def build(config: Config, info: DatasetInfo, devices: Sequence[jax.Device] | None = None) -> tuple[Task, Init]:
+def build(
+    config: Config, info: DatasetInfo, devices: Sequence[jax.Device] | None = None, *, platform: str | None = None
+) -> tuple[Task, Init]:
     """The static part of the steps, and what makes the first state, compiled once for all seeds.
 
-    They run on `devices`, by default all there are. Raises `ConfigError` where the config does not fit the data or the
-    devices, `UserError` where processes of one run disagree on config or data.
+    They run on `devices`, by default all there are, with the network written for `platform`, by default theirs.
+
+    Raises `ConfigError` where the config does not fit the data or the devices, `UserError` where processes of one run
+    disagree on config or data.
     """
     distributed.require_agreement(
         config=configs.mathematics(config), backend=config.parallel.backend, data=info.to_dict()
@@ -108,7 +112,7 @@ def build(config: Config, info: DatasetInfo, devices: Sequence[jax.Device] | Non
         len(info.class_names),
         optimizer,
         config.averaging,
-        platform=layout.mesh.devices.flat[0].platform,
+        platform=platform or layout.platform,
         norm_axis=layout.axis_name if sync_batchnorm else None,
     )
     task = Task(

@@ -67,6 +67,11 @@ class Layout:
     def num_devices(self) -> int:
         return self.mesh.size
 
+    @property
+    def platform(self) -> str:
+        """Such as "cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
     def __str__(self) -> str:
         """Such as "8 x NVIDIA H100 (shard_map)"."""
         kind = self.mesh.devices.flat[0].device_kind
@@ -131,8 +136,7 @@ class Layout:
     ) -> jax.stages.Compiled:
         """`spread`, compiled for arguments like these, so that no rate counts the compilation."""
         spread = self.spread(step, shared=len(shared), batch_axis=batch_axis, donate=donate)
-        platform = self.mesh.devices.flat[0].platform
-        return spread.lower(state, inputs, *shared).compile(compiler_options=compilation.options(platform))
+        return spread.lower(state, inputs, *shared).compile(compiler_options=compilation.options(self.platform))
 
 
 def make_layout(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Layout:

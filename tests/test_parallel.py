@@ -31,7 +31,7 @@ def test_on_eight_devices():
 @pytest.mark.parametrize("backend", ["jit", "shard_map"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_accelerators_are_given_both_steps_of_every_config(path, platform, backend, monkeypatch):
+def test_accelerators_are_given_both_steps_of_every_config(path, platform, backend):
     """As the network is written for them: with XLA's convolutions and, where the config says auto, in bfloat16."""
     config = parse(["--config", str(path), f"--config.parallel.backend={backend}"], ("train",)).config
     info = DatasetInfo(
@@ -42,11 +42,7 @@ def test_accelerators_are_given_both_steps_of_every_config(path, platform, backe
         mean=(125.0,) * 3,
         std=(60.0,) * 3,
     )
-    create = experiment.state.create
-    monkeypatch.setattr(
-        experiment.state, "create", lambda *args, **settings: create(*args, **settings | {"platform": platform})
-    )
-    task, init = experiment.build(config, info)
+    task, init = experiment.build(config, info, platform=platform)
     state = jax.eval_shape(lambda: init(0, None))
     layout, train, test = task.layout, config.train, config.eval
     if config.data.pipeline == "resident":

@@ -1,0 +1,170 @@
+"""What a run on many accelerators should come to, predicted; and what the input side of each of several hosts does.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --input configs/default.py
+
+The prediction: a step takes XLA's count of its operations at a share of the chip's peak, then the gradients are summed
+in a ring over the links, nothing at the same time as anything else. Data sheets give peaks and links, the rest is
+assumed; see the constants.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+
+from benchmarks.hardware import PEAKS
+from cifar_flax import allocator, cli, experiment, models, steps
+from cifar_flax.data import sources
+from cifar_flax.data.batches import empty_batch
+from cifar_flax.errors import UserError
+from cifar_flax.experiment import DatasetInfo
+
+CONFIGS = ("default", "airbench94", "airbench96", "resnet18")
+DEVICES = (1, 8, 64, 512)
+HOSTS = (1, 2, 4)
+UTILISATION = 0.4  # of the chip's peak, in a step: assumed
+LATENCY = 5e-6  # seconds for each of the log2(n) stages down and up that a sum takes: assumed
+WORTH = 0.5  # efficiency below which more devices are taken not to pay
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    name: str
+    flops: float  # dense bfloat16, per second
+    inside: float  # bytes per second that each device sends to the others of a group
+    outside: float  # and to those beyond it
+    group: int  # devices
+
+
+CHIPS = (
+    # NVLink 4, 900 GB/s in both directions together; beyond a node of eight one 400 Gbit/s adapter per GPU (DGX H100)
+    Chip("H100", PEAKS["NVIDIA H100 80GB HBM3"], 450e9, 50e9, 8),
+    # 4,800 Gbit/s of links per chip, of six, in both directions together; one slice
+    Chip("TPU v5p", PEAKS["TPU v5"], 300e9, 300e9, 8960),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one training step of a config."""
+
+    batch_size: int  # of the recipe
+    flops: float  # per image
+    bytes: int  # summed over the devices: gradients and metrics, float32
+    statistics: int  # bytes of BatchNorm's sums, forward and backward
+    sums: int  # one after the other
+
+
+def cost(name: str) -> Cost:
+    """XLA's count for the network as accelerators are given it; bytes as tests/many_devices.py finds them compiled."""
+    config = cli.parse(["--config", f"configs/{name}.py"], ("train",)).config
+    shape, names = (32, 32, 3), tuple("0123456789")
+    info = DatasetInfo(
+        name="", image_shape=shape, class_names=names, num_examples=50_000, mean=(0.0,) * 3, std=(255.0,) * 3
+    )
+    task, init = experiment.build(config, info, jax.devices()[:1], platform="cuda")
+    state = jax.eval_shape(lambda: init(0, None))
+    size = config.train.batch_size
+    step = task.layout.spread(functools.partial(steps.train_step, task), shared=0)
+    flops = step.lower(state, empty_batch(size, shape)).cost_analysis()["flops"]
+    network = nnx.eval_shape(lambda: models.build(config.model, shape, 10, platform="cuda", rngs=nnx.Rngs(0)))
+    norms = [module for _, module in nnx.iter_modules(network) if isinstance(module, nnx.BatchNorm)]
+    return Cost(
+        batch_size=size,
+        flops=flops / size,
+        bytes=4 * (sum(leaf.size for leaf in jax.tree.leaves(state.params)) + 2),
+        statistics=2 * sum(4 * 2 * norm.num_features for norm in norms),
+        sums=1 + 2 * len(norms),
+    )
+
+
+def sum_seconds(cost: Cost, chip: Chip, devices: int) -> float:
+    """A ring inside each group, then one over the groups, in which each device has its share of the sum."""
+    if devices == 1:
+        return 0.0
+    inside, groups = min(devices, chip.group), math.ceil(devices / chip.group)
+    size = cost.bytes + cost.statistics
+    ring = 2 * (inside - 1) / inside * size / chip.inside
+    ring += 2 * (groups - 1) / groups * size / inside / chip.outside
+    return ring + cost.sums * 2 * math.log2(devices) * LATENCY
+
+
+def weak_efficiency(cost: Cost, chip: Chip, devices: int) -> float:
+    """Of so many devices, each with a batch of the recipe's size: their rate over that many times the rate of one."""
+    compute = cost.batch_size * cost.flops / (chip.flops * UTILISATION)
+    return compute / (compute + sum_seconds(cost, chip, devices))
+
+
+def most_devices(cost: Cost, chip: Chip) -> int:
+    """The largest power of two that shares the recipe's batch and is still `WORTH` it."""
+    compute = cost.batch_size * cost.flops / (chip.flops * UTILISATION)
+
+    def pays(devices: int) -> bool:
+        each = compute / devices
+        return each / (each + sum_seconds(cost, chip, devices)) >= WORTH
+
+    powers = [2**power for power in range(int(math.log2(cost.batch_size)) + 1)]
+    return max(itertools.takewhile(pays, powers))
+
+
+def print_prediction() -> None:
+    print("| config | chip | MB summed | GFLOP per image | 1 | 8 | 64 | 512 | the recipe's own batch pays up to |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in CONFIGS:
+        of = cost(name)
+        for chip in CHIPS:
+            weak = " | ".join(f"{weak_efficiency(of, chip, devices):.0%}" for devices in DEVICES)
+            size, most = (of.bytes + of.statistics) / 1e6, most_devices(of, chip)
+            print(f"| {name} | {chip.name} | {size:.1f} | {of.flops / 1e9:.3f} | {weak} | {most} of {of.batch_size} |")
+
+
+def print_input(path: str, epochs: int) -> None:
+    """The first host's share alone, as it would read it; the other hosts do as much, at the same time."""
+    from cifar_flax.data.streaming import training_batches
+
+    config = cli.parse(["--config", path], ("train",)).config
+    arrays, size = sources.load(config.data, "train"), config.train.batch_size
+    examples = np.arange(len(arrays.labels), dtype=np.int32)
+    count = len(examples) // size
+    print("| hosts | images per host and step | bytes per host and step | images/s of a host | steps/s |")
+    print("|---|---|---|---|---|")
+    for hosts in HOSTS:
+        rows = slice(0, size // hosts)
+        settings = {"batch_size": size, "seed": config.seed, "start": 0, "stop": epochs * count, "rows": rows}
+        batches, rates, touched = training_batches(arrays, examples, **settings), [], set()
+        for _ in range(epochs):
+            start = time.perf_counter()
+            for batch in itertools.islice(batches, count):
+                touched.add(sum(array.nbytes for array in jax.tree.leaves(batch)))
+            rates.append(count / (time.perf_counter() - start))
+        (size_of_share,), rate = touched, statistics.median(rates[1:])
+        print(f"| {hosts} | {rows.stop} | {size_of_share:,} | {rate * rows.stop:,.0f} | {rate:,.0f} |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", metavar="CONFIG", help="measure the input side of this config instead")
+    args = parser.parse_args()
+    allocator.keep_freed_memory()
+    try:
+        if args.input:
+            print_input(args.input, epochs=21)
+        else:
+            print_prediction()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The launch files of docs/scaling.md, started as the cluster would: the commands and the variables are the files'."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from test_distributed import CONFIG, end, free_port
+
+PAGE = (REPOSITORY / "docs" / "scaling.md").read_text()
+
+
+def block(title, language):
+    section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The program, with a short run of a small network under the name that the files use."""
+    (tmp_path / "main.py").symlink_to(REPOSITORY / "main.py")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "resnet18.py").write_text(CONFIG)
+    return tmp_path
+
+
+def environment(checkout, **variables):
+    path = f"{checkout / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "JAX_PLATFORMS": "cpu"} | variables
+
+
+SRUN = """#!/bin/bash
+# srun(1): starts a step's tasks, each with the variables that Slurm sets.
+[[ $1 == --kill-on-bad-exit=1 ]] && shift
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+  SLURM_PROCID=$task SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) SLURM_STEP_NUM_TASKS=$SLURM_NTASKS \\
+    SLURM_STEP_NUM_NODES=$SLURM_JOB_NUM_NODES SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST "$@" &
+done
+wait
+"""
+
+
+@pytest.mark.slow
+def test_slurm(checkout):
+    script = block("Slurm", "bash")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    directives = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
+    nodes, per_node = int(directives["nodes"]), int(directives["ntasks-per-node"])
+    assert int(directives["gpus-per-node"]) == per_node  # one process per GPU
+    (checkout / "bin").mkdir()
+    (checkout / "bin" / "srun").write_text(SRUN)
+    (checkout / "bin" / "srun").chmod(0o755)
+    (checkout / "job").write_text(script)
+    variables = {
+        "SLURM_JOB_ID": str(free_port()),  # from which JAX takes the coordinator's port
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_JOB_NODELIST": ",".join(["localhost"] * nodes),
+        "SLURM_NTASKS": str(nodes * per_node),
+        "SLURM_NTASKS_PER_NODE": str(per_node),
+    }
+    job = subprocess.Popen(
+        ["bash", "job"],
+        cwd=checkout,
+        env=environment(checkout, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ((out, err),) = end([job])
+    for number in range(nodes * per_node):
+        hello = f"[process {number} of {nodes * per_node}, {socket.gethostname()}] 1 of {nodes * per_node} devices"
+        assert hello in out, err
+    assert json.loads((checkout / "runs" / "resnet18" / "eval.json").read_text())["num_examples"] == 355
+
+
+@pytest.mark.slow
+def test_kubernetes(checkout):
+    service, job = yaml.safe_load_all(block("Kubernetes", "yaml"))
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    name = job["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": name}  # a label of the Job's pods
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert (spec["completionMode"], spec["parallelism"]) == ("Indexed", spec["completions"])
+    (mount,) = container["volumeMounts"]
+    assert mount["name"] == pod["volumes"][0]["name"]
+    shutil.rmtree(checkout / "runs", ignore_errors=True)
+
+    def here(text, index):
+        """The first pod's name and port are this host's, the volume is a folder, and `$(NAME)` is put in."""
+        text = text.replace(f"{name}-0.{pod['subdomain']}:8476", f"127.0.0.1:{port}")
+        text = text.replace(f"{mount['mountPath']}/", f"{checkout}{mount['mountPath']}/")
+        return text.replace("$(JOB_COMPLETION_INDEX)", str(index))
+
+    port, processes = free_port(), []
+    for index in range(spec["completions"]):
+        variables = {one["name"]: here(one["value"], index) for one in container["env"]}
+        processes.append(
+            subprocess.Popen(
+                [here(argument, index) for argument in container["command"]],
+                cwd=checkout,
+                env=environment(checkout, JOB_COMPLETION_INDEX=str(index), **variables),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    printed = end(processes)
+    assert [process.returncode for process in processes] == [0] * spec["completions"], printed
+    assert "on 2 x cpu (shard_map)" in printed[0][0]
+    assert json.loads((checkout / "runs" / "resnet18" / "eval.json").read_text())["num_examples"] == 355
