@@ -178,6 +178,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
             if best is None:
                 raise UserError(f"--workdir={str(workdir)!r}: none of its checkpoints has a validation accuracy")
             step = best
+        distributed.require_agreement(checkpoint=step)
         info = DatasetInfo.from_dict(checkpoints.metadata(step)["dataset"])
         arrays = sources.load(config.data, config.data.eval_split)
         info.check(arrays)

@@ -1,6 +1,7 @@
 """How steps are spread over devices: one function, written for one of them, under jit, shard_map or pmap."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cifar_flax import compilation
-from cifar_flax.errors import require
+from cifar_flax.errors import UserError, require
 
 AXIS = "data"  # the mesh's one axis: each device has its rows of every batch and all of everything else
 BACKENDS = ("auto", "jit", "shard_map", "pmap")
@@ -140,12 +141,17 @@ class Layout:
 
 
 def make_layout(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
-    """The layout on `devices`, by default all there are; raises `ConfigError` for pmap over several processes."""
+    """The layout on `devices`, by default all there are.
+
+    Raises `ConfigError` for pmap over several processes, `UserError` where they have not as many devices each.
+    """
     row = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     backend = config.backend
     if backend == "auto":
         backend = "jit" if len(row) == 1 else "shard_map"
-    processes = len({device.process_index for device in row})
-    allowed = f"is for one process; there are {processes}; shard_map is for any number"
-    require(backend != "pmap" or processes == 1, "parallel.backend", backend, allowed)
+    counts = Counter(device.process_index for device in row)
+    allowed = f"is for one process; there are {len(counts)}; shard_map is for any number"
+    require(backend != "pmap" or len(counts) == 1, "parallel.backend", backend, allowed)
+    if len(set(counts.values())) > 1:
+        raise UserError(f"each process must have as many devices; they have {', '.join(map(str, counts.values()))}")
     return Layout(backend, Mesh(np.array(row), (AXIS,), axis_types=(AxisType.Auto,)))

@@ -84,6 +84,7 @@ class Trainer:
         with closing(Checkpoints(workdir / "checkpoints", self.config.checkpoint)) as checkpoints:
             state = self.initial_state
             start = checkpoints.newest_step() or 0
+            distributed.require_agreement(checkpoint=start)
             if start:
                 self._check_data(checkpoints.metadata(start)["dataset"])
                 state = checkpoints.restore(start, state)

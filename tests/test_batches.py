@@ -46,6 +46,20 @@ def test_pipelines_agree_byte_for_byte(start, steps_per_call, drop_last):
                 np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(4, 8), slice(2, 3)])
+def test_a_host_reads_its_rows_alone(rows):
+    arrays, examples = make_arrays(30), np.arange(30, dtype=np.int32)
+    arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 9, "drop_last": False}
+    for whole, part in (
+        (streaming.training_batches(arrays, examples, **arguments, rows=of) for of in (slice(None), rows)),
+        (resident.training_positions(examples, steps_per_call=1, **arguments, rows=of) for of in (slice(None), rows)),
+    ):
+        for batch, share in zip(whole, part, strict=True):
+            here = rows if isinstance(batch, Batch) else (slice(None), rows)
+            for field in FIELDS if isinstance(batch, Batch) else FIELDS[2:]:
+                np.testing.assert_array_equal(getattr(batch, field)[here], getattr(share, field))
+
+
 def evaluation_batches(arrays, examples, batch_size):
     for positions in evaluation_positions(examples, batch_size):
         yield gather(arrays.images, arrays.labels, positions)

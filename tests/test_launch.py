@@ -64,6 +64,7 @@ def test_slurm(checkout):
         "SLURM_JOB_NODELIST": ",".join(["localhost"] * nodes),
         "SLURM_NTASKS": str(nodes * per_node),
         "SLURM_NTASKS_PER_NODE": str(per_node),
+        "SLURM_CPUS_PER_TASK": directives["cpus-per-task"],
     }
     job = subprocess.Popen(
         ["bash", "job"],
