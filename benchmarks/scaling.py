@@ -135,19 +135,21 @@ def print_input(path: str, epochs: int) -> None:
     arrays, size = sources.load(config.data, "train"), config.train.batch_size
     examples = np.arange(len(arrays.labels), dtype=np.int32)
     count = len(examples) // size
-    print("| hosts | images per host and step | bytes per host and step | images/s of a host | steps/s |")
-    print("|---|---|---|---|---|")
-    for hosts in HOSTS:
-        rows = slice(0, size // hosts)
-        settings = {"batch_size": size, "seed": config.seed, "start": 0, "stop": epochs * count, "rows": rows}
-        batches, rates, touched = training_batches(arrays, examples, **settings), [], set()
-        for _ in range(epochs):
+    settings = {"batch_size": size, "seed": config.seed, "start": 0, "stop": (epochs + 1) * count}
+    shares = {hosts: training_batches(arrays, examples, rows=slice(0, size // hosts), **settings) for hosts in HOSTS}
+    seconds: dict[int, list[float]] = {hosts: [] for hosts in HOSTS}
+    touched: dict[int, int] = {}
+    for _ in range(epochs + 1):  # in turn, as the machine's speed changes; the first is to warm up
+        for hosts, batches in shares.items():
             start = time.perf_counter()
             for batch in itertools.islice(batches, count):
-                touched.add(sum(array.nbytes for array in jax.tree.leaves(batch)))
-            rates.append(count / (time.perf_counter() - start))
-        (size_of_share,), rate = touched, statistics.median(rates[1:])
-        print(f"| {hosts} | {rows.stop} | {size_of_share:,} | {rate * rows.stop:,.0f} | {rate:,.0f} |")
+                touched[hosts] = sum(array.nbytes for array in jax.tree.leaves(batch))
+            seconds[hosts].append((time.perf_counter() - start) / count)
+    print("| hosts | images per host and step | bytes per host and step | milliseconds per step (least to most) |")
+    print("|---|---|---|---|")
+    for hosts, times in seconds.items():
+        low, middle, high = (1e3 * of(times[1:]) for of in (min, statistics.median, max))
+        print(f"| {hosts} | {size // hosts} | {touched[hosts]:,} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
 
 
 def main() -> int:
@@ -157,7 +159,7 @@ def main() -> int:
     allocator.keep_freed_memory()
     try:
         if args.input:
-            print_input(args.input, epochs=21)
+            print_input(args.input, epochs=20)
         else:
             print_prediction()
     except UserError as error:

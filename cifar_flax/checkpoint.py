@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cifar_flax import distributed
 from cifar_flax.errors import UserError, require
 from cifar_flax.state import TrainState
 
@@ -47,6 +48,7 @@ class Checkpoints:
                 best_fn=best_fn,
                 create=not read_only,
                 read_only=read_only,
+                single_host_load_and_broadcast=True,  # hosts may see a new folder later than the one that made it
             ),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()},
         )
@@ -55,11 +57,11 @@ class Checkpoints:
         self._manager.close()
 
     def newest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return _plain(self._manager.latest_step())
 
     def best_step(self) -> int | None:
         """The step of the highest validation accuracy among those on disk."""
-        return self._manager.best_step()
+        return _plain(self._manager.best_step())
 
     def save(self, state: TrainState, metadata: Mapping[str, Any], accuracy: float | None) -> None:
         """Saves in the background. `accuracy` is the validation split's, None where there is none."""
@@ -126,11 +128,18 @@ def newest_metadata(folder: Path) -> dict[str, Any] | None:
 
 
 def _unreadable(folder: Path, step: int, error: Exception) -> UserError:
+    if lost := distributed.lost_peer(error):
+        return lost
     reason = " ".join(str(error).split())[:200]
     return UserError(
         f"the checkpoint {folder}/{step} cannot be read ({type(error).__name__}: {reason}); "
         "delete that folder to go on from the one before it"
     )
+
+
+def _plain(step: Any) -> int | None:
+    """What came from another process is NumPy's."""
+    return None if step is None else int(step)
 
 
 def _accuracy(metrics: Mapping[str, float]) -> float:

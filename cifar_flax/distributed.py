@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -17,6 +18,10 @@ from jax.experimental import multihost_utils
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.imports import installed
 from cifar_flax.parallel import ParallelConfig
+
+# When the main process has gone, which joins them, the others abort at once. So many seconds let those that have found
+# the same error, or one of their own, say so.
+_LAST_WORDS = 3.0
 
 _label = ""  # of this process, where there are several
 
@@ -40,9 +45,9 @@ def start(config: ParallelConfig) -> None:
     try:
         jax.distributed.initialize(**settings)
     except ValueError as error:  # nothing that JAX knows has launched this process
-        if config.distributed == "on":
-            allowed = "no launcher says who takes part: set parallel.coordinator, num_processes and process_id"
-            raise ConfigError(f"parallel.distributed='on': {allowed} ({error})") from error
+        if config.distributed == "on" or _num_tasks() > 1:
+            allowed = "nothing that JAX knows says who takes part: set parallel.coordinator, num_processes, process_id"
+            raise ConfigError(f"parallel.distributed={config.distributed!r}: {allowed}; or off ({error})") from error
         return
     except RuntimeError as error:
         raise UserError(f"the other processes of the run cannot be reached ({_one_line(error)})") from error
@@ -52,13 +57,17 @@ def start(config: ParallelConfig) -> None:
 
 
 def _is_launched() -> bool:
-    """Whether a launcher that JAX can ask has started this process among others, or may have.
+    """Whether a launcher has started this process among others, or, on a TPU, may have: its metadata tell."""
+    tpu = installed("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu" and "SLURM_JOB_ID" not in os.environ
+    return tpu or _num_tasks() > 1
 
-    A shell within a Slurm job knows the job's number of tasks too; only in a step that `srun` started is it that of
-    processes at work.
+
+def _num_tasks() -> int:
+    """How many processes the launcher has started.
+
+    Slurm's shells know their job's number of tasks too; only that of the step is the number of processes at work.
     """
-    tpu = installed("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu"
-    return tpu or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    return max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
 
 
 def is_main() -> bool:
@@ -75,6 +84,12 @@ def say(text: str) -> None:
     """Prints a line of the run, once for all processes."""
     if is_main():
         print(f"{_label}{text}")
+
+
+def wait_for_all() -> None:
+    """Returns when every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.process_allgather(np.zeros(1, np.int32))
 
 
 def require_agreement(**values: Any) -> None:
@@ -108,15 +123,16 @@ def run(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except BaseException:
-        if not _label:
+        if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
         code = 1
-    if _label and code:
+    if jax.distributed.is_initialized() and code:
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(_LAST_WORDS)
         os._exit(code)
-    if _label:
+    if jax.distributed.is_initialized():
         jax.distributed.shutdown()
     sys.exit(code)
 

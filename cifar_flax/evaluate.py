@@ -53,6 +53,7 @@ class Evaluator:
         tta: str = "none",
         tta_below: float | None = None,
     ):
+        distributed.require_agreement(data=arrays.digest())  # else their numbers of batches might not be the same
         self._task, self._arrays, self._examples = task, arrays, examples
         self._layout = task.layout
         self._batch_size = self._layout.round_up(min(batch_size, len(examples)))
@@ -178,7 +179,6 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
             if best is None:
                 raise UserError(f"--workdir={str(workdir)!r}: none of its checkpoints has a validation accuracy")
             step = best
-        distributed.require_agreement(checkpoint=step)
         info = DatasetInfo.from_dict(checkpoints.metadata(step)["dataset"])
         arrays = sources.load(config.data, config.data.eval_split)
         info.check(arrays)

@@ -87,10 +87,8 @@ def build(
     Raises `ConfigError` where the config does not fit the data or the devices, `UserError` where processes of one run
     disagree on config or data.
     """
-    distributed.require_agreement(
-        config=configs.mathematics(config), backend=config.parallel.backend, data=info.to_dict()
-    )
     layout, sync_batchnorm = make_layout(config.parallel, devices), config.train.sync_batchnorm
+    distributed.require_agreement(config=configs.mathematics(config), backend=layout.backend, data=info.to_dict())
     fits = sync_batchnorm or layout.backend != "jit" or layout.num_devices == 1
     allowed = "must be True where parallel.backend is jit, which knows the whole batch only"
     require(fits, "train.sync_batchnorm", sync_batchnorm, allowed)

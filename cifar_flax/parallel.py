@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
-    """Where a run takes place. Nothing here changes what it computes, or is kept with a checkpoint."""
+    """Where a run takes place: nothing that changes what it computes, or that the use of its checkpoint asks for."""
 
     backend: str = "auto"  # jit (XLA spreads the batch) | shard_map | pmap | auto: jit on one device, else shard_map
     distributed: str = "auto"  # whether other processes take part: off | on | auto: as Slurm or a TPU slice says

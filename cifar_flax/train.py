@@ -61,6 +61,7 @@ class Trainer:
         self.task, init = experiment.build(config, self.info)
         self.layout = self.task.layout
         self.layout.require_divides("train.batch_size", config.train.batch_size)
+        distributed.require_agreement(data=self.arrays.digest())
         sample = self.arrays.images[self.examples[: models.sample_size(config.model)]]
         self.init = lambda seed: init(seed, sample if len(sample) else None)
         if config.data.pipeline == "resident":
@@ -84,7 +85,6 @@ class Trainer:
         with closing(Checkpoints(workdir / "checkpoints", self.config.checkpoint)) as checkpoints:
             state = self.initial_state
             start = checkpoints.newest_step() or 0
-            distributed.require_agreement(checkpoint=start)
             if start:
                 self._check_data(checkpoints.metadata(start)["dataset"])
                 state = checkpoints.restore(start, state)
@@ -223,14 +223,14 @@ def _open_workdir(workdir: Path, config: Config) -> None:
     field = f"--workdir={str(workdir)!r}"
     path = workdir / "config.json"
     try:
-        used = (workdir / "checkpoints").exists()  # looked for first: the main process may just be making both
-        if not path.exists():
-            if used:
+        if distributed.is_main() and not path.exists():
+            if (workdir / "checkpoints").exists():
                 raise UserError(f"{field}: has checkpoints but no config.json; choose another --workdir")
-            if distributed.is_main():
-                workdir.mkdir(parents=True, exist_ok=True)
-                write_json(path, configs.to_dict(config))
-            return
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(path, configs.to_dict(config))
+        distributed.wait_for_all()
+        if not path.exists():
+            raise UserError(f"{field}: must be one folder for all processes; process 0 has made another")
         saved = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{field}: its config.json is damaged ({error}); choose another --workdir") from error

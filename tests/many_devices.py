@@ -15,7 +15,7 @@ from cifar_flax.checkpoint import CheckpointConfig, Checkpoints
 from cifar_flax.config import Config, TrainConfig
 from cifar_flax.data import order, resident
 from cifar_flax.data.augment import AugmentConfig
-from cifar_flax.data.batches import Positions, gather
+from cifar_flax.data.batches import Positions, evaluation_positions, gather
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import ConfigError
 from cifar_flax.experiment import DatasetInfo
@@ -199,11 +199,14 @@ def test_the_state_gives_its_memory_away(backend, devices):
 def test_evaluation_counts_the_same_on_any_devices(on_device, backend, devices):
     """500 images a batch, which neither 3 nor 8 divide; several views for some of them."""
     (one, state), (several, spread) = build("jit", 1), build(backend, devices)
+    evaluation = (gather(IMAGES.images, IMAGES.labels, of) for of in evaluation_positions(EXAMPLES, 500))
     results = []
     for task, of in ((one, state), (several, spread)):
         arrays = resident.put(IMAGES, task.layout) if on_device else IMAGES
         evaluator = evaluate.Evaluator(task, arrays, EXAMPLES, 500, tta="mirror", tta_below=0.12)
         results.append(evaluator(of).summary)
+    logits = steps._logits(one, (state.params, state.batch_stats), next(evaluation), "none")
+    assert 0 < np.sum(jax.nn.softmax(logits).max(axis=-1) < 0.12) < 500  # some of the images are sure, some are not
     assert results[0]["num_examples"] == SIZE
     assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)

@@ -1,5 +1,6 @@
 """Runs of several real processes, over the loopback interface."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 
 import jax
 import numpy as np
@@ -45,49 +45,55 @@ def folder(tmp_path):
     return tmp_path
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def free_port(ports=(0,)):
+    """The first of `ports` that nobody listens on; 0 is any."""
+    for port in ports:
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            return one.getsockname()[1]
+    raise OSError("no port is free")
 
 
-def start(folder, *arguments, devices=1, **variables):
+def start(folder, *arguments, devices=1):
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "main.py"), *arguments],
         cwd=folder,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | variables,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def start_all(folder, count, *arguments):
-    """As many processes of one run, of one device each."""
+def start_all(folder, devices, *arguments):
+    """The processes of one run, each with so many devices."""
     where = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
-    of = f"--config.parallel.num_processes={count}"
-    return [start(folder, *arguments, where, of, f"--config.parallel.process_id={number}") for number in range(count)]
+    common = (*arguments, where, f"--config.parallel.num_processes={len(devices)}")
+    return [
+        start(folder, *common, f"--config.parallel.process_id={number}", devices=count)
+        for number, count in enumerate(devices)
+    ]
 
 
 def end(processes):
     """What each printed, and to which of the two streams; leaves none of them running."""
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for process in processes:
             stack.callback(process.kill)
         return [process.communicate(timeout=TIMEOUT) for process in processes]
 
 
-def run(folder, count, *arguments):
-    processes = start_all(folder, count, *arguments)
+def run(folder, devices, *arguments):
+    processes = start_all(folder, devices, *arguments)
     printed = end(processes)
-    assert [process.returncode for process in processes] == [0] * count, printed
+    assert [process.returncode for process in processes] == [0] * len(devices), printed
     return [out for out, _ in printed]
 
 
-def reference(folder, devices):
+def reference(folder, devices, *arguments):
     """One process with so many devices."""
-    process = start(folder, "--config", "config.py", "--workdir=one", devices=devices)
+    process = start(folder, "--config", "config.py", "--workdir=one", *arguments, devices=devices)
     ((_, err),) = end([process])
     assert process.returncode == 0, err
 
@@ -106,7 +112,7 @@ def assert_same_run(folder, one, other):
 
 def test_two_processes_train_as_one_does(folder):
     reference(folder, devices=2)
-    first, second = run(folder, 2, "--config", "config.py", "--workdir=two")
+    first, second = run(folder, [1, 1], "--config", "config.py", "--workdir=two")
     assert_same_run(folder, "one", "two")
     host = re.escape(socket.gethostname())
     for number, out in enumerate((first, second)):
@@ -121,7 +127,7 @@ def test_two_processes_train_as_one_does(folder):
     # Evaluation by two processes; what a run was spread over is not asked of it.
     result = (folder / "two" / "eval.json").read_bytes()
     (folder / "two" / "eval.json").unlink()
-    run(folder, 2, "--mode=eval", "--workdir=two")
+    run(folder, [1, 1], "--mode=eval", "--workdir=two")
     assert (folder / "two" / "eval.json").read_bytes() == result
     alone = start(folder, "--mode=eval", "--workdir=two")
     ((_, err),) = end([alone])
@@ -130,15 +136,19 @@ def test_two_processes_train_as_one_does(folder):
     assert one["confusion_matrix"] == two["confusion_matrix"]
 
 
+def wait_for_checkpoint(workdir, processes):
+    while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
+        assert all(process.poll() is None for process in processes), end(processes)
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_where_four_were_killed(folder):
     """One of four is killed: the others end with an error, and soon. Two go on from what is saved."""
-    reference(folder, devices=2)
-    processes = start_all(folder, 4, "--config", "config.py", "--workdir=four")
-    deadline = time.monotonic() + TIMEOUT
-    while not any(path.name.isdigit() for path in folder.glob("four/checkpoints/*")):
-        assert time.monotonic() < deadline, end(processes)
-        time.sleep(0.01)
+    arguments = ("--config", "config.py", "--config.train.epochs=12")
+    reference(folder, 2, *arguments)
+    processes = start_all(folder, [1] * 4, *arguments, "--workdir=four")
+    wait_for_checkpoint(folder / "four", processes)
     processes[2].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     codes = [process.wait(timeout=60) for process in processes]
@@ -146,26 +156,42 @@ def test_two_processes_go_on_where_four_were_killed(folder):
     assert codes[2] == -signal.SIGKILL
     assert all(code != 0 for code in codes)
     end(processes)
-    first, _ = run(folder, 2, "--config", "config.py", "--workdir=four")
-    assert re.search(r"resuming at step \d+ of 34, on 2 x cpu", first)
+    first, _ = run(folder, [1, 1], *arguments, "--workdir=four")
+    assert re.search(r"resuming at step \d+ of 136, on 2 x cpu", first)
     assert_same_run(folder, "one", "four")
 
 
 @pytest.mark.slow
 def test_four_processes_train_as_one_does(folder):
     reference(folder, devices=4)
-    run(folder, 4, "--config", "config.py", "--workdir=four")
+    run(folder, [1] * 4, "--config", "config.py", "--workdir=four")
     assert_same_run(folder, "one", "four")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--config.parallel.backend=jit", "--config.data.pipeline=streaming"),
+        ("--config.train.sync_batchnorm=False", "--config.data.drop_last=True", "--config.train.steps_per_call=11"),
+    ],
+    ids=["jit, streaming", "batch statistics per device, loops"],
+)
+def test_two_processes_of_two_devices_train_as_one_of_four_does(folder, arguments):
+    """And get several views of those images alone of which the network is unsure."""
+    every = ("--config.eval.tta=mirror", "--config.eval.tta_below=0.9", "--config.train.log_every=11")
+    arguments = ("--config", "config.py", *every, *arguments)
+    reference(folder, 4, *arguments)
+    run(folder, [2, 2], *arguments, "--workdir=two")
+    assert_same_run(folder, "one", "two")
 
 
 @pytest.mark.slow
 def test_a_process_that_hangs_counts_as_dead(folder):
     """Stopped, it closes no connection: only its silence tells, for as long as the config says."""
     arguments = ("--config", "config.py", "--workdir=two", "--config.train.epochs=100")
-    processes = start_all(folder, 2, *arguments, "--config.parallel.heartbeat_timeout_seconds=10")
-    while not any(path.name.isdigit() for path in folder.glob("two/checkpoints/*")):
-        assert all(process.poll() is None for process in processes), end(processes)
-        time.sleep(0.01)
+    processes = start_all(folder, [1, 1], *arguments, "--config.parallel.heartbeat_timeout_seconds=10")
+    wait_for_checkpoint(folder / "two", processes)
     processes[1].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     assert processes[0].wait(timeout=60) != 0
@@ -192,10 +218,30 @@ def test_processes_that_disagree_say_so_and_end(folder):
 
 def test_pmap_is_for_one_process(folder):
     arguments = ("--config", "config.py", "--workdir=run", "--config.parallel.backend=pmap")
-    processes = start_all(folder, 2, *arguments)
+    processes = start_all(folder, [1, 1], *arguments)
     for _, err in end(processes):
         assert "parallel.backend='pmap': is for one process; there are 2; shard_map is for any number" in err
     assert [process.returncode for process in processes] == [2, 2]
+
+
+def test_processes_with_fewer_devices_than_others_are_refused(folder):
+    processes = start_all(folder, [2, 1], "--config", "config.py", "--workdir=run")
+    for _, err in end(processes):
+        assert "error: each process must have as many devices; they have 2, 1" in err
+    assert [process.returncode for process in processes] == [1, 1]
+
+
+def test_the_workdir_must_be_shared(folder):
+    """Two hosts with folders of their own under the same name."""
+    where, processes = f"--config.parallel.coordinator=127.0.0.1:{free_port()}", []
+    for number in range(2):
+        (folder / f"host{number}").mkdir()
+        common = ("--config", str(folder / "config.py"), where, "--config.parallel.num_processes=2")
+        processes.append(start(folder / f"host{number}", *common, f"--config.parallel.process_id={number}"))
+    (_, first), (_, second) = end(processes)
+    assert "must be one folder for all processes; process 0 has made another" in second
+    assert "another process of the run has ended" in first
+    assert all(process.returncode != 0 for process in processes)
 
 
 @pytest.fixture
@@ -213,6 +259,7 @@ def initialized(monkeypatch):
         ({}, {}, False),
         ({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, False),  # a shell in a job of four tasks
         ({}, {"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({}, {"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"distributed": "off"}, {"SLURM_STEP_NUM_TASKS": "4"}, False),
         ({"distributed": "on"}, {}, True),
         ({"coordinator": "a:1", "num_processes": 1, "process_id": 0}, {}, True),
@@ -238,8 +285,11 @@ def test_joining_whom_nobody_names_is_refused(monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(ConfigError, match=r"^parallel\.distributed='on': no launcher says who takes part"):
+    with pytest.raises(ConfigError, match=r"^parallel\.distributed='on': nothing that JAX knows says who takes part"):
         distributed.start(ParallelConfig(distributed="on"))
+    monkeypatch.setenv("PMI_SIZE", "4")  # alone, each of the four would write to the same folder
+    with pytest.raises(ConfigError, match=r"^parallel\.distributed='auto': nothing that JAX knows .*; or off"):
+        distributed.start(ParallelConfig())
 
 
 def test_others_that_cannot_be_reached_are_one_message(monkeypatch):
@@ -262,7 +312,8 @@ def test_only_what_tells_of_lost_processes_is_taken_for_it(monkeypatch):
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_process_of_several_never_waits_after_an_error(monkeypatch, code):
     left = []
-    monkeypatch.setattr(distributed, "_label", "[process 1 of 2, a] ")
+    monkeypatch.setattr(distributed, "_LAST_WORDS", 0)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", left.append)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: left.append("after the others"))
     with pytest.raises(SystemExit):
@@ -277,7 +328,8 @@ def test_an_unforeseen_error_ends_one_of_several_at_once(monkeypatch, capsys):
     def leave(code):
         raise Ended(code)
 
-    monkeypatch.setattr(distributed, "_label", "[process 1 of 2, a] ")
+    monkeypatch.setattr(distributed, "_LAST_WORDS", 0)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(Ended, match="1"):
         distributed.run(lambda: 1 // 0)

@@ -36,14 +36,20 @@ def environment(checkout, **variables):
     return os.environ | {"PATH": path, "JAX_PLATFORMS": "cpu"} | variables
 
 
+def free_job():
+    """The number of a job whose port is free: JAX takes it from the last 4,096, by the number's remainder."""
+    first = 2**16 - 2**12
+    return free_port(range(first, 2**16)) - first
+
+
 SRUN = """#!/bin/bash
-# srun(1): starts a step's tasks, each with the variables that Slurm sets.
+# srun(1): starts a step's tasks, each with the variables that Slurm sets, and ends with the code of one that fails.
 [[ $1 == --kill-on-bad-exit=1 ]] && shift
 for ((task = 0; task < SLURM_NTASKS; task++)); do
   SLURM_PROCID=$task SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) SLURM_STEP_NUM_TASKS=$SLURM_NTASKS \\
     SLURM_STEP_NUM_NODES=$SLURM_JOB_NUM_NODES SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST "$@" &
 done
-wait
+for ((task = 0; task < SLURM_NTASKS; task++)); do wait -n || exit $?; done
 """
 
 
@@ -59,7 +65,7 @@ def test_slurm(checkout):
     (checkout / "bin" / "srun").chmod(0o755)
     (checkout / "job").write_text(script)
     variables = {
-        "SLURM_JOB_ID": str(free_port()),  # from which JAX takes the coordinator's port
+        "SLURM_JOB_ID": str(free_job()),
         "SLURM_JOB_NUM_NODES": str(nodes),
         "SLURM_JOB_NODELIST": ",".join(["localhost"] * nodes),
         "SLURM_NTASKS": str(nodes * per_node),
@@ -75,6 +81,7 @@ def test_slurm(checkout):
         text=True,
     )
     ((out, err),) = end([job])
+    assert job.returncode == 0, err
     for number in range(nodes * per_node):
         hello = f"[process {number} of {nodes * per_node}, {socket.gethostname()}] 1 of {nodes * per_node} devices"
         assert hello in out, err

@@ -4,16 +4,15 @@ import functools
 import os
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax import evaluate, experiment, parallel, steps
+from cifar_flax import evaluate, experiment, steps
 from cifar_flax.cli import parse
 from cifar_flax.data.batches import empty_batch, empty_positions
-from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.errors import ConfigError
 from cifar_flax.experiment import DatasetInfo
 from cifar_flax.parallel import ParallelConfig
 
@@ -64,13 +63,6 @@ def test_accelerators_are_given_both_steps_of_every_config(path, platform, backe
         assert convolutions
         if config.model.dtype == "auto":
             assert all("bf16" in line for line in convolutions)
-
-
-def test_processes_with_fewer_devices_than_others_are_refused(monkeypatch):
-    devices = [types.SimpleNamespace(process_index=process, id=id) for id, process in enumerate((0, 0, 1))]
-    monkeypatch.setattr(jax, "devices", lambda: devices)
-    with pytest.raises(UserError, match="each process must have as many devices; they have 2, 1"):
-        parallel.make_layout(ParallelConfig())
 
 
 @pytest.mark.parametrize(
