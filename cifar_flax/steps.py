@@ -71,7 +71,8 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.label)
     if axis_name is not None:
-        # What synchronised statistics are equal in, others change by: a kernel that is none stays to the bit.
+        # Statistics of the whole batch are the same on each device. Where each has its own, their changes are averaged:
+        # what no step changes, such as a whitening kernel, stays to the bit.
         changes = () if task.sync_batchnorm else jax.tree.map(jnp.subtract, batch_stats, state.batch_stats)
         grads, loss, accuracy, changes = jax.lax.pmean((grads, loss, accuracy, changes), axis_name)
         if not task.sync_batchnorm:
