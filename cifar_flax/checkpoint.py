@@ -76,10 +76,7 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given as `metadata`; raises `UserError` if it cannot be read."""
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
-        except Exception as error:  # Orbax has no error class of its own
-            raise _unreadable(self._folder, step, error) from error
+        return _read_metadata(self._folder, step)
 
     def restore(self, step: int, template: TrainState) -> TrainState:
         """The state saved at `step`, with the structure, the shapes and the devices of `template`.
@@ -114,17 +111,17 @@ class Checkpoints:
 
 
 def newest_metadata(folder: Path) -> dict[str, Any] | None:
-    """What `save` was given as `metadata` for the newest checkpoint; None where there is none.
-
-    Read from its file, as Orbax would make JAX look for devices, which must not be before `distributed.start`.
-    """
+    """The newest checkpoint's, None where there is none; may be called before `distributed.start`."""
     steps = ocp.utils.checkpoint_steps(folder)
-    if not steps:
-        return None
+    return _read_metadata(folder, max(steps)) if steps else None
+
+
+def _read_metadata(folder: Path, step: int) -> dict[str, Any]:
+    """From its file: Orbax would make JAX look for devices, which it must not before the processes have joined."""
     try:
-        return json.loads((folder / str(max(steps)) / "metadata" / "metadata").read_text())
+        return json.loads((folder / str(step) / "metadata" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise _unreadable(folder, max(steps), error) from error
+        raise _unreadable(folder, step, error) from error
 
 
 def _unreadable(folder: Path, step: int, error: Exception) -> UserError:

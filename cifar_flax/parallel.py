@@ -102,7 +102,7 @@ class Layout:
             inputs = jax.tree.map(
                 lambda x: x.reshape(*x.shape[:batch_axis], self.num_devices, -1, *x.shape[batch_axis + 1 :]), inputs
             )
-        return jax.make_array_from_process_local_data(self._split(batch_axis), inputs)
+        return jax.make_array_from_process_local_data(self._sharding(batch_axis), inputs)
 
     def replicate(self, arrays: T) -> T:
         """NumPy arrays, the same in every process, whole on each device."""
@@ -112,7 +112,7 @@ class Layout:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def _split(self, batch_axis: int) -> NamedSharding:
+    def _sharding(self, batch_axis: int) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, AXIS))
 
     def spread(self, step: Callable[..., Any], *, shared: int, batch_axis: int = 0, donate: bool = False) -> Any:
@@ -126,7 +126,7 @@ class Layout:
             axes = (None, batch_axis, *[None] * shared)
             devices = list(self.mesh.devices.flat)
             return jax.pmap(step, AXIS, in_axes=axes, out_axes=None, devices=devices, donate_argnums=donated)
-        shardings = (self.replicated, self._split(batch_axis), *[self.replicated] * shared)
+        shardings = (self.replicated, self._sharding(batch_axis), *[self.replicated] * shared)
         if self.backend == "shard_map":
             specs = tuple(sharding.spec for sharding in shardings)
             step = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec())

@@ -3,12 +3,14 @@
 Each comparison is of the reference network itself, at its full size, with augmentation and dropout, over 20 steps.
 """
 
+import dataclasses
 import functools
 import re
 
 import jax
 import numpy as np
 import pytest
+from conftest import make_tiny_config
 
 from cifar_flax import evaluate, experiment, steps
 from cifar_flax.checkpoint import CheckpointConfig, Checkpoints
@@ -22,6 +24,7 @@ from cifar_flax.experiment import DatasetInfo
 from cifar_flax.models import AirbenchConfig
 from cifar_flax.optim import OptimConfig
 from cifar_flax.parallel import ParallelConfig
+from cifar_flax.train import Trainer
 
 jax.config.update("jax_disable_most_optimizations", False)  # what XLA makes of the collectives is a part of this
 
@@ -75,12 +78,19 @@ def run(task, state, start=0):
     return state, np.array(losses)
 
 
+@functools.cache
+def result(backend, devices, **settings):
+    """The last state, on the host, and the losses of a layout; run once for all tests."""
+    state, losses = run(*build(backend, devices, **settings))
+    return jax.device_get(state), losses
+
+
 @pytest.fixture(scope="module")
 def whole():
-    """The losses and the parameters of one device that sees the whole batch."""
-    state, losses = run(*build("jit", 1))
+    """Those of one device that sees the whole batch."""
+    state, losses = result("jit", 1)
     assert losses[-1] < losses[0] - 0.3  # there is something to compare
-    return jax.device_get(state), losses
+    return state, losses
 
 
 # The first loss has gone through one forward pass alone; from then on rounding errors grow with the steps.
@@ -89,24 +99,24 @@ LAYOUTS = [("shard_map", 1), ("shard_map", 2), ("shard_map", 4), ("shard_map", 8
 
 @pytest.mark.parametrize(("backend", "devices"), LAYOUTS)
 def test_losses_do_not_depend_on_the_layout(whole, backend, devices):
-    state, losses = run(*build(backend, devices))
+    state, losses = result(backend, devices)
     np.testing.assert_allclose(losses[0], whole[1][0], rtol=1e-6)
     np.testing.assert_allclose(losses, whole[1], rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-        jax.device_get((state.params, state.batch_stats)),
+        (state.params, state.batch_stats),
         (whole[0].params, whole[0].batch_stats),
     )
 
 
 def test_the_same_arithmetic_is_the_same_to_the_bit():
     """The same program again; and, where BatchNorm adds no sums of its own, shard_map and pmap."""
-    (state, losses), (again, same) = (run(*build("shard_map", 4)) for _ in range(2))
+    (state, losses), (again, same) = result("shard_map", 8), run(*build("shard_map", 8))
     np.testing.assert_array_equal(losses, same)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(again))
-    (state, losses), (mapped, same) = (run(*build(name, 4, sync_batchnorm=False)) for name in ("shard_map", "pmap"))
+    jax.tree.map(np.testing.assert_array_equal, state, jax.device_get(again))
+    (state, losses), (mapped, same) = (result(name, 8, sync_batchnorm=False) for name in ("shard_map", "pmap"))
     np.testing.assert_array_equal(losses, same)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(mapped))
+    jax.tree.map(np.testing.assert_array_equal, state, mapped)
 
 
 def test_one_device_under_shard_map_is_jit_to_the_bit(whole):
@@ -131,7 +141,7 @@ def test_without_their_mean_gradients_are_refused(monkeypatch):
 
 def test_without_their_mean_batch_statistics_are_those_of_a_part(whole):
     """Per device: a model of its own kind, whose losses are not those of the whole batch."""
-    _, losses = run(*build("shard_map", 8, sync_batchnorm=False))
+    _, losses = result("shard_map", 8, sync_batchnorm=False)
     assert abs(losses[0] / whole[1][0] - 1) > 1e-4
     # The running mean is the mean over the devices, which is that of the whole batch for the first step.
     means = []
@@ -251,9 +261,12 @@ def test_a_loop_on_the_devices_is_the_steps_one_by_one(whole):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"^train\.sync_batchnorm=False: must be True where parallel\.backend is jit"):
         build("jit", 8, sync_batchnorm=False)
-    layout = build("auto", 8)[0].layout
-    assert (layout.backend, str(layout)) == ("shard_map", "8 x cpu (shard_map)")
     with pytest.raises(ConfigError, match=r"^train\.batch_size=100: must be a multiple of the number of devices, 8$"):
-        layout.require_divides("train.batch_size", 100)
-    layout.require_divides("train.batch_size", 104)
-    assert [layout.round_up(size) for size in (1, 8, 9, 500)] == [8, 8, 16, 504]
+        Trainer(dataclasses.replace(make_tiny_config(), train=TrainConfig(batch_size=100)))
+
+
+def test_auto_is_what_suits_the_devices():
+    one, several = (build("auto", devices)[0].layout for devices in (1, 8))
+    assert [str(one), str(several)] == ["cpu", "8 x cpu (shard_map)"]
+    assert (one.backend, several.backend) == ("jit", "shard_map")
+    assert [several.round_up(size) for size in (1, 8, 9, 500)] == [8, 8, 16, 504]

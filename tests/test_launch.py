@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY
-from test_distributed import CONFIG, end, free_port
+from processes import CONFIG, end, free_port
 
 PAGE = (REPOSITORY / "docs" / "scaling.md").read_text()
 

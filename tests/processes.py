@@ -1,0 +1,102 @@
+"""Starts real processes of a run, over the loopback interface, and compares what they did."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import NOT_TIMES, REPOSITORY, read_metrics
+
+CONFIG = """
+from cifar_flax.config import Config, EvalConfig, TrainConfig
+from cifar_flax.data.augment import AugmentConfig
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.models import CNNConfig
+from cifar_flax.optim import OptimConfig
+
+def get_config():
+    return Config(
+        data=DataConfig(name="digits", pipeline="resident"),
+        augment=AugmentConfig(flip="random", crop_padding=2),
+        model=CNNConfig(width=4, hidden=16),
+        optim=OptimConfig(name="adamw", learning_rate=1e-2, schedule="cosine", weight_decay=0.01),
+        train=TrainConfig(batch_size=128, epochs=3, log_every=4),
+        eval=EvalConfig(batch_size=100),
+    )
+"""
+TIMEOUT = 240  # seconds
+
+
+def free_port(ports=(0,)):
+    """The first of `ports` that nobody listens on; 0 is any."""
+    for port in ports:
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            return one.getsockname()[1]
+    raise OSError("no port is free")
+
+
+def start(folder, *arguments, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "main.py"), *arguments],
+        cwd=folder,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_all(folder, devices, *arguments):
+    """The processes of one run, each with so many devices."""
+    where = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
+    common = (*arguments, where, f"--config.parallel.num_processes={len(devices)}")
+    return [
+        start(folder, *common, f"--config.parallel.process_id={number}", devices=count)
+        for number, count in enumerate(devices)
+    ]
+
+
+def end(processes):
+    """What each printed, and to which of the two streams; leaves none of them running."""
+    with contextlib.ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.kill)
+        return [process.communicate(timeout=TIMEOUT) for process in processes]
+
+
+def run(folder, devices, *arguments):
+    processes = start_all(folder, devices, *arguments)
+    printed = end(processes)
+    assert [process.returncode for process in processes] == [0] * len(devices), printed
+    return [out for out, _ in printed]
+
+
+def reference(folder, devices, *arguments):
+    """One process with so many devices."""
+    process = start(folder, "--config", "config.py", "--workdir=one", *arguments, devices=devices)
+    ((_, err),) = end([process])
+    assert process.returncode == 0, err
+
+
+def assert_same_run(folder, one, other):
+    records = [read_metrics(folder / name) for name in (one, other)]
+    assert len(records[0]) == len(records[1])
+    for ours, theirs in zip(*records, strict=True):
+        for name in NOT_TIMES:
+            # Sums over processes are taken in another order than sums over the devices of one.
+            expected = pytest.approx(theirs[name], rel=1e-5) if name in ("loss", "learning_rate") else theirs[name]
+            assert ours[name] == expected, (name, ours)
+    results = [json.loads((folder / name / "eval.json").read_text()) for name in (one, other)]
+    assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
+
+
+def wait_for_checkpoint(workdir, processes):
+    while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
+        assert all(process.poll() is None for process in processes), end(processes)
+        time.sleep(0.01)

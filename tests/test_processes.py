@@ -1,0 +1,173 @@
+"""Runs of several real processes."""
+
+import json
+import re
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from processes import CONFIG, assert_same_run, end, free_port, reference, run, start, start_all, wait_for_checkpoint
+
+from cifar_flax.data import cache
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    return tmp_path
+
+
+def test_two_processes_train_as_one_does(folder):
+    reference(folder, devices=2)
+    first, second = run(folder, [1, 1], "--config", "config.py", "--workdir=two")
+    assert_same_run(folder, "one", "two")
+    host = re.escape(socket.gethostname())
+    for number, out in enumerate((first, second)):
+        lines = [line for line in out.splitlines() if "Gloo" not in line]
+        assert lines[0] == f"[process {number} of 2, {socket.gethostname()}] 1 of 2 devices"
+        assert len(lines) == 1 if number else re.match(rf"\[process 0 of 2, {host}\] digits: 1442 images", lines[1])
+    assert first.count("test loss") == 3
+    names = {path.name for path in (folder / "two").iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "eval.json", "confusion_matrix.png", "tensorboard"}
+    assert len(list((folder / "two" / "tensorboard").iterdir())) == 1  # one process wrote
+
+    # Evaluation by two processes; what a run was spread over is not asked of it.
+    result = (folder / "two" / "eval.json").read_bytes()
+    (folder / "two" / "eval.json").unlink()
+    run(folder, [1, 1], "--mode=eval", "--workdir=two")
+    assert (folder / "two" / "eval.json").read_bytes() == result
+    alone = start(folder, "--mode=eval", "--workdir=two")
+    ((_, err),) = end([alone])
+    assert (alone.returncode, err) == (0, "")
+    one, two = json.loads(result), json.loads((folder / "two" / "eval.json").read_text())
+    assert one["confusion_matrix"] == two["confusion_matrix"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_four_were_killed(folder):
+    """One of four is killed: the others end with an error, and soon. Two go on from what is saved."""
+    arguments = ("--config", "config.py", "--config.train.epochs=12")
+    reference(folder, 2, *arguments)
+    processes = start_all(folder, [1] * 4, *arguments, "--workdir=four")
+    wait_for_checkpoint(folder / "four", processes)
+    processes[2].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    codes = [process.wait(timeout=60) for process in processes]
+    assert time.monotonic() - killed < 60
+    assert codes[2] == -signal.SIGKILL
+    assert all(code != 0 for code in codes)
+    end(processes)
+    first, _ = run(folder, [1, 1], *arguments, "--workdir=four")
+    assert re.search(r"resuming at step \d+ of 136, on 2 x cpu", first)
+    assert_same_run(folder, "one", "four")
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does(folder):
+    reference(folder, devices=4)
+    run(folder, [1] * 4, "--config", "config.py", "--workdir=four")
+    assert_same_run(folder, "one", "four")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--config.parallel.backend=jit", "--config.data.pipeline=streaming"),
+        ("--config.train.sync_batchnorm=False", "--config.data.drop_last=True", "--config.train.steps_per_call=11"),
+    ],
+    ids=["jit, streaming", "batch statistics per device, loops"],
+)
+def test_two_processes_of_two_devices_train_as_one_of_four_does(folder, arguments):
+    """And get several views of those images alone of which the network is unsure."""
+    every = ("--config.eval.tta=mirror", "--config.eval.tta_below=0.9", "--config.train.log_every=11")
+    arguments = ("--config", "config.py", *every, *arguments)
+    reference(folder, 4, *arguments)
+    run(folder, [2, 2], *arguments, "--workdir=two")
+    assert_same_run(folder, "one", "two")
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_counts_as_dead(folder):
+    """Stopped, it closes no connection: only its silence tells, for as long as the config says."""
+    arguments = ("--config", "config.py", "--workdir=two", "--config.train.epochs=100")
+    processes = start_all(folder, [1, 1], *arguments, "--config.parallel.heartbeat_timeout_seconds=10")
+    wait_for_checkpoint(folder / "two", processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert processes[0].wait(timeout=60) != 0
+    assert time.monotonic() - stopped < 40
+    processes[1].kill()
+    (_, err), _ = end(processes)
+    assert "another task died" in err
+
+
+def test_processes_that_disagree_say_so_and_end(folder):
+    where = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
+    common = ("--config", "config.py", "--workdir=run", where, "--config.parallel.num_processes=2")
+    processes = [
+        start(folder, *common, f"--config.parallel.process_id={number}", f"--config.optim.learning_rate=0.0{number}1")
+        for number in range(2)
+    ]
+    printed = end(processes)
+    assert [process.returncode for process in processes] == [1, 1]
+    for number, (_, err) in enumerate(printed):
+        message = f"[process {number} of 2, {socket.gethostname()}] error: process 1 has another config than process 0"
+        assert err.splitlines()[0].startswith(message)
+    assert not (folder / "run").exists()
+
+
+def test_pmap_is_for_one_process(folder):
+    arguments = ("--config", "config.py", "--workdir=run", "--config.parallel.backend=pmap")
+    processes = start_all(folder, [1, 1], *arguments)
+    for _, err in end(processes):
+        assert "parallel.backend='pmap': is for one process; there are 2; shard_map is for any number" in err
+    assert [process.returncode for process in processes] == [2, 2]
+
+
+def test_processes_with_fewer_devices_than_others_are_refused(folder):
+    processes = start_all(folder, [2, 1], "--config", "config.py", "--workdir=run")
+    for _, err in end(processes):
+        assert "error: each process must have as many devices; they have 2, 1" in err
+    assert [process.returncode for process in processes] == [1, 1]
+
+
+def test_the_workdir_must_be_shared(folder):
+    """Two hosts with folders of their own under the same name."""
+    where, processes = f"--config.parallel.coordinator=127.0.0.1:{free_port()}", []
+    for number in range(2):
+        (folder / f"host{number}").mkdir()
+        common = ("--config", str(folder / "config.py"), where, "--config.parallel.num_processes=2")
+        processes.append(start(folder / f"host{number}", *common, f"--config.parallel.process_id={number}"))
+    (_, first), (_, second) = end(processes)
+    assert "must be one folder for all processes; process 0 has made another" in second
+    assert "another process of the run has ended" in first
+    assert all(process.returncode != 0 for process in processes)
+
+
+def test_processes_with_other_labels_say_so_and_end(folder):
+    """Each host has a cache of its own; of one of them, the last label is another."""
+    for host in range(2):
+        for split in ("train", "test"):
+            labels = np.arange(128, dtype=np.int32) % 2
+            labels[-1] ^= host if split == "test" else 0
+            cache.store(
+                folder / f"cache{host}" / "squares" / "1.0.0" / split,
+                [(np.zeros((128, 32, 32, 3), np.uint8), labels)],
+                num_examples=128,
+                image_shape=(32, 32, 3),
+                class_names=("even", "odd"),
+                dataset="squares/1.0.0",
+            )
+    where = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
+    common = ("--config", "config.py", "--workdir=run", "--config.data.name=squares", where)
+    common += ("--config.parallel.num_processes=2",)
+    processes = [
+        start(folder, *common, f"--config.data.cache_dir=cache{host}", f"--config.parallel.process_id={host}")
+        for host in range(2)
+    ]
+    for _, err in end(processes):
+        assert "error: process 1 has another data than process 0" in err
+    assert [process.returncode for process in processes] == [1, 1]
