@@ -53,7 +53,16 @@ class Checkpoints:
             item_handlers={"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()},
         )
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Closes; but not after an error in one of several processes, whose save waits for others that may be gone."""
+        if kind is None or jax.process_count() == 1:
+            self.close()
+
     def close(self) -> None:
+        """Waits for the save in the background."""
         self._manager.close()
 
     def newest_step(self) -> int | None:

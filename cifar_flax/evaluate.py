@@ -5,7 +5,6 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +169,7 @@ def saved_config(workdir: Path) -> Config:
 
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     """Evaluates the checkpoint that `config.eval.checkpoint` names on `config.data.eval_split`; returns eval.json."""
-    with closing(Checkpoints(_checkpoint_folder(workdir), config.checkpoint, read_only=True)) as checkpoints:
+    with Checkpoints(_checkpoint_folder(workdir), config.checkpoint, read_only=True) as checkpoints:
         step = checkpoints.newest_step()
         if step is None:
             raise _no_checkpoint(workdir)

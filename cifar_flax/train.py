@@ -82,7 +82,7 @@ class Trainer:
     def run(self, workdir: Path) -> None:
         """Trains from the newest checkpoint, or from the start, to the last step and its checkpoint."""
         metadata = {"config": configs.to_dict(self.config), "dataset": self.info.to_dict()}
-        with closing(Checkpoints(workdir / "checkpoints", self.config.checkpoint)) as checkpoints:
+        with Checkpoints(workdir / "checkpoints", self.config.checkpoint) as checkpoints:
             state = self.initial_state
             start = checkpoints.newest_step() or 0
             if start:

@@ -40,12 +40,16 @@ def free_port(ports=(0,)):
     raise OSError("no port is free")
 
 
+def environment(**variables):
+    """These processes compile more than they compute: as in conftest.py, they optimize little."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} | variables
+
+
 def start(folder, *arguments, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "main.py"), *arguments],
         cwd=folder,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -77,9 +81,9 @@ def run(folder, devices, *arguments):
     return [out for out, _ in printed]
 
 
-def reference(folder, devices, *arguments):
+def reference(folder, devices, *arguments, config="config.py"):
     """One process with so many devices."""
-    process = start(folder, "--config", "config.py", "--workdir=one", *arguments, devices=devices)
+    process = start(folder, "--config", config, "--workdir=one", *arguments, devices=devices)
     ((_, err),) = end([process])
     assert process.returncode == 0, err
 

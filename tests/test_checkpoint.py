@@ -1,3 +1,5 @@
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +109,20 @@ def test_unreadable_checkpoint_is_one_message(open_checkpoints, tmp_path):
         with pytest.raises(UserError, match="cannot be read") as caught:
             read(3)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("processes", "error", "closes"), [(1, False, True), (1, True, True), (2, False, True), (2, True, False)]
+)
+def test_an_error_in_one_of_several_processes_waits_for_no_save(
+    open_checkpoints, monkeypatch, processes, error, closes
+):
+    """The others, for whose part the save would wait, may be gone, or wait for this one."""
+    checkpoints, closed = open_checkpoints(), []
+    monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with contextlib.suppress(KeyError), checkpoints:
+        if error:
+            raise KeyError
+    monkeypatch.undo()
+    assert bool(closed) == closes

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY
-from processes import CONFIG, end, free_port
+from processes import CONFIG, assert_same_run, end, environment, free_port, reference
 
 PAGE = (REPOSITORY / "docs" / "scaling.md").read_text()
 
@@ -31,9 +31,8 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def environment(checkout, **variables):
-    path = f"{checkout / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "JAX_PLATFORMS": "cpu"} | variables
+def on_path(checkout):
+    return f"{checkout / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def free_job():
@@ -55,6 +54,7 @@ for ((task = 0; task < SLURM_NTASKS; task++)); do wait -n || exit $?; done
 
 @pytest.mark.slow
 def test_slurm(checkout):
+    """Four processes, which train as one with as many devices does."""
     script = block("Slurm", "bash")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     directives = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
@@ -75,7 +75,7 @@ def test_slurm(checkout):
     job = subprocess.Popen(
         ["bash", "job"],
         cwd=checkout,
-        env=environment(checkout, **variables),
+        env=environment(PATH=on_path(checkout), **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -85,7 +85,8 @@ def test_slurm(checkout):
     for number in range(nodes * per_node):
         hello = f"[process {number} of {nodes * per_node}, {socket.gethostname()}] 1 of {nodes * per_node} devices"
         assert hello in out, err
-    assert json.loads((checkout / "runs" / "resnet18" / "eval.json").read_text())["num_examples"] == 355
+    reference(checkout, nodes * per_node, config="configs/resnet18.py")
+    assert_same_run(checkout, "one", "runs/resnet18")
 
 
 @pytest.mark.slow
@@ -116,7 +117,7 @@ def test_kubernetes(checkout):
             subprocess.Popen(
                 [here(argument, index) for argument in container["command"]],
                 cwd=checkout,
-                env=environment(checkout, JOB_COMPLETION_INDEX=str(index), **variables),
+                env=environment(PATH=on_path(checkout), JOB_COMPLETION_INDEX=str(index), **variables),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -65,13 +65,6 @@ def test_two_processes_go_on_where_four_were_killed(folder):
 
 
 @pytest.mark.slow
-def test_four_processes_train_as_one_does(folder):
-    reference(folder, devices=4)
-    run(folder, [1] * 4, "--config", "config.py", "--workdir=four")
-    assert_same_run(folder, "one", "four")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
