@@ -19,9 +19,10 @@ from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.imports import installed
 from cifar_flax.parallel import ParallelConfig
 
-# When the main process has gone, which joins them, the others abort at once. So many seconds let those that have found
-# the same error, or one of their own, say so.
-_LAST_WORDS = 3.0
+# Seconds between an error and the end. When the main process has gone, which joins them, the others abort at once: it
+# stays until those that have found the same error, or one of their own, have said so and left.
+_LAST_WORDS_OF_MAIN = 5.0
+_LAST_WORDS = 1.0
 
 _label = ""  # of this process, where there are several
 
@@ -130,7 +131,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     if jax.distributed.is_initialized() and code:
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(_LAST_WORDS)
+        time.sleep(_LAST_WORDS if _label and not is_main() else _LAST_WORDS_OF_MAIN)
         os._exit(code)
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()

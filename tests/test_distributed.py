@@ -1,6 +1,7 @@
 """How processes find each other, agree and end, without starting any."""
 
 import os
+import time
 
 import jax
 import numpy as np
@@ -79,13 +80,29 @@ def test_only_what_tells_of_lost_processes_is_taken_for_it(monkeypatch):
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_process_of_several_never_waits_after_an_error(monkeypatch, code):
     left = []
-    monkeypatch.setattr(distributed, "_LAST_WORDS", 0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", left.append)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: left.append("after the others"))
     with pytest.raises(SystemExit):
         distributed.run(lambda: code)
     assert left[0] == (code or "after the others")
+
+
+def test_after_an_error_the_main_process_leaves_last(monkeypatch):
+    """The others, whom it joins, abort when it has gone, whatever they were about to say."""
+    stayed = []
+    monkeypatch.setattr(time, "sleep", stayed.append)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    for number in range(3):
+        monkeypatch.setattr(distributed, "_label", f"[process {number} of 3, a] ")
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        with pytest.raises(SystemExit):
+            distributed.run(lambda: 1)
+    main, *others = stayed
+    assert main >= max(others) + 3  # seconds, as far apart as processes may find an error
 
 
 def test_an_unforeseen_error_ends_one_of_several_at_once(monkeypatch, capsys):
@@ -95,7 +112,7 @@ def test_an_unforeseen_error_ends_one_of_several_at_once(monkeypatch, capsys):
     def leave(code):
         raise Ended(code)
 
-    monkeypatch.setattr(distributed, "_LAST_WORDS", 0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(Ended, match="1"):
