@@ -1,12 +1,13 @@
 """Runs of several processes: how they find each other, agree, speak and end."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import socket
 import sys
-import time
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -19,10 +20,10 @@ from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.imports import installed
 from cifar_flax.parallel import ParallelConfig
 
-# Seconds between an error and the end. When the main process has gone, which joins them, the others abort at once: it
-# stays until those that have found the same error, or one of their own, have said so and left.
-_LAST_WORDS_OF_MAIN = 5.0
+# For how many seconds a process that ends with an error waits until all have come to their end. When the main process
+# has gone, which joins them, the others abort at once: it stays longer, until those that can have said what they found.
 _LAST_WORDS = 1.0
+_LAST_WORDS_OF_MAIN = 5.0
 
 _label = ""  # of this process, where there are several
 
@@ -117,7 +118,7 @@ def lost_peer(error: Exception) -> UserError | None:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the code that `main` returns: on success after the others, else at once.
+    """Ends the process with the code that `main` returns: on success after the others, else soon.
 
     JAX would have it wait for the others, and they, in the middle of a step, would wait for it.
     """
@@ -131,11 +132,19 @@ def run(main: Callable[[], int]) -> NoReturn:
     if jax.distributed.is_initialized() and code:
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(_LAST_WORDS if _label and not is_main() else _LAST_WORDS_OF_MAIN)
+        leaving = threading.Thread(target=_leave, daemon=True)
+        leaving.start()
+        leaving.join(_LAST_WORDS if _label and not is_main() else _LAST_WORDS_OF_MAIN)
         os._exit(code)
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
     sys.exit(code)
+
+
+def _leave() -> None:
+    """Returns when all processes have come here."""
+    with contextlib.suppress(Exception):  # the main process may have gone already
+        jax.distributed.shutdown()
 
 
 def _one_line(error: Exception) -> str:

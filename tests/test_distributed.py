@@ -1,7 +1,7 @@
 """How processes find each other, agree and end, without starting any."""
 
 import os
-import time
+import threading
 
 import jax
 import numpy as np
@@ -77,45 +77,59 @@ def test_only_what_tells_of_lost_processes_is_taken_for_it(monkeypatch):
     assert distributed.lost_peer(ValueError("operands could not be broadcast")) is None
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_a_process_of_several_never_waits_after_an_error(monkeypatch, code):
-    left = []
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+class Left(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """How the process ends, one of several that never come to their end; and for how long it would wait for them."""
+    never, seconds = threading.Event(), []
+    join = threading.Thread.join
+
+    def leave(code):
+        raise Left(code)
+
+    def join_soon(thread, timeout=None):
+        seconds.append(timeout)
+        join(thread, min(timeout, 0.1))
+
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(os, "_exit", left.append)
-    monkeypatch.setattr(jax.distributed, "shutdown", lambda: left.append("after the others"))
-    with pytest.raises(SystemExit):
-        distributed.run(lambda: code)
-    assert left[0] == (code or "after the others")
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: never.wait(10))
+    monkeypatch.setattr(threading.Thread, "join", join_soon)
+    monkeypatch.setattr(os, "_exit", leave)
+    yield seconds
+    never.set()
 
 
-def test_after_an_error_the_main_process_leaves_last(monkeypatch):
+def test_a_process_of_several_never_waits_long_after_an_error(ends):
+    with pytest.raises(Left, match="3"):
+        distributed.run(lambda: 3)
+    assert ends == [distributed._LAST_WORDS_OF_MAIN]
+
+
+def test_a_process_of_several_waits_for_the_others_on_success(ends, monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: waited.append(True))
+    with pytest.raises(SystemExit, match="0"):
+        distributed.run(lambda: 0)
+    assert waited
+    assert not ends
+
+
+def test_after_an_error_the_main_process_leaves_last(ends, monkeypatch):
     """The others, whom it joins, abort when it has gone, whatever they were about to say."""
-    stayed = []
-    monkeypatch.setattr(time, "sleep", stayed.append)
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(os, "_exit", lambda code: None)
-    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     for number in range(3):
         monkeypatch.setattr(distributed, "_label", f"[process {number} of 3, a] ")
         monkeypatch.setattr(jax, "process_index", lambda number=number: number)
-        with pytest.raises(SystemExit):
+        with pytest.raises(Left):
             distributed.run(lambda: 1)
-    main, *others = stayed
+    main, *others = ends
     assert main >= max(others) + 3  # seconds, as far apart as processes may find an error
 
 
-def test_an_unforeseen_error_ends_one_of_several_at_once(monkeypatch, capsys):
-    class Ended(BaseException):
-        pass
-
-    def leave(code):
-        raise Ended(code)
-
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(os, "_exit", leave)
-    with pytest.raises(Ended, match="1"):
+def test_an_unforeseen_error_ends_one_of_several_at_once(ends, capsys):
+    with pytest.raises(Left, match="1"):
         distributed.run(lambda: 1 // 0)
     assert "ZeroDivisionError" in capsys.readouterr().err
 
