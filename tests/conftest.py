@@ -23,6 +23,10 @@ from cifar_flax.train import Trainer
 REPOSITORY = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser):
+    parser.addoption("--reduced", action="store_true", help="the longest of the slow tests at a part of their size")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
     """Tests that build the same program share its compilation."""

@@ -231,13 +231,17 @@ def test_the_quickstart_is_as_good_and_as_fast_as_promised(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not list(PREPARED.glob("cifar10/*")), reason="needs CIFAR-10 as TFDS prepares it, in TFDS_DATA_DIR")
-def test_one_epoch_of_airbench94_learns(tmp_path):
-    """The recipe shortened to 25 steps: Muon, alternating flips, loops on the device, test-time augmentation."""
+def test_one_epoch_of_airbench94_learns(tmp_path, request):
+    """The recipe in 25 steps (10 if reduced): Muon, alternating flips, loops on the device, test-time augmentation."""
+    epochs, steps, tta, floor = 1, 25, "mirror_translate", 0.75  # 79.2 % was measured
+    if request.config.getoption("--reduced"):
+        epochs, steps, tta, floor = 0.4, 10, "none", 0.45  # 53.4 % was measured
+    settings = {"train.epochs": epochs, "train.steps_per_call": 5, "eval.tta": tta, "data.data_dir": PREPARED}
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
     config = str(REPOSITORY / "configs" / "airbench94.py")
-    where = f"--config.data.data_dir={PREPARED}"
-    with start("--config", config, "--config.train.epochs=1", where, "--workdir=run", folder=tmp_path) as process:
+    with start("--config", config, *flags, "--workdir=run", folder=tmp_path) as process:
         _, err = process.communicate(timeout=1800)
     assert process.returncode == 0, err
     result = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert (result["step"], result["tta"]) == (25, "mirror_translate")
-    assert result["accuracy"] >= 0.75  # 79.2 % was measured
+    assert (result["step"], result.get("tta", "none")) == (steps, tta)
+    assert result["accuracy"] >= floor

@@ -200,11 +200,12 @@ def test_pipelines_train_the_same_parameters(tiny_config, tmp_path):
         ({"name": "adam", "eps": 1e-7}, CNNConfig(width=4, hidden=16)),
         ({"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4, "schedule": "linear"}, CNNConfig(width=4, hidden=16)),
         ({"name": "adamw", "clip_norm": 1.0, "accumulate_steps": 2}, CNNConfig(width=4, hidden=16, dtype="bfloat16")),
-        ({"name": "adam"}, ResNetConfig(width=2)),
-        (
+        pytest.param({"name": "adam"}, ResNetConfig(width=2), marks=pytest.mark.slow),
+        pytest.param(
             {"name": "muon", "momentum": 0.6}
             | {group: GroupConfig(learning_rate=0.1, momentum=0.8) for group in GROUPS},
             AirbenchConfig(widths=(4, 8, 8)),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["adam", "sgd", "accumulation in bfloat16", "resnet", "muon"],
