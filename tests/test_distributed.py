@@ -128,7 +128,7 @@ def test_after_an_error_the_main_process_leaves_last(ends, monkeypatch):
     assert main >= max(others) + 3  # seconds, as far apart as processes may find an error
 
 
-def test_an_unforeseen_error_ends_one_of_several_at_once(ends, capsys):
+def test_an_unforeseen_error_ends_one_of_several_too(ends, capsys):
     with pytest.raises(Left, match="1"):
         distributed.run(lambda: 1 // 0)
     assert "ZeroDivisionError" in capsys.readouterr().err
