@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import io
 import sys
 
-from cifar_flax import cli, compilation, distributed
+from cifar_flax import cli, compilation, distributed, lifecycle
 from cifar_flax.errors import UserError
 from cifar_flax.evaluate import evaluate
 from cifar_flax.train import train
@@ -23,13 +23,16 @@ def main() -> int:
     try:
         command = cli.parse(sys.argv[1:], tuple(MODES))
         distributed.start(command.config.parallel)
-        MODES[command.mode](command.config, command.workdir)
+        with lifecycle.signals_end_the_process():
+            MODES[command.mode](command.config, command.workdir)
     except UserError as error:
         return _fail(f"error: {error}", error.exit_code)
     except OSError as error:  # a full disk, a folder that may not be written to
         return _fail(f"error: {error}", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; a training run goes on from its newest checkpoint", 130)
+    except lifecycle.Stopped as stopped:
+        return _fail(str(stopped), stopped.exit_code)
+    except KeyboardInterrupt:  # before the run has begun
+        return _fail("interrupted", 130)
     except Exception as error:
         lost = distributed.lost_peer(error)
         if lost is None:

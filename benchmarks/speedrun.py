@@ -38,10 +38,10 @@ from cifar_flax.data import sources
 from cifar_flax.data.augment import VIEWS
 from cifar_flax.errors import ConfigError, UserError, require
 from cifar_flax.evaluate import final_evaluator
+from cifar_flax.files import write_json
 from cifar_flax.imports import installed
 from cifar_flax.loop import run_calls
 from cifar_flax.train import Trainer
-from cifar_flax.writers import write_json
 
 RESULTS = Path(__file__).parent / "results"
 # config -> its original in a checkout of airbench

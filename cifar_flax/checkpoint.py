@@ -1,8 +1,17 @@
-"""Checkpoints on disk. The only file that imports Orbax."""
+"""Checkpoints on disk. The only file that imports Orbax.
 
-import json
+Layout: `checkpoints/<step>/state/` is Orbax's, `checkpoints/<step>/record.json` holds all else, the SHA-256 sums of
+Orbax's files and one of itself. A folder appears under its number when it is complete, by one rename. Other names:
+`<step>.unfinished` is a save at work or what a killed one left, `<step>.damaged` is not what had been saved.
+"""
+
+import contextlib
 import logging
-from collections.abc import Mapping
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,145 +20,269 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cifar_flax import distributed
+from cifar_flax import distributed, files
 from cifar_flax.errors import UserError, require
-from cifar_flax.state import TrainState
+from cifar_flax.state import TrainState, all_finite
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every step of every save, and of its failures twice
+
+_RECORD = "record.json"
+_STATE = "state"
+_FORMAT = 1
+
+Record = dict[str, Any]  # what lies beside the state
 
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
     every_epochs: int = 1  # epochs between checkpoints; the last step always has one
     keep: int = 2  # the newest so many stay on disk
-    keep_best: bool = False  # the one with the highest validation accuracy stays too
+    keep_best: int = 0  # and so many with the highest validation accuracy
 
     def validate(self) -> None:
         for field in ("every_epochs", "keep"):
             require(getattr(self, field) >= 1, f"checkpoint.{field}", getattr(self, field), "must be at least 1")
+        require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "must be at least 0")
+
+
+def kept(accuracies: Mapping[int, float | None], newest: int, best: int) -> set[int]:
+    """Which of the steps stay: the last `newest`, and the `best` of highest accuracy; later ones where it is equal.
+
+    Steps without an accuracy, or with NaN, are among the best of nothing.
+    """
+    steps = sorted(accuracies)
+    judged = [(value, step) for step, value in accuracies.items() if value is not None and not math.isnan(value)]
+    return {*steps[-newest:], *(step for _, step in sorted(judged, reverse=True)[:best])}
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: the state as nested dicts of arrays, `metadata` as JSON."""
+    """The checkpoints of one workdir: the state as nested dicts of arrays, and what `save` is told with it."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, read_only: bool = False):
-        policies = ocp.checkpoint_managers
-        keep = [policies.LatestN(config.keep)]
-        best_fn = None
-        if config.keep_best:
-            best_fn = _accuracy
-            # Alone, BestN could delete the newest checkpoint, from which a run resumes.
-            keep.append(policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False))
-        self._folder = folder
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                best_fn=best_fn,
-                create=not read_only,
-                read_only=read_only,
-                single_host_load_and_broadcast=True,  # hosts may see a new folder later than the one that made it
-            ),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()},
-        )
+        self._folder = folder.absolute()
+        self._config = config
+        self._orbax = ocp.StandardCheckpointer()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._restored = 0  # the step of the checkpoint that the run goes on from
+        self.blocked_seconds = 0.0  # for which `save` has kept its caller
+        if not read_only and distributed.is_main():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left in self._folder.glob("*.unfinished"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Closes; but not after an error in one of several processes, whose save waits for others that may be gone."""
-        if kind is None or jax.process_count() == 1:
+        if kind is None:
             self.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(UserError):  # the first error is the one to tell
+                self.close()
 
     def close(self) -> None:
-        """Waits for the save in the background."""
-        self._manager.close()
+        """Waits for the save in the background; raises what it raised."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def save(self, state: TrainState, content: Record, accuracy: float | None = None) -> None:
+        """Saves `state` and `content` (of JSON) in the background; returns when the state may be changed.
+
+        `accuracy` is the validation split's, None where there is none.
+
+        Raises `UserError` where the state is not finite, and for a save before this one that has failed.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        step = int(jax.device_get(state.step))
+        if not jax.device_get(jax.jit(all_finite)(state)):
+            raise UserError(f"the state after step {step} is not finite: training has diverged; it is not saved")
+        arrays = _flatten(state)
+        shapes = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
+        record = {"format": _FORMAT, "step": step, "accuracy": accuracy, "arrays": shapes, **content}
+        with self._errors(step):
+            if step == self._restored:  # the state is there, and the same to the bit
+                if distributed.is_main():
+                    sums = self.record(step)["sha256"]
+                    files.write_sealed(self._path(step) / _RECORD, record | {"sha256": sums})
+            else:
+                unfinished = self._path(f"{step}.unfinished")
+                if distributed.is_main():
+                    unfinished.mkdir()
+                self._orbax.save(unfinished / _STATE, unflatten_dict(arrays, sep="/"))
+                self._saving = step, self._thread.submit(self._finish, unfinished, record)
+        self.blocked_seconds += time.perf_counter() - begin
+
+    def _finish(self, unfinished: Path, record: Record) -> None:
+        """The part of `save` in the background: a complete checkpoint gets its name, others may go."""
+        try:
+            self._orbax.wait_until_finished()
+            if not distributed.is_main():
+                return
+            files.write_sealed(unfinished / _RECORD, record | {"sha256": files.checksums(unfinished / _STATE)})
+            unfinished.rename(self._path(record["step"]))
+            files.sync_folder(self._folder)
+        except BaseException:
+            if distributed.is_main():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        accuracies = {step: self._accuracy(step) for step in self.steps()}
+        for step in accuracies.keys() - kept(accuracies, self._config.keep, self._config.keep_best):
+            files.remove_folder(self._path(step), self._path(f"{step}.unfinished"))
+
+    def check(self) -> None:
+        """Raises `UserError` if a save in the background has failed."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk; raises `UserError` if it cannot be."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with self._errors(saving[0]):
+                saving[1].result()
+
+    @contextlib.contextmanager
+    def _errors(self, step: int) -> Iterator[None]:
+        """Turns what goes wrong in saving into one message."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if lost := distributed.lost_peer(error):
+                raise lost from error
+            newest = max(self.steps(), default=None)
+            left = "there is no other" if newest is None else f"the newest there is of step {newest}"
+            what = f"the checkpoint of step {step} could not be saved in {self._folder}"
+            raise UserError(f"{what}; {left} ({_one_line(error)})") from error
+
+    def steps(self) -> list[int]:
+        """Those that have a checkpoint, intact or not, in order."""
+        return saved_steps(self._folder)
 
     def newest_step(self) -> int | None:
-        return _plain(self._manager.latest_step())
+        return distributed.from_main(max(self.steps(), default=0)) or None
 
     def best_step(self) -> int | None:
         """The step of the highest validation accuracy among those on disk."""
-        return _plain(self._manager.best_step())
+        accuracies = {step: self._accuracy(step) for step in self.steps()}
+        accuracies = {step: value for step, value in accuracies.items() if value is not None}
+        return distributed.from_main(max(kept(accuracies, 0, 1), default=0)) or None
 
-    def save(self, state: TrainState, metadata: Mapping[str, Any], accuracy: float | None) -> None:
-        """Saves in the background. `accuracy` is the validation split's, None where there is none."""
-        step = int(state.step)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(unflatten_dict(_flatten(state), sep="/")),
-            metadata=ocp.args.JsonSave(dict(metadata)),
-        )
-        metrics = None if accuracy is None else {"accuracy": accuracy}
-        # force: Orbax would pass over a step that is not above the newest without a word.
-        self._manager.save(step, args=items, metrics=metrics, force=True)
+    def record(self, step: int) -> Record:
+        """What lies beside the state of `step`; raises `UserError` if it cannot be read."""
+        return read_record(self._folder, step)
 
-    def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `metadata`; raises `UserError` if it cannot be read."""
-        return _read_metadata(self._folder, step)
+    def restore_newest(self, template: TrainState) -> tuple[TrainState, Record] | None:
+        """State and record of the newest checkpoint that is as it was saved; None where none has ever been.
+
+        Those that are not are set aside, with a line that says why.
+
+        Raises `UserError` where there are some, but none intact, and where the state does not fit `template`.
+        """
+        step = distributed.from_main(self._newest_intact() if distributed.is_main() else 0)
+        if step < 0:
+            raise UserError(
+                f"{self._folder}: none of its checkpoints is as it was saved; to start anew, choose another --workdir"
+            )
+        if not step:
+            return None
+        self._restored = step
+        if distributed.is_main():
+            self._remove_old()  # a killed run may not have come to it
+        return self.restore(step, template), self.record(step)
+
+    def _newest_intact(self) -> int:
+        """0 where there is no checkpoint at all, -1 where none is intact."""
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                files.require_checksums(self._path(step) / _STATE, self.record(step)["sha256"])
+            except UserError as error:
+                damaged[step] = str(error.__cause__)
+            except (OSError, ValueError) as error:
+                damaged[step] = str(error)
+            else:
+                for other, why in damaged.items():  # only now: where all are, a second start must see that too
+                    aside = self._path(f"{other}.damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    self._path(other).rename(aside)
+                    distributed.say(
+                        f"the checkpoint of step {other} is damaged ({why}), now {aside.name}; using {step}"
+                    )
+                return step
+        for step, why in damaged.items():
+            distributed.say(f"the checkpoint of step {step} is damaged ({why})")
+        return -1 if damaged else 0
 
     def restore(self, step: int, template: TrainState) -> TrainState:
         """The state saved at `step`, with the structure, the shapes and the devices of `template`.
 
-        Raises `UserError` if it has another structure or cannot be read.
+        Raises `UserError` if it has another structure or is not as it was saved.
         """
-        wanted = _flatten(template)
-        try:
-            saved = flatten_dict(self._manager.item_metadata(step)["state"].tree, sep="/")
-        except Exception as error:
-            raise _unreadable(self._folder, step, error) from error
+        record, wanted = self.record(step), _flatten(template)
         # Orbax would load a part of a state that does not fit.
-        for name in sorted(wanted.keys() | saved.keys()):
-            ours, theirs = (
-                f"{tree[name].shape} {tree[name].dtype}" if name in tree else "absent" for tree in (wanted, saved)
-            )
+        for name in sorted(wanted.keys() | record["arrays"].keys()):
+            ours = f"{wanted[name].shape} {wanted[name].dtype}" if name in wanted else "absent"
+            theirs = record["arrays"].get(name, "absent")
             if ours != theirs:
-                raise UserError(
-                    f"{self._folder}/{step} does not fit this run: {name} is {theirs} there and {ours} here"
-                )
+                raise UserError(f"{self._path(step)} does not fit this run: {name} is {theirs} there and {ours} here")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(unflatten_dict(abstract, sep="/")))
-            restored = flatten_dict(self._manager.restore(step, args=args)["state"], sep="/")
+            files.require_checksums(self._path(step) / _STATE, record["sha256"])
+            restored = self._orbax.restore(self._path(step) / _STATE, unflatten_dict(abstract, sep="/"))
         except Exception as error:
             raise _unreadable(self._folder, step, error) from error
-        return jax.tree.unflatten(jax.tree.structure(template), [restored[name] for name in wanted])
+        arrays = flatten_dict(restored, sep="/")
+        return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
 
-    def wait(self) -> None:
-        """Returns when everything saved is on disk; raises what the background save raised."""
-        self._manager.wait_until_finished()
+    def _accuracy(self, step: int) -> float | None:
+        try:
+            return self.record(step)["accuracy"]
+        except UserError:  # a damaged one is the best of nothing
+            return None
+
+    def _path(self, name: int | str) -> Path:
+        return self._folder / str(name)
 
 
-def newest_metadata(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint's, None where there is none; may be called before `distributed.start`."""
-    steps = ocp.utils.checkpoint_steps(folder)
-    return _read_metadata(folder, max(steps)) if steps else None
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in `folder`; needs neither JAX's devices nor the other processes."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
-def _read_metadata(folder: Path, step: int) -> dict[str, Any]:
-    """From its file: Orbax would make JAX look for devices, which it must not before the processes have joined."""
+def read_record(folder: Path, step: int) -> Record:
+    """What `Checkpoints.save` was told; raises `UserError` if it cannot be read."""
     try:
-        return json.loads((folder / str(step) / "metadata" / "metadata").read_text())
-    except (OSError, ValueError) as error:
+        record = files.read_sealed(folder / str(step) / _RECORD)
+        if record["format"] != _FORMAT or record["step"] != step:
+            raise ValueError(f"{_RECORD} is of step {record['step']} and format {record['format']}")
+        return record
+    except (OSError, ValueError, KeyError) as error:
         raise _unreadable(folder, step, error) from error
 
 
 def _unreadable(folder: Path, step: int, error: Exception) -> UserError:
     if lost := distributed.lost_peer(error):
         return lost
-    reason = " ".join(str(error).split())[:200]
     return UserError(
-        f"the checkpoint {folder}/{step} cannot be read ({type(error).__name__}: {reason}); "
+        f"the checkpoint {folder}/{step} cannot be read ({_one_line(error)}); "
         "delete that folder to go on from the one before it"
     )
 
 
-def _plain(step: Any) -> int | None:
-    """What came from another process is NumPy's."""
-    return None if step is None else int(step)
-
-
-def _accuracy(metrics: Mapping[str, float]) -> float:
-    return metrics["accuracy"]
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _flatten(state: TrainState) -> dict[str, jax.Array]:

@@ -10,12 +10,18 @@ from cifar_flax.data import cache
 # anew for each element that needs it: a step of the reference network takes twice as long. This keeps them.
 _CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
+# On a GPU some sums are taken in the order in which threads come to them, and the fastest of several programs is chosen
+# by timing them, at each compilation anew. This has neither. (On a CPU and a TPU programs repeat by themselves.)
+_DETERMINISTIC_GPU_OPTIONS = {"xla_gpu_deterministic_ops": True}
+
 _FOLDER = "jax_compilation_cache_dir"
 
 
-def options(platform: str) -> dict[str, Any]:
+def options(platform: str, *, deterministic: bool = False) -> dict[str, Any]:
     """`compiler_options` for `jax.jit` of a training or evaluation step."""
-    return _CPU_OPTIONS if platform == "cpu" else {}
+    if platform == "cpu":
+        return _CPU_OPTIONS
+    return _DETERMINISTIC_GPU_OPTIONS if platform in ("gpu", "cuda") and deterministic else {}
 
 
 def keep_programs() -> None:

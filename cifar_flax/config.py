@@ -58,6 +58,9 @@ class EvalConfig:
 @dataclass(slots=True, kw_only=True)
 class Config:
     seed: int = 0  # of the initial weights, the order of the examples and every random bit
+    deterministic: bool = False  # on a GPU: only operations that repeat to the bit, without autotuning; slower
+    on_nonfinite: str = "stop"  # what a loss or gradient that is not finite does: stop | skip (leave that step out)
+    max_skipped: int = 10  # steps left out in a row that stop the run all the same
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: models.ModelConfig = field(default_factory=models.CNNConfig)
@@ -73,6 +76,8 @@ class Config:
         for path, value, kind in _fields(self):
             _check_type(path, value, kind)
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+        require(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "must be stop or skip")
+        require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "must be at least 1")
         require(
             isinstance(self.model, models.config_class(self.model.name)),
             "model.name",
@@ -101,19 +106,19 @@ class Config:
         require(fits, "train.steps_per_call", per_call, "must be 1 where data.pipeline is not resident")
         held_out, best = self.data.validation_fraction > 0, self.checkpoint.keep_best
         require(
-            held_out or not best,
+            held_out or best == 0,
             "checkpoint.keep_best",
             best,
             "needs data.validation_fraction above 0, so that nothing is chosen on the split that is reported",
         )
         every, often = self.checkpoint.every_epochs, self.eval.every_epochs
-        fits = not best or every % often == 0
+        fits = best == 0 or every % often == 0
         require(fits, "checkpoint.every_epochs", every, f"must be a multiple of eval.every_epochs={often}")
         require(
-            best or self.eval.checkpoint != "best",
+            best > 0 or self.eval.checkpoint != "best",
             "eval.checkpoint",
             self.eval.checkpoint,
-            "needs checkpoint.keep_best",
+            "needs checkpoint.keep_best above 0",
         )
 
 
@@ -126,8 +131,8 @@ def may_override(path: str) -> bool:
     return path in LOCATIONS or path.startswith(("eval.", "parallel."))
 
 
-def mathematics(config: Config) -> dict[str, Any]:
-    """Path -> value of all settings but those that say where things are and run: what makes a run the same run."""
+def shared(config: Config) -> dict[str, Any]:
+    """Path -> value of all settings but those that say where things are and run: what processes of a run agree on."""
     return {
         path: value for path, value, _ in _fields(config) if path not in LOCATIONS and not path.startswith("parallel.")
     }
@@ -146,13 +151,24 @@ def from_dict(values: Any) -> Config:
     return config
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Lines such as "optim.learning_rate: 0.002 -> 0.001" of what `mathematics` gives."""
-    before, after = mathematics(old), mathematics(new)
+# What may change from one start of a run to the next, and no weight tells.
+_HARMLESS = ("train.log_every", "on_nonfinite", "max_skipped")
+
+
+def differences(saved: Config, config: Config) -> list[str]:
+    """Lines such as "model.width: 32 in the checkpoint, 64 in the config" of what would make it another run.
+
+    More epochs than before do not where neither the schedule nor an average asks for their number.
+    """
+    before, now = shared(saved), shared(config)
+    harmless = [path for path in before if path in _HARMLESS or path.startswith(("eval.", "checkpoint."))]
+    timeless = config.optim.schedule == "constant" and config.averaging.name != "lookahead"
+    if timeless and config.train.epochs > saved.train.epochs:
+        harmless.append("train.epochs")
     return [
-        f"{path}: {before.get(path)!r} -> {after.get(path)!r}"
-        for path in before | after
-        if before.get(path) != after.get(path)
+        f"{path}: {before.get(path)!r} in the checkpoint, {now.get(path)!r} in the config"
+        for path in before | now
+        if before.get(path) != now.get(path) and path not in harmless
     ]
 
 

@@ -9,16 +9,18 @@ import socket
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.imports import installed
-from cifar_flax.parallel import ParallelConfig
+from cifar_flax.parallel import Layout, ParallelConfig
 
 # For how many seconds a process that ends with an error waits until all have come to their end. When the main process
 # has gone, which joins them, the others abort at once: it stays longer, until those that can have said what they found.
@@ -44,6 +46,7 @@ def start(config: ParallelConfig) -> None:
         }
     elif config.distributed == "off" or not (config.distributed == "on" or _is_launched()):
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from lifecycle.py
     try:
         jax.distributed.initialize(**settings)
     except ValueError as error:  # nothing that JAX knows has launched this process
@@ -92,6 +95,33 @@ def wait_for_all() -> None:
     """Returns when every process is here."""
     if jax.process_count() > 1:
         multihost_utils.process_allgather(np.zeros(1, np.int32))
+
+
+def from_main(value: int) -> int:
+    """What the main process has as `value`, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+class Agreement:
+    """Lets all processes know of the same call when one of them wants something.
+
+    Each calls it once after every call of the step, with a number that is 0 while it wants nothing. The greatest of
+    them is returned `lag` calls later: until then it has been found, on the devices, behind the steps, and nobody
+    has waited for it.
+    """
+
+    def __init__(self, layout: Layout, lag: int):
+        self._layout, self._lag = layout, lag
+        self._greatest = jax.jit(jnp.max, out_shardings=layout.replicated)
+        self._asked: deque[jax.Array] = deque()
+
+    def __call__(self, wanted: int) -> int:
+        if jax.process_count() == 1:
+            return wanted
+        self._asked.append(self._greatest(self._layout.split(np.full(jax.local_device_count(), wanted, np.int32))))
+        return int(jax.device_get(self._asked.popleft())) if len(self._asked) > self._lag else 0
 
 
 def require_agreement(**values: Any) -> None:

@@ -15,17 +15,18 @@ from jaxtyping import Array, Int32, PyTree
 
 from cifar_flax import averaging, distributed, experiment, metrics, report, steps
 from cifar_flax import config as configs
-from cifar_flax.checkpoint import Checkpoints, newest_metadata
+from cifar_flax.checkpoint import Checkpoints, read_record, saved_steps
 from cifar_flax.config import Config
 from cifar_flax.data import resident, sources
 from cifar_flax.data.batches import Batch, InputTimer, Positions, evaluation_positions, gather, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.experiment import DatasetInfo
+from cifar_flax.files import write_json
 from cifar_flax.imports import installed
 from cifar_flax.parallel import ParallelConfig
 from cifar_flax.state import TrainState
-from cifar_flax.writers import evaluation_table, write_json
+from cifar_flax.writers import evaluation_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,10 @@ class Evaluation:
     summary: dict[str, Any]  # of `metrics.summarize`
     images_per_second: float
     input_wait_fraction: float
+
+
+class _Stopping(Exception):
+    pass
 
 
 class Evaluator:
@@ -69,21 +74,30 @@ class Evaluator:
         arguments = (self._weights(state), inputs, *self._resident)
         self._compiled = [self._layout.compile(on_inputs(step), *arguments) for step in self._steps]
 
-    def __call__(self, state: TrainState) -> Evaluation:
-        """Raises `UserError` where the loss is not finite: the network gives no answer worth a number."""
+    def __call__(self, state: TrainState, stopping: Callable[[], int] = lambda: 0) -> Evaluation | None:
+        """None where `stopping`, which is asked before each batch, has ended it.
+
+        Raises `UserError` where the loss is not finite: the network gives no answer worth a number.
+        """
         if not self._compiled:
             self.compile(state)
+        try:
+            return self._evaluate(state, stopping)
+        except _Stopping:
+            return None
+
+    def _evaluate(self, state: TrainState, stopping: Callable[[], int]) -> Evaluation:
         weights, examples = self._weights(state), self._examples
         *sure_step, eval_step = self._compiled
         start, waited = time.perf_counter(), 0.0
         total: metrics.Sums | None = None
         for step in sure_step:
             inputs = InputTimer(to_device(self._inputs(examples), self._layout.split))
-            sums, unsure = zip(*self._outputs(step, weights, inputs), strict=True)
+            sums, unsure = zip(*self._outputs(step, weights, inputs, stopping), strict=True)
             total = functools.reduce(metrics.add, sums, total)
             examples, waited = examples[np.flatnonzero(np.concatenate(unsure))], inputs.seconds
         inputs = InputTimer(to_device(self._inputs(examples), self._layout.split))
-        total = functools.reduce(metrics.add, self._outputs(eval_step, weights, inputs), total)
+        total = functools.reduce(metrics.add, self._outputs(eval_step, weights, inputs, stopping), total)
         assert total is not None
         summary = metrics.summarize(total, self._arrays.class_names)
         if not math.isfinite(summary["loss"]):
@@ -105,10 +119,18 @@ class Evaluator:
             positions = jax.tree.map(operator.itemgetter(rows), whole)
             yield positions if self._resident else gather(self._arrays.images, self._arrays.labels, positions)
 
-    def _outputs(self, step: Callable[..., Any], weights: PyTree, inputs: Iterable[Batch | Positions]) -> Iterator[Any]:
+    def _outputs(
+        self,
+        step: Callable[..., Any],
+        weights: PyTree,
+        inputs: Iterable[Batch | Positions],
+        stopping: Callable[[], int],
+    ) -> Iterator[Any]:
         """What `step` gives for each batch, read while the device works on the next."""
         before = None
         for batch in inputs:
+            if stopping():
+                raise _Stopping
             outputs = step(weights, batch, *self._resident)
             if before is not None:
                 yield jax.device_get(before)
@@ -159,10 +181,11 @@ def saved_config(workdir: Path) -> Config:
     But for `parallel`: an evaluation takes place where it is started. It may be of several processes, so nothing here
     makes JAX look for devices.
     """
-    metadata = newest_metadata(_checkpoint_folder(workdir))
-    if metadata is None:
+    folder = _checkpoint_folder(workdir)
+    steps = saved_steps(folder)
+    if not steps:
         raise _no_checkpoint(workdir)
-    config = configs.from_dict(metadata["config"])
+    config = configs.from_dict(read_record(folder, steps[-1])["config"])
     config.parallel = ParallelConfig()
     return config
 
@@ -178,7 +201,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
             if best is None:
                 raise UserError(f"--workdir={str(workdir)!r}: none of its checkpoints has a validation accuracy")
             step = best
-        info = DatasetInfo.from_dict(checkpoints.metadata(step)["dataset"])
+        info = DatasetInfo.from_dict(checkpoints.record(step)["dataset"])
         arrays = sources.load(config.data, config.data.eval_split)
         info.check(arrays)
         task, init = experiment.build(config, info)
@@ -187,7 +210,9 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     if config.eval.tta != "none":
         result |= {"tta": config.eval.tta, "tta_below": config.eval.tta_below}
     arrays = resident.put(arrays, task.layout) if config.data.pipeline == "resident" else arrays
-    result |= final_evaluator(config, task, arrays)(state).summary
+    evaluation = final_evaluator(config, task, arrays)(state)
+    assert evaluation is not None
+    result |= evaluation.summary
     write_result(workdir, result)
     return result
 

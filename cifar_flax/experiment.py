@@ -87,8 +87,8 @@ def build(
     Raises `ConfigError` where the config does not fit the data or the devices, `UserError` where processes of one run
     disagree on config or data.
     """
-    layout, sync_batchnorm = make_layout(config.parallel, devices), config.train.sync_batchnorm
-    distributed.require_agreement(config=configs.mathematics(config), backend=layout.backend, data=info.to_dict())
+    layout, sync_batchnorm = make_layout(config.parallel, devices, config.deterministic), config.train.sync_batchnorm
+    distributed.require_agreement(config=configs.shared(config), backend=layout.backend, data=info.to_dict())
     fits = sync_batchnorm or layout.backend != "jit" or layout.num_devices == 1
     allowed = "must be True where parallel.backend is jit, which knows the whole batch only"
     require(fits, "train.sync_batchnorm", sync_batchnorm, allowed)
@@ -125,6 +125,7 @@ def build(
         total_steps=steps,
         layout=layout,
         sync_batchnorm=sync_batchnorm,
+        skip_nonfinite=config.on_nonfinite == "skip",
     )
 
     @functools.partial(jax.jit, out_shardings=layout.replicated)

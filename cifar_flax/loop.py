@@ -1,14 +1,16 @@
 """The loop that runs compiled calls, each of one training step or many."""
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from cifar_flax.data.batches import Batch, InputTimer, Positions
+from cifar_flax.errors import UserError
 from cifar_flax.state import TrainState
 
 # A call's metrics are read when this many later calls have been given to the device, so it never waits for the host.
@@ -25,19 +27,24 @@ def run_calls(
     inputs: Iterator[Inputs],
     calls: range,
     read: Callable[[int, Values], None],
+    stopping: Callable[[], int] = lambda: 0,
+    lag: int = READ_LAG,
 ) -> TrainState:
     """Runs the calls, each given as the number of steps done after it, and calls `read` with it and its metrics.
 
-    They are read `READ_LAG` calls late, the last ones when there is nothing more to run.
+    They are read `lag` calls late, the last ones when there is nothing more to run, or when `stopping`, which is asked
+    before each call, says so.
 
     Nothing but inputs and metrics crosses between host and device: the transfer guard stops what does by accident.
     """
     in_flight: deque[tuple[int, Values]] = deque()
     with jax.transfer_guard("disallow"):
         for step in calls:
+            if stopping():
+                break
             state, values = train_call(state, next(inputs))
             in_flight.append((step, values))
-            if len(in_flight) > READ_LAG:
+            if len(in_flight) > lag:
                 read(*in_flight.popleft())
         while in_flight:
             read(*in_flight.popleft())
@@ -45,29 +52,79 @@ def run_calls(
 
 
 class Interval:
-    """Means and rates of the steps since the last line of the log."""
+    """Means and rates of the steps since the last line of the log.
 
-    def __init__(self, inputs: InputTimer):
-        self._inputs = inputs
-        self.open()
+    `blocked` says for how many seconds in all the loop has waited for checkpoints. `values` are those of steps that an
+    earlier start of the run has done since that line: they count in the means, not in the rates.
+    """
 
-    def open(self) -> None:
-        self._values: list[Values] = []
-        self._begin, self._waited = time.perf_counter(), self._inputs.seconds
+    def __init__(self, inputs: InputTimer, blocked: Callable[[], float], values: Mapping[str, list[Any]]):
+        self._inputs, self._blocked = inputs, blocked
+        self._values = [{name: np.asarray(column) for name, column in values.items()}] if values else []
+        self._blocked_before = 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """The clock starts: what the loop has done besides training does not count."""
+        self._begin, self._waited, self._timed = time.perf_counter(), self._inputs.seconds, 0
 
     def add(self, values: Values) -> None:
         self._values.append(values)
+        self._timed += len(values["loss"])
+
+    def values(self) -> dict[str, list[Any]]:
+        """Those of the steps added, exact in JSON; empty where there are none."""
+        return {name: column.tolist() for name, column in self._columns().items()} if self._values else {}
 
     def close(self, batch_size: int) -> dict[str, Any]:
-        """The means over the steps added; opens the next interval."""
+        """The means over the steps added but for those that were skipped; opens the next interval."""
         seconds = time.perf_counter() - self._begin
-        values = {name: np.concatenate([some[name] for some in self._values]) for name in self._values[0]}
+        values, blocked = self._columns(), self._blocked()
+        taken = values["finite"].astype(bool)
         figures = {
-            "loss": float(values["loss"].mean(dtype=np.float64)),
-            "accuracy": float(values["accuracy"].mean(dtype=np.float64)),
+            "loss": _mean(values["loss"][taken]),
+            "accuracy": _mean(values["accuracy"][taken]),
             "learning_rate": float(values["learning_rate"][-1]),
-            "images_per_second": len(values["loss"]) * batch_size / seconds,
+            "skipped_steps": int(np.sum(~taken)),
+            "images_per_second": self._timed * batch_size / seconds,
             "input_wait_fraction": (self._inputs.seconds - self._waited) / seconds,
+            "checkpoint_blocked_seconds": blocked - self._blocked_before,
         }
-        self.open()
+        self._values, self._blocked_before = [], blocked
+        self.resume()
         return figures
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([some[name] for some in self._values]) for name in self._values[0]}
+
+
+def _mean(column: np.ndarray) -> float | None:
+    return float(column.astype(np.float64).mean()) if len(column) else None
+
+
+class Divergence:
+    """Ends a run whose loss or gradient is not finite, unless such steps are skipped and there are not too many."""
+
+    def __init__(self, max_skipped: int, loss: float | None = None, skipped: int = 0):
+        """`max_skipped` is 0 where none is; `loss` is the last that was finite, `skipped` the steps since."""
+        self._max_skipped, self.loss, self.skipped = max_skipped, loss, skipped
+
+    def check(self, first_step: int, values: Values) -> None:
+        """Raises `UserError` at the first step that ends the run, of those whose `values` these are."""
+        for step, loss in enumerate(values["loss"].tolist(), start=first_step):
+            if values["finite"][step - first_step]:
+                self.loss, self.skipped = loss, 0
+                continue
+            self.skipped += 1
+            if self.skipped >= self._max_skipped:
+                rate = values["learning_rate"][step - first_step]
+                what = f"the loss of step {step} is {loss}"
+                if math.isfinite(loss):
+                    what = f"the gradient of step {step} is not finite (its loss is {loss:.6g})"
+                before = "" if self.loss is None else f", {self.loss:.6g} before"
+                many = f"; it is the last of {self.skipped} skipped in a row" if self._max_skipped else ""
+                skip = "" if self._max_skipped else "on_nonfinite=skip leaves such steps out; "
+                raise UserError(
+                    f"{what} at a learning rate of {rate:g}{before}{many}; nothing of it is saved; {skip}"
+                    "a lower optim.learning_rate or optim.clip_norm, in another --workdir, may keep it finite"
+                )

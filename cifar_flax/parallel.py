@@ -58,6 +58,7 @@ class Layout:
 
     backend: str  # jit | shard_map | pmap
     mesh: Mesh
+    deterministic: bool = False  # whether programs use only operations that repeat to the bit
 
     @property
     def axis_name(self) -> str | None:
@@ -137,10 +138,13 @@ class Layout:
     ) -> jax.stages.Compiled:
         """`spread`, compiled for arguments like these, so that no rate counts the compilation."""
         spread = self.spread(step, shared=len(shared), batch_axis=batch_axis, donate=donate)
-        return spread.lower(state, inputs, *shared).compile(compiler_options=compilation.options(self.platform))
+        options = compilation.options(self.platform, deterministic=self.deterministic)
+        return spread.lower(state, inputs, *shared).compile(compiler_options=options)
 
 
-def make_layout(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+def make_layout(
+    config: ParallelConfig, devices: Sequence[jax.Device] | None = None, deterministic: bool = False
+) -> Layout:
     """The layout on `devices`, by default all there are.
 
     Raises `ConfigError` for pmap over several processes, `UserError` where they have not as many devices each.
@@ -154,4 +158,4 @@ def make_layout(config: ParallelConfig, devices: Sequence[jax.Device] | None = N
     require(backend != "pmap" or len(counts) == 1, "parallel.backend", backend, allowed)
     if len(set(counts.values())) > 1:
         raise UserError(f"each process must have as many devices; they have {', '.join(map(str, counts.values()))}")
-    return Layout(backend, Mesh(np.array(row), (AXIS,), axis_types=(AxisType.Auto,)))
+    return Layout(backend, Mesh(np.array(row), (AXIS,), axis_types=(AxisType.Auto,)), deterministic)

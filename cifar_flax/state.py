@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32, Key, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
 from cifar_flax import averaging, models
 from cifar_flax.averaging import AveragingConfig
@@ -22,6 +22,12 @@ class TrainState(NamedTuple):
     batch_stats: PyTree
     opt_state: PyTree
     average: PyTree  # of params and batch_stats, as averaging.py keeps it
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether no array of floating point in `tree` has an infinity or a NaN."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:

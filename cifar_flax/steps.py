@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, Shaped, UInt8
 
 from cifar_flax import averaging, metrics
 from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data.augment import VIEWS, AugmentConfig, augment, cutout, normalize, views
 from cifar_flax.data.batches import Batch, Positions, gather
 from cifar_flax.parallel import Layout
-from cifar_flax.state import TrainState, root_keys
+from cifar_flax.state import TrainState, all_finite, root_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,7 @@ class Task:
     total_steps: int
     layout: Layout
     sync_batchnorm: bool  # whether BatchNorm sees the batch of all devices
+    skip_nonfinite: bool = False  # whether a step that is not finite changes nothing but the number of steps
 
 
 def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array, " batch"]) -> Key[Array, " batch"]:
@@ -46,11 +47,12 @@ def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array,
     return jax.vmap(lambda e, i: jax.random.fold_in(jax.random.fold_in(root, e), i))(epoch, index)
 
 
-def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Shaped[Array, ""]]]:
     """One step of gradient descent.
 
     Returns the new state and, over the whole batch as the network saw it (augmented, with dropout): the mean `loss`
-    (with label smoothing), the `accuracy`, and the `learning_rate` of the step.
+    (with label smoothing), the `accuracy`, the `learning_rate` of the step, and whether loss and gradient are `finite`;
+    with `task.skip_nonfinite`, whether the state that they lead to is, too.
     """
     axis_name = task.layout.axis_name
     keys, dropout_keys = _keys(state, batch, batch.epoch)
@@ -85,8 +87,12 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     new_state = TrainState(
         step=step, seed=state.seed, params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
     )
+    finite = all_finite((loss, grads))
+    if task.skip_nonfinite:
+        finite &= all_finite(new_state)
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state._replace(step=step))
     learning_rate = jnp.asarray(task.schedule(state.step), jnp.float32)
-    return new_state, {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
+    return new_state, {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate, "finite": finite}
 
 
 def train_steps(
@@ -95,7 +101,7 @@ def train_steps(
     positions: Positions,
     images: UInt8[Array, "n height width c"],
     labels: Int32[Array, " n"],
-) -> tuple[TrainState, dict[str, Float[Array, " steps"]]]:
+) -> tuple[TrainState, dict[str, Shaped[Array, " steps"]]]:
     """`train_step` for each row of `positions`, gathered from `images` and `labels`, in one loop on the device."""
 
     def step(state: TrainState, row: Positions) -> tuple[TrainState, dict[str, Array]]:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,31 @@ import jax
 import numpy as np
 
 from cifar_flax import config as configs
-from cifar_flax import distributed, evaluate, experiment, models, steps
+from cifar_flax import distributed, evaluate, experiment, lifecycle, models, steps, workdir
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import order, resident, sources
 from cifar_flax.data.batches import GROUP, InputTimer, empty_batch, empty_positions, to_device
-from cifar_flax.errors import ConfigError, UserError, require
+from cifar_flax.errors import UserError, require
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
 from cifar_flax.imports import installed
-from cifar_flax.loop import Inputs, Interval, TrainCall, Values, run_calls
+from cifar_flax.loop import READ_LAG, Divergence, Inputs, Interval, TrainCall, Values, run_calls
 from cifar_flax.state import TrainState
-from cifar_flax.writers import MetricsWriter, Progress, Record, write_json
+from cifar_flax.writers import MetricsWriter, Progress, Record
 
 
-def train(config: Config, workdir: Path) -> None:
-    """Trains to the end, from the newest checkpoint in `workdir` where there is one, then evaluates.
+def train(config: Config, folder: Path) -> None:
+    """Trains to the end, from the newest checkpoint in `folder` where there is one, then evaluates.
 
-    Nothing in `workdir` is touched before config and data have proved fit for each other.
+    Nothing in `folder` is touched before config and data have proved fit for each other.
+
+    Raises `lifecycle.Stopped` where a signal has ended it; what was done is saved.
     """
     trainer = Trainer(config)
-    _open_workdir(workdir, config)
-    trainer.run(workdir)
-    evaluate.evaluate(config, workdir)
+    with workdir.opened(folder, config):
+        trainer.run(folder)
+        evaluate.evaluate(config, folder)
 
 
 class Trainer:
@@ -79,55 +80,20 @@ class Trainer:
             everything = evaluate.all_examples(eval_arrays)
             self.evaluator = Evaluator(self.task, eval_arrays, everything, config.eval.batch_size)
 
-    def run(self, workdir: Path) -> None:
+    def run(self, folder: Path) -> None:
         """Trains from the newest checkpoint, or from the start, to the last step and its checkpoint."""
-        metadata = {"config": configs.to_dict(self.config), "dataset": self.info.to_dict()}
-        with Checkpoints(workdir / "checkpoints", self.config.checkpoint) as checkpoints:
-            state = self.initial_state
-            start = checkpoints.newest_step() or 0
-            if start:
-                self._check_data(checkpoints.metadata(start)["dataset"])
-                state = checkpoints.restore(start, state)
-            if start >= self.total_steps:
-                distributed.say(
-                    f"{workdir} is finished: {start} steps of {self.total_steps}; evaluating its checkpoint"
-                )
+        with Checkpoints(folder / workdir.CHECKPOINTS, self.config.checkpoint) as checkpoints:
+            restored = checkpoints.restore_newest(self.initial_state)
+            state, record = restored or (self.initial_state, {})
+            start = record.get("step", 0)
+            if restored:
+                self._check_data(record["dataset"])
+            if start >= self.total_steps and record["evaluated"]:
+                distributed.say(f"{folder} is finished: {start} steps of {self.total_steps}; evaluating its checkpoint")
                 return
             where = f"resuming at step {start} of {self.total_steps}" if start else f"{self.total_steps} steps"
             distributed.say(f"{self.info.name}: {self.info.num_examples} images, {where}, on {self.layout}")
-            inputs = InputTimer(self.inputs(self.config.seed, start))
-            begin = time.perf_counter()
-            train_call = self.compile(state)
-            distributed.say(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
-            with (
-                closing(MetricsWriter(workdir, start)) as writer,
-                closing(Progress(start=start, total=self.total_steps, epochs=self.config.train.epochs)) as progress,
-            ):
-                interval = Interval(inputs)
-
-                def read(step: int, values: Values) -> None:
-                    values = {name: np.atleast_1d(value) for name, value in jax.device_get(values).items()}
-                    for number, loss in enumerate(values["loss"], start=step + 1 - len(values["loss"])):
-                        if not math.isfinite(loss):
-                            raise UserError(
-                                f"the loss of step {number} is {loss} at a learning rate of "
-                                f"{values['learning_rate'][number - step - 1]:g}; no later checkpoint was saved"
-                            )
-                    interval.add(values)
-                    progress.step(len(values["loss"]))
-                    if step % self.config.train.log_every == 0 or step == stop:
-                        record = self._record(step, "train", interval.close(self.config.train.batch_size))
-                        writer.write(record)
-                        progress.train(record)
-
-                for stop in self._stops(start):
-                    interval.open()
-                    state = run_calls(train_call, state, inputs, self.calls(start, stop), read)
-                    start = stop
-                    accuracy = self._evaluate(state, stop, writer, progress)
-                    if self._is_due(stop, self.config.checkpoint.every_epochs):
-                        checkpoints.save(state, metadata, accuracy if self.monitored_split == "validation" else None)
-                checkpoints.wait()
+            Run(self, folder, checkpoints, state, record).go()
 
     def _check_data(self, saved: dict[str, Any]) -> None:
         """Raises `UserError` unless the run was begun on this very data: positions would mean other examples."""
@@ -136,23 +102,6 @@ class Trainer:
             before, now = getattr(was, field.name), getattr(self.info, field.name)
             if before != now:
                 raise UserError(f"the run was begun on data whose {field.name} is {before}, not {now}")
-
-    def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter, progress: Progress) -> float | None:
-        """Evaluates and records where it is due; returns the accuracy."""
-        if not self._is_due(step, self.config.eval.every_epochs):
-            return None
-        evaluation = self.evaluator(state)
-        figures = {
-            "loss": evaluation.summary["loss"],
-            "accuracy": evaluation.summary["accuracy"],
-            "learning_rate": float(jax.device_get(self.task.schedule(step))),
-            "images_per_second": evaluation.images_per_second,
-            "input_wait_fraction": evaluation.input_wait_fraction,
-        }
-        record = self._record(step, self.monitored_split, figures)
-        writer.write(record)
-        progress.evaluation(record)
-        return figures["accuracy"]
 
     def inputs(self, seed: int, start: int) -> Iterator[Inputs]:
         """What the calls of a run take, from the step `start` on, on the device."""
@@ -194,48 +143,123 @@ class Trainer:
 
     def _check_calls(self) -> None:
         per_call = self.config.train.steps_per_call
-        for stop in self._stops(0) if per_call > 1 else ():
+        for stop in self.stops(1) if per_call > 1 else ():
             allowed = f"must divide the steps done at each evaluation and checkpoint; there is one after {stop}"
             require(stop % per_call == 0, "train.steps_per_call", per_call, allowed)
 
-    def _epoch(self, step: int) -> float:
+    def epoch(self, step: int) -> float:
         batch_size = self.config.train.batch_size
         return step * batch_size / order.epoch_images(self.info.num_examples, batch_size, self.config.data.drop_last)
 
-    def _is_due(self, step: int, every_epochs: int) -> bool:
+    def is_due(self, step: int, every_epochs: int) -> bool:
         """Whether `step` is the last one or the first to complete a multiple of `every_epochs` epochs."""
-        completed = math.floor(self._epoch(step)) // every_epochs
-        return step == self.total_steps or completed > math.floor(self._epoch(step - 1)) // every_epochs
+        completed = math.floor(self.epoch(step)) // every_epochs
+        return step == self.total_steps or completed > math.floor(self.epoch(step - 1)) // every_epochs
 
-    def _stops(self, start: int) -> Iterator[int]:
-        """The steps after `start` at which the loop evaluates or saves."""
+    def stops(self, first: int) -> Iterator[int]:
+        """The steps from `first` on at which the loop evaluates or saves."""
         due = (self.config.eval.every_epochs, self.config.checkpoint.every_epochs)
-        for step in range(start + 1, self.total_steps + 1):
-            if any(self._is_due(step, every) for every in due):
+        for step in range(max(first, 1), self.total_steps + 1):
+            if any(self.is_due(step, every) for every in due):
                 yield step
 
-    def _record(self, step: int, split: str, figures: Record) -> Record:
-        return {"step": step, "epoch": self._epoch(step), "split": split} | figures
 
+class Run:
+    """One start of a training, from the first step or from the state and the `record` of a checkpoint."""
 
-def _open_workdir(workdir: Path, config: Config) -> None:
-    """Makes the workdir, or checks that it belongs to a run of the same config."""
-    field = f"--workdir={str(workdir)!r}"
-    path = workdir / "config.json"
-    try:
-        if distributed.is_main() and not path.exists():
-            if (workdir / "checkpoints").exists():
-                raise UserError(f"{field}: has checkpoints but no config.json; choose another --workdir")
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, configs.to_dict(config))
-        distributed.wait_for_all()
-        if not path.exists():
-            raise UserError(f"{field}: must be one folder for all processes; process 0 has made another")
-        saved = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{field}: its config.json is damaged ({error}); choose another --workdir") from error
-    except OSError as error:
-        raise UserError(f"{field}: cannot be used as a folder: {error.strerror}") from error
-    changed = configs.differences(configs.from_dict(saved), config)
-    if changed:
-        raise ConfigError(f"{field}: holds a run of another config ({'; '.join(changed)}); choose another --workdir")
+    def __init__(self, trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: TrainState, record: Record):
+        self._trainer, self._config, self._folder = trainer, trainer.config, folder
+        self._checkpoints, self._state = checkpoints, state
+        self._step = self._saved = record.get("step", 0)
+        self._evaluated = record.get("evaluated", True)  # whether all that is due after this step is done
+        self._mark = record.get("metrics")  # of metrics.jsonl at this step
+        max_skipped = self._config.max_skipped if self._config.on_nonfinite == "skip" else 0
+        self._divergence = Divergence(max_skipped, record.get("last_loss"), record.get("skipped_in_a_row", 0))
+        self._inputs = InputTimer(trainer.inputs(self._config.seed, self._step))
+        self._interval = Interval(self._inputs, lambda: checkpoints.blocked_seconds, record.get("interval", {}))
+        # A call of many steps is read before the next is begun: a signal never has to wait for two.
+        self._lag = READ_LAG if self._config.train.steps_per_call == 1 else 0
+        self._agreement, self._asked = distributed.Agreement(trainer.layout, self._lag), 0
+
+    def go(self) -> None:
+        """Trains to the end, or until a signal asks it to stop: saves what is done, and raises `lifecycle.Stopped`."""
+        trainer = self._trainer
+        begin = time.perf_counter()
+        train_call = trainer.compile(self._state)
+        distributed.say(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
+        with ExitStack() as stack:
+            self._writer = stack.enter_context(closing(MetricsWriter(self._folder, self._step, self._mark)))
+            progress = Progress(start=self._step, total=trainer.total_steps, epochs=self._config.train.epochs)
+            self._progress = stack.enter_context(closing(progress))
+            self._signal = stack.enter_context(lifecycle.deferred())
+            for stop in trainer.stops(self._step + self._evaluated):
+                self._stop = stop
+                self._interval.resume()
+                calls = trainer.calls(self._step, stop)
+                self._state = run_calls(
+                    train_call, self._state, self._inputs, calls, self._read, self._stopping, self._lag
+                )
+                if self._step == stop:
+                    self._do_what_is_due()
+                if self._asked:
+                    break
+            if self._asked and self._step != self._saved:
+                self._save()
+            self._checkpoints.wait()
+            if self._asked:
+                distributed.say(f"saved step {self._step} of {trainer.total_steps}")
+                raise lifecycle.Stopped(self._asked)
+
+    def _stopping(self) -> int:
+        """The number of the signal that has asked one of the processes to stop, or 0."""
+        self._asked = self._asked or self._agreement(self._signal())
+        return self._asked
+
+    def _read(self, step: int, values: Values) -> None:
+        """Takes in the metrics of the call that ends with `step`."""
+        values = {name: np.atleast_1d(value) for name, value in jax.device_get(values).items()}
+        self._checkpoints.check()
+        self._divergence.check(step + 1 - len(values["loss"]), values)
+        self._interval.add(values)
+        self._progress.step(len(values["loss"]))
+        self._step = step
+        if step % self._config.train.log_every == 0 or step == self._stop:
+            self._progress.train(self._log("train", self._interval.close(self._config.train.batch_size)))
+
+    def _do_what_is_due(self) -> None:
+        """Evaluates and saves, unless it is asked to stop meanwhile."""
+        trainer, accuracy = self._trainer, None
+        if trainer.is_due(self._step, self._config.eval.every_epochs):
+            evaluation = trainer.evaluator(self._state, self._stopping)
+            self._evaluated = evaluation is not None
+            if evaluation is None:
+                return
+            figures = {
+                "loss": evaluation.summary["loss"],
+                "accuracy": evaluation.summary["accuracy"],
+                "learning_rate": float(jax.device_get(trainer.task.schedule(self._step))),
+                "images_per_second": evaluation.images_per_second,
+                "input_wait_fraction": evaluation.input_wait_fraction,
+            }
+            self._progress.evaluation(self._log(trainer.monitored_split, figures))
+            accuracy = figures["accuracy"] if trainer.monitored_split == "validation" else None
+        if trainer.is_due(self._step, self._config.checkpoint.every_epochs):
+            self._save(accuracy)
+
+    def _log(self, split: str, figures: Record) -> Record:
+        record = {"step": self._step, "epoch": self._trainer.epoch(self._step), "split": split} | figures
+        self._writer.write(record)
+        return record
+
+    def _save(self, accuracy: float | None = None) -> None:
+        content = {
+            "config": configs.to_dict(self._config),
+            "dataset": self._trainer.info.to_dict(),
+            "evaluated": self._evaluated,
+            "metrics": self._writer.mark(),
+            "interval": self._interval.values(),
+            "last_loss": self._divergence.loss,
+            "skipped_in_a_row": self._divergence.skipped,
+        }
+        self._checkpoints.save(self._state, content, accuracy)
+        self._saved = self._step

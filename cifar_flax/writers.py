@@ -1,14 +1,16 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar or plain lines, tables."""
 
+import hashlib
 import json
+import math
 import os
 import sys
-import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar_flax import distributed
+from cifar_flax import distributed, files
 from cifar_flax.imports import without
 
 # Training does without these where they are not installed.
@@ -18,43 +20,38 @@ except ImportError:
     tqdm = None
 try:
     with without("torch"):  # seconds, and hundreds of megabytes, for tensors that are never met here
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 except ImportError:
-    SummaryWriter = None
+    EventsWriter = None
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` at once, so that no reader and no crash sees half of it."""
-    _replace(path, json.dumps(value, indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)  # temporary files are closed to others
-    os.replace(file.name, path)
-
-
 class MetricsWriter:
-    """Appends records to metrics.jsonl and to TensorBoard's event files; in the main process alone."""
+    """Appends records to metrics.jsonl and to TensorBoard's event files; in the main process alone.
 
-    def __init__(self, workdir: Path, start_step: int):
-        """Continues at `start_step`: what an interrupted run wrote of later steps is dropped, as they come again."""
+    Raises `OSError` from the call that could not write: tensorboardX's own thread would die of a full disk, and the
+    run would wait for it for ever.
+    """
+
+    def __init__(self, workdir: Path, start_step: int, mark: Mapping[str, Any] | None = None):
+        """Goes on at `start_step`, where `mark` was taken: what was written after it is dropped, as it comes again."""
         self._file = self._events = None
         if not distributed.is_main():
             return
         path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= start_step]
-            _replace(path, "".join(kept))
-        self._file = path.open("a")
-        if SummaryWriter is None:
+        kept = _written_until(path, start_step, mark)
+        self._hash, self._size = hashlib.sha256(kept), len(kept)
+        self._file = path.open("ab")
+        if EventsWriter is None:
             print("no TensorBoard events are written: tensorboardX is not installed")
-        self._events = SummaryWriter and SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+            return
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._add_event(start_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what comes again
+        self._events.flush()
 
     def close(self) -> None:
         if self._file is not None:
@@ -65,19 +62,54 @@ class MetricsWriter:
     def write(self, record: Record) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
+        line = f"{json.dumps(record)}\n".encode()
+        self._file.write(line)
         self._file.flush()
+        self._hash.update(line)
+        self._size += len(line)
+        if self._events is None:
+            return
         for name, value in record.items():
-            if self._events is not None and name not in ("step", "split") and value is not None:
-                self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
+            if name not in ("step", "split") and value is not None:
+                self._add_event(record["step"], summary=scalar(f"{record['split']}/{name}", value))
+        self._events.flush()
+
+    def mark(self) -> Record | None:
+        """What metrics.jsonl is up to here, once that is on the disk; for the checkpoint of this step."""
+        if self._file is None:
+            return None
+        os.fsync(self._file.fileno())
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+
+    def _add_event(self, step: int, **what: Any) -> None:
+        assert self._events is not None
+        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for what a crash left unfinished."""
+def _written_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> bytes:
+    """Leaves of metrics.jsonl what was written up to `mark`; returns that.
+
+    Where that has been changed meanwhile, lines up to `step` stay if they can be read; a line on the screen says so.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    kept = content[: mark["bytes"]] if mark else b""
+    if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
+        lines = content.splitlines(keepends=True)
+        kept = b"".join(line for line in lines if _step_of(line) <= step)
+        lost = len(lines) - kept.count(b"\n")
+        distributed.say(f"{path} is not what the run had written at step {step}: {lost} of {len(lines)} lines dropped")
+    if kept != content:
+        files.replace(path, kept)
+    return kept
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinite for what is none."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if type(step) is int and line.endswith(b"\n") else math.inf
 
 
 class Lines:
@@ -111,20 +143,30 @@ class Progress:
         self._train = record
         self._bar.set_description(f"epoch {record['epoch']:.1f}/{self._epochs:g}", refresh=False)
         rate = f"{record['images_per_second']:,.0f} images/s"
-        self._bar.set_postfix_str(f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.1%}, {rate}")
+        self._bar.set_postfix_str(f"{_training(record)}, {rate}")
 
     def evaluation(self, record: Record) -> None:
         train, step = self._train, record["step"]
-        left = (time.monotonic() - self._begin) * (self._total - step) / (step - self._start)
-        columns = (
+        columns = [
             f"epoch {record['epoch']:.1f}/{self._epochs:g}",
-            f"train loss {train['loss']:.4f} accuracy {train['accuracy']:.2%}",
             f"{record['split']} loss {record['loss']:.4f} accuracy {record['accuracy']:.2%}",
-            f"{train['images_per_second']:,.0f} images/s",
-            f"{train['input_wait_fraction']:.2%} of the time waiting for input",
-            f"{left:.0f} s left",
-        )
+        ]
+        if train:  # not where a run goes on with an evaluation
+            left = (time.monotonic() - self._begin) * (self._total - step) / (step - self._start)
+            columns.insert(1, _training(train))
+            columns += [
+                f"{train['images_per_second']:,.0f} images/s",
+                f"{train['input_wait_fraction']:.2%} of the time waiting for input",
+                f"{left:.0f} s left",
+            ]
         self._bar.write(" | ".join(columns))
+
+
+def _training(record: Record) -> str:
+    skipped = f", {record['skipped_steps']} steps skipped" if record["skipped_steps"] else ""
+    if record["loss"] is None:
+        return f"train{skipped}"
+    return f"train loss {record['loss']:.4f} accuracy {record['accuracy']:.2%}{skipped}"
 
 
 def evaluation_table(result: Record) -> str:

@@ -1,17 +1,16 @@
-"""Decoded arrays on disk: memory-mapped `.npy` files beside a manifest of their SHA-256 sums.
+"""Decoded arrays on disk: memory-mapped `.npy` files beside a manifest of their SHA-256 sums, and of its own.
 
 Layout: `<cache_dir>/<data set>/<version>/<split>/{images.npy, labels.npy, manifest.json}`. A folder appears under its
 name only when it is complete, by one rename, so readers never see half of one.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from cifar_flax import files
 from cifar_flax.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "manifest.json"
 _FILES = ("images.npy", "labels.npy")
 
@@ -53,22 +53,13 @@ def newest_version(cache_dir: Path, name: str) -> str | None:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Here, no other process fills `folder`, of one data set: of those that come together, the first decodes for all.
-
-    The lock is the kernel's: it ends with its process. Where the file system has none, each decodes for itself.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
-    with file:
+    """Here, no other process fills `folder`, of one data set: of those that come together, one decodes for all."""
+    with ExitStack() as stack:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.locked(folder / ".lock", wait=True))
+        except OSError as error:
+            raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
         yield
 
 
@@ -77,12 +68,10 @@ def load(folder: Path) -> Arrays | None:
     if not folder.exists():
         return None
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = files.read_sealed(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']}")
-        for file in _FILES:
-            if _sha256(folder / file) != manifest["sha256"][file]:
-                raise ValueError(f"{file} does not match its checksum")
+        files.require_checksums(folder, {file: manifest["sha256"][file] for file in _FILES})
         class_names, dataset = tuple(manifest["class_names"]), manifest["dataset"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"the data cache {folder} is damaged ({error}); it is built anew", stacklevel=2)
@@ -131,9 +120,9 @@ def store(
             "format": _FORMAT,
             "dataset": dataset,
             "class_names": class_names,
-            "sha256": {file: _sha256(partial / file) for file in _FILES},
+            "sha256": files.checksums(partial),
         }
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        files.write_sealed(partial / _MANIFEST, manifest)
         partial.chmod(0o755)  # mkdtemp's folders are closed to others
         if not folder.exists():  # another process may have been first, with the same bytes
             partial.rename(folder)
@@ -158,12 +147,7 @@ def _remove(folder: Path) -> None:
         if strange:
             raise UserError(f"data.cache_dir: {folder} is not removed: it holds {min(strange)}, which no cache wrote")
         aside = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
-        folder.rename(Path(aside) / folder.name)
+        files.remove_folder(folder, Path(aside) / folder.name)
+        os.rmdir(aside)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot remove {folder}: {error.strerror}") from error
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,119 @@
+"""Files that are whole or not there, and that tell whether they are what was written."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_SEAL = "seal"
+PARTIAL = ".partial"  # what the names of files end with that are being written
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Replaces `path` at once, so that no reader and no crash sees half of it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:  # a full disk
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)  # temporary files are closed to others
+    os.replace(file.name, path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    replace(path, json.dumps(value, indent=1).encode())
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """As `write_json`, with a checksum of `content` inside."""
+    write_json(path, content | {_SEAL: _digest(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` was given; raises `OSError` or `ValueError` where it cannot be read or is something else."""
+    content = read_json(path)
+    if not isinstance(content, dict) or content.pop(_SEAL, None) != _digest(content):
+        raise ValueError(f"{path.name} does not match its checksum")
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """Raises `OSError` or `ValueError` where `path` cannot be read or is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every file in `folder` and below it; raises `OSError`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def require_checksums(folder: Path, sums: dict[str, str]) -> None:
+    """Raises `OSError` or `ValueError` unless all that `checksums` found is there and has not changed."""
+    for name, wanted in sums.items():
+        if _sha256(folder / name) != wanted:
+            raise ValueError(f"{name} does not match its checksum")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the names in `folder` on the disk, should the machine lose its power."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # there is no such thing on this system
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def remove_folder(folder: Path, aside: Path) -> None:
+    """Removes `folder`, which has the name `aside` meanwhile: under its own name nobody finds a part of it."""
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Here, no other process is in such a block of the same `path`, which then tells who is.
+
+    Raises `BlockingIOError` where one is and `wait` is False, `OSError` where `path` cannot be written. The lock is the
+    kernel's: it ends with its process. Where the file system has none, nobody is kept out.
+    """
+    with path.open("a+") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except (ImportError, OSError):
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

@@ -1,0 +1,81 @@
+"""The folder of a run: whose it is, and of which config."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from cifar_flax import config as configs
+from cifar_flax import distributed, files
+from cifar_flax.checkpoint import read_record, saved_steps
+from cifar_flax.config import Config
+from cifar_flax.errors import ConfigError, UserError
+
+CHECKPOINTS = "checkpoints"
+_CONFIG = "config.json"
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def opened(workdir: Path, config: Config) -> Iterator[None]:
+    """Here, no other run writes to `workdir`, which is made if it is not there, and it is one of `config`.
+
+    Raises `UserError` where another run is at work in it or it cannot be used, `ConfigError` where it holds a run of a
+    config that differs in more than what no weight tells.
+    """
+    field = f"--workdir={str(workdir)!r}"
+    with contextlib.ExitStack() as stack:
+        try:
+            if distributed.is_main():
+                workdir.mkdir(parents=True, exist_ok=True)
+                _lock(stack, workdir, field)
+            _check(workdir, config, field)
+            distributed.wait_for_all()
+            if not (workdir / _CONFIG).exists():
+                raise UserError(f"{field}: must be one folder for all processes; process 0 has made another")
+        except OSError as error:
+            raise UserError(f"{field}: cannot be used as a folder: {error.strerror}") from error
+        yield
+
+
+def _lock(stack: contextlib.ExitStack, workdir: Path, field: str) -> None:
+    path = workdir / _LOCK
+    try:
+        stack.enter_context(files.locked(path, wait=False))
+    except BlockingIOError as error:
+        holder = path.read_text(errors="replace") or "another process"
+        raise UserError(f"{field}: {holder} trains there; wait for its end or choose another --workdir") from error
+    for left in workdir.glob(f".*{files.PARTIAL}"):  # what killed runs were writing
+        left.unlink(missing_ok=True)
+
+
+def _check(workdir: Path, config: Config, field: str) -> None:
+    """Raises `ConfigError` unless the run in `workdir`, if there is one, goes on with `config`; notes it there."""
+    path = workdir / _CONFIG
+    saved = _saved(workdir, field)
+    changed = [] if saved is None else configs.differences(saved, config)
+    if changed:
+        raise ConfigError(
+            f"{field}: holds a run of another config ({'; '.join(changed)}); choose another --workdir, or go on with "
+            f"the config in {path}"
+        )
+    if distributed.is_main() and saved != config:
+        files.write_json(path, configs.to_dict(config))
+
+
+def _saved(workdir: Path, field: str) -> Config | None:
+    """The config of the newest checkpoint that tells it, else that in config.json; None where there is neither."""
+    checkpoints = workdir / CHECKPOINTS
+    for step in reversed(saved_steps(checkpoints)):
+        with contextlib.suppress(UserError):  # restoring will say that it is damaged
+            return configs.from_dict(read_record(checkpoints, step)["config"])
+    path = workdir / _CONFIG
+    if not path.exists():
+        return None
+    try:
+        return configs.from_dict(files.read_json(path))
+    except ConfigError as error:
+        raise UserError(
+            f"{field}: its {_CONFIG} is none of this version ({error}); choose another --workdir"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{field}: its {_CONFIG} is damaged ({error}); choose another --workdir") from error
