@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,10 @@ from cifar_flax import distributed, files
 from cifar_flax.errors import UserError, require
 from cifar_flax.state import TrainState, all_finite
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every step of every save, and of its failures twice
+# Orbax tells every step of every save, and asyncio of every array that a failed one has not come to: the error that is
+# raised says it all.
+for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 _RECORD = "record.json"
 _STATE = "state"
@@ -50,9 +54,11 @@ def kept(accuracies: Mapping[int, float | None], newest: int, best: int) -> set[
 
     Steps without an accuracy, or with NaN, are among the best of nothing.
     """
-    steps = sorted(accuracies)
     judged = [(value, step) for step, value in accuracies.items() if value is not None and not math.isnan(value)]
-    return {*steps[-newest:], *(step for _, step in sorted(judged, reverse=True)[:best])}
+    return {
+        *sorted(accuracies, reverse=True)[:newest],
+        *(step for _, step in sorted(judged, reverse=True)[:best]),
+    }
 
 
 class Checkpoints:
@@ -121,7 +127,8 @@ class Checkpoints:
     def _finish(self, unfinished: Path, record: Record) -> None:
         """The part of `save` in the background: a complete checkpoint gets its name, others may go."""
         try:
-            self._orbax.wait_until_finished()
+            with _quiet():
+                self._orbax.wait_until_finished()
             if not distributed.is_main():
                 return
             files.write_sealed(unfinished / _RECORD, record | {"sha256": files.checksums(unfinished / _STATE)})
@@ -282,7 +289,23 @@ def _unreadable(folder: Path, step: int, error: Exception) -> UserError:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"  # the cause stands at the end
+    return f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Here, and after an error for good, writes that end when Orbax has given up print no traceback each."""
+    hook = sys.unraisablehook
+
+    def without_closed_loops(what: Any) -> None:
+        if "Event loop is closed" not in str(what.exc_value):
+            hook(what)
+
+    sys.unraisablehook = without_closed_loops
+    yield
+    sys.unraisablehook = hook
 
 
 def _flatten(state: TrainState) -> dict[str, jax.Array]:

@@ -120,7 +120,9 @@ class Agreement:
     def __call__(self, wanted: int) -> int:
         if jax.process_count() == 1:
             return wanted
-        self._asked.append(self._greatest(self._layout.split(np.full(jax.local_device_count(), wanted, np.int32))))
+        with jax.transfer_guard("allow"):  # this is meant to cross
+            numbers = self._layout.split(np.full(jax.local_device_count(), wanted, np.int32))
+        self._asked.append(self._greatest(numbers))
         return int(jax.device_get(self._asked.popleft())) if len(self._asked) > self._lag else 0
 
 

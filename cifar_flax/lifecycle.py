@@ -35,7 +35,6 @@ def signals_end_the_process() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
         yield
         return
-    _asked = 0
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
@@ -51,6 +50,7 @@ def signals_end_the_process() -> Iterator[None]:
         os.close(writer)
         watcher.join()
         os.close(reader)
+        _asked = 0
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """Every shape and type in a signature is checked while the tests run, and no array is broadcast to a higher rank."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -18,7 +21,7 @@ from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.models import CNNConfig
 from cifar_flax.optim import OptimConfig
-from cifar_flax.train import Trainer
+from cifar_flax.train import Trainer, train
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -59,6 +62,18 @@ def tiny_config() -> Config:
     return make_tiny_config()
 
 
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, compile_once):
+    """An uninterrupted run of the tiny config: its folder and what it printed. Not to be written to."""
+    folder, printed = tmp_path_factory.mktemp("straight") / "tiny", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train(make_tiny_config(), folder)
+    return folder, printed.getvalue()
+
+
+# What a run leaves in its folder.
+FILES = {".lock", "config.json", "metrics.jsonl", "checkpoints", "eval.json", "confusion_matrix.png", "tensorboard"}
+
 # What a run logs that is the same whenever and wherever it is trained.
 NOT_TIMES = ("step", "epoch", "split", "loss", "accuracy", "learning_rate")
 
@@ -69,7 +84,14 @@ def read_metrics(workdir):
 
 def final_state(config, workdir):
     trainer = Trainer(config)
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)
-    state = checkpoints.restore(checkpoints.newest_step(), trainer.initial_state)
-    checkpoints.close()
-    return state
+    with checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
+        return checkpoints.restore(checkpoints.newest_step(), trainer.initial_state)
+
+
+def assert_same_run(config, one, other):
+    """To the bit: the last state, all that is logged but for times and rates, and the evaluation."""
+    states = [final_state(config, folder) for folder in (one, other)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    logs = [[{name: line[name] for name in NOT_TIMES} for line in read_metrics(folder)] for folder in (one, other)]
+    assert logs[0] == logs[1]
+    assert (one / "eval.json").read_bytes() == (other / "eval.json").read_bytes()

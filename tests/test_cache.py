@@ -70,7 +70,7 @@ def test_every_damage_is_seen_and_cleared_away(tmp_path, file, damage):
     np.testing.assert_array_equal(store(tmp_path / "train").images, IMAGES)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1, "sha256": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "sha256": 3}', "[" * 10**5])
 def test_damaged_manifest(tmp_path, text):
     store(tmp_path / "train")
     (tmp_path / "train" / "manifest.json").write_text(text)

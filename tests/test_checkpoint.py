@@ -1,11 +1,19 @@
 import contextlib
+import math
+import re
+import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cifar_flax.checkpoint import CheckpointConfig, Checkpoints
+from cifar_flax import files
+from cifar_flax.checkpoint import CheckpointConfig, Checkpoints, kept
 from cifar_flax.errors import UserError
 from cifar_flax.state import TrainState
 
@@ -38,12 +46,12 @@ def open_checkpoints(tmp_path):
 def test_round_trip(open_checkpoints):
     state, metadata = make_state(), {"config": {"a": [1, 2.5, None, "x"]}, "dataset": {"mean": [0.1, 1 / 3]}}
     checkpoints = open_checkpoints()
-    checkpoints.save(state, metadata, None)
+    checkpoints.save(state, metadata)
     checkpoints.wait()
     again = open_checkpoints()
     assert again.newest_step() == 3
-    assert again.metadata(3) == metadata
-    restored = again.restore(3, jax.tree.map(jnp.zeros_like, state))
+    restored, record = again.restore_newest(jax.tree.map(jnp.zeros_like, state))
+    assert {name: record[name] for name in metadata} == metadata
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
         assert ours.dtype == theirs.dtype
@@ -57,7 +65,7 @@ def test_a_save_keeps_its_values_while_training_goes_on(open_checkpoints):
     advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     for _ in range(3):
         state = advance(state)
-        checkpoints.save(state, {}, None)
+        checkpoints.save(state, {})
     for _ in range(5):
         state = advance(state)
     checkpoints.wait()
@@ -81,34 +89,201 @@ def test_a_save_keeps_its_values_while_training_goes_on(open_checkpoints):
 )
 def test_another_structure_is_refused_with_the_difference(open_checkpoints, template, message):
     checkpoints = open_checkpoints()
-    checkpoints.save(make_state(), {}, None)
+    checkpoints.save(make_state(), {})
     checkpoints.wait()
     with pytest.raises(UserError, match=message):
         checkpoints.restore(3, template)
 
 
+def steps_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
 def test_newest_and_best_are_kept(open_checkpoints, tmp_path):
-    checkpoints = open_checkpoints(keep=2, keep_best=True)
-    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6), (5, 0.8)):
+    checkpoints = open_checkpoints(keep=2, keep_best=1)
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, None), (4, math.nan), (5, 0.8)):
         checkpoints.save(make_state(step), {}, accuracy)
     checkpoints.wait()
-    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {2, 4, 5}
+    assert steps_in(tmp_path / "checkpoints") == {"2", "4", "5"}
     assert (checkpoints.newest_step(), checkpoints.best_step()) == (5, 2)
-    again = open_checkpoints(keep=2, keep_best=True)
+    again = open_checkpoints(keep=2, keep_best=1)
     assert (again.newest_step(), again.best_step()) == (5, 2)
-
-
-def test_unreadable_checkpoint_is_one_message(open_checkpoints, tmp_path):
-    checkpoints = open_checkpoints()
-    checkpoints.save(make_state(), {}, None)
+    checkpoints.save(make_state(6), {}, 0.1)
+    checkpoints.save(make_state(7), {}, 0.2)
     checkpoints.wait()
-    for path in (tmp_path / "checkpoints" / "3").rglob("*"):
-        if path.is_file() and "checkpoint" not in path.name.lower():
-            path.write_bytes(b"")
-    for read in (checkpoints.metadata, lambda step: checkpoints.restore(step, make_state())):
-        with pytest.raises(UserError, match="cannot be read") as caught:
-            read(3)
-        assert "\n" not in str(caught.value)
+    assert steps_in(tmp_path / "checkpoints") == {"2", "6", "7"}  # those without a figure do not linger
+
+
+ACCURACIES = st.dictionaries(st.integers(1, 50), st.none() | st.just(math.nan) | st.sampled_from([0.1, 0.5, 0.5, 0.9]))
+
+
+@given(ACCURACIES, st.integers(1, 5), st.integers(0, 5))
+def test_what_is_kept(accuracies, newest, best):
+    found = kept(accuracies, newest, best)
+    last = sorted(accuracies)[-newest:]
+    assert set(last) <= found <= set(accuracies)
+    judged = [step for step, value in accuracies.items() if value is not None and not math.isnan(value)]
+    others = found - set(last)
+    assert others <= set(judged)
+    assert len(others) <= best
+    better = sorted(judged, key=lambda step: (accuracies[step], step))[len(judged) - min(best, len(judged)) :]
+    assert found == {*last, *better}
+
+
+DAMAGES = {
+    "deleted": lambda path: path.unlink(),
+    "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "flipped": lambda path: path.write_bytes(flip(path.read_bytes())),
+}
+
+
+def flip(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_never_restored(open_checkpoints, tmp_path, capsys, damage):
+    """Each of its files: where there is another checkpoint that one is used; where there is none, nothing is."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = open_checkpoints(keep=2)
+    for step in (3, 5):
+        checkpoints.save(jax.tree.map(lambda x, step=step: x + step, make_state(0)), {"note": step})
+    checkpoints.wait()
+    shutil.copytree(folder, tmp_path / "intact")
+    names = [path.relative_to(folder / "5") for path in (folder / "5").rglob("*") if path.is_file()]
+    assert len(names) >= 8
+    for name in names:
+        if not (folder / "5" / name).stat().st_size and damage != "deleted":
+            continue  # an empty file cannot be less
+        DAMAGES[damage](folder / "5" / name)
+        state, record = open_checkpoints().restore_newest(make_state())
+        assert (int(state.step), record["note"]) == (3, 3)
+        jax.tree.map(np.testing.assert_array_equal, state, jax.tree.map(lambda x: x + 3, make_state(0)))
+        said = capsys.readouterr().out
+        assert re.search(r"^the checkpoint of step 5 is damaged \(.+\), now 5\.damaged; using 3$", said, re.MULTILINE)
+        assert steps_in(folder) == {"3", "5.damaged"}
+
+        shutil.rmtree(folder / "3")
+        (folder / "5.damaged").rename(folder / "5")
+        for _ in range(2):  # nor at a second start
+            with pytest.raises(UserError, match="none of its checkpoints is as it was saved; to start anew, choose"):
+                open_checkpoints().restore_newest(make_state())
+        assert "the checkpoint of step 5 is damaged (" in capsys.readouterr().out
+        assert steps_in(folder) == {"5"}
+        for read in (lambda: checkpoints.restore(5, make_state()), lambda: checkpoints.restore_newest(make_state())):
+            with pytest.raises(UserError) as caught:
+                read()
+            assert "\n" not in str(caught.value)
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "intact", folder)
+
+
+def test_a_checkpoint_of_another_step_is_not_taken_for_this_one(open_checkpoints, tmp_path):
+    checkpoints = open_checkpoints()
+    checkpoints.save(make_state(3), {})
+    checkpoints.wait()
+    shutil.copytree(tmp_path / "checkpoints" / "3", tmp_path / "checkpoints" / "4")
+    assert open_checkpoints().restore_newest(make_state())[1]["step"] == 3
+
+
+def test_what_a_killed_save_left_is_removed(open_checkpoints, tmp_path):
+    (tmp_path / "checkpoints" / "5.unfinished" / "state").mkdir(parents=True)
+    checkpoints = open_checkpoints()
+    assert checkpoints.restore_newest(make_state()) is None
+    assert steps_in(tmp_path / "checkpoints") == set()
+
+
+def test_reading_removes_nothing(tmp_path):
+    """Another process may be about to finish it."""
+    (tmp_path / "checkpoints" / "5.unfinished").mkdir(parents=True)
+    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), read_only=True) as checkpoints:
+        assert checkpoints.newest_step() is None
+    assert steps_in(tmp_path / "checkpoints") == {"5.unfinished"}
+
+
+def fail_to_seal(path, content):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_others(open_checkpoints, tmp_path, monkeypatch):
+    checkpoints = open_checkpoints()
+    checkpoints.save(make_state(3), {})
+    checkpoints.wait()
+    message = r"the checkpoint of step 4 could not be saved in .*; the newest there is of step 3 \(OSError: .*No space"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_sealed", fail_to_seal)
+        for tell in (checkpoints.check, checkpoints.wait, lambda: checkpoints.save(make_state(5), {})):
+            checkpoints.save(make_state(4), {})
+            deadline = time.monotonic() + 10
+            while not checkpoints._saving[1].done():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            with pytest.raises(UserError, match=message):
+                tell()
+    assert steps_in(tmp_path / "checkpoints") == {"3"}
+    assert int(open_checkpoints().restore_newest(make_state())[0].step) == 3
+
+
+def test_the_first_error_is_the_one_that_is_told(tmp_path, monkeypatch):
+    def run():
+        with Checkpoints(tmp_path / "checkpoints", CheckpointConfig()) as checkpoints:
+            checkpoints.save(make_state(3), {})
+            raise KeyError("the first")
+
+    monkeypatch.setattr(files, "write_sealed", fail_to_seal)
+    with pytest.raises(KeyError, match="the first"):
+        run()
+
+
+def test_the_disk_is_not_waited_for(open_checkpoints, monkeypatch):
+    checkpoints, on_disk = open_checkpoints(), threading.Event()
+    finish = Checkpoints._finish
+
+    def finish_late(self, *arguments):
+        assert on_disk.wait(20)
+        finish(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "_finish", finish_late)
+    checkpoints.save(make_state(3), {})
+    assert checkpoints.steps() == []
+    assert 0 < checkpoints.blocked_seconds < 10
+    before = checkpoints.blocked_seconds
+    threading.Timer(0.2, on_disk.set).start()
+    checkpoints.save(make_state(4), {})  # but for the save before this one
+    assert checkpoints.blocked_seconds - before > 0.15
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 4]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("part", ["params", "batch_stats", "opt_state"])
+def test_nothing_that_is_not_finite_is_saved(open_checkpoints, part, value):
+    checkpoints, state = open_checkpoints(), make_state()
+    poisoned = jax.tree.map(
+        lambda x: x.at[(0,) * x.ndim].set(value) if x.dtype == jnp.float32 else x, getattr(state, part)
+    )
+    with pytest.raises(UserError, match="the state after step 3 is not finite: training has diverged; it is not saved"):
+        checkpoints.save(state._replace(**{part: poisoned}), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == []
+
+
+def test_what_is_saved_again_for_the_step_restored_is_its_record(open_checkpoints, tmp_path):
+    """As when a run goes on with the evaluation that it was stopped in."""
+    checkpoints = open_checkpoints(keep_best=1)
+    checkpoints.save(make_state(3), {"evaluated": False})
+    checkpoints.wait()
+    again = open_checkpoints(keep_best=1)
+    state, _ = again.restore_newest(make_state())
+    (data,) = [path for path in (tmp_path / "checkpoints" / "3" / "state").glob("manifest.ocdbt")]
+    before = data.stat().st_mtime_ns
+    again.save(state, {"evaluated": True}, accuracy=0.5)
+    again.wait()
+    assert data.stat().st_mtime_ns == before
+    assert again.best_step() == 3
+    assert open_checkpoints().restore_newest(make_state())[1]["evaluated"]
 
 
 @pytest.mark.parametrize(

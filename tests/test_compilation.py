@@ -82,7 +82,7 @@ def test_random_words_are_made_without_a_loop():
 
 def test_both_steps_are_compiled_with_the_options(tiny_config, monkeypatch):
     trainer = Trainer(tiny_config)
-    monkeypatch.setattr(compilation, "options", lambda platform: {f"no_such_option_of_{platform}": True})
+    monkeypatch.setattr(compilation, "options", lambda platform, **how: {f"no_such_option_of_{platform}": True})
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option_of_cpu"):
         trainer.compile(trainer.initial_state)
     evaluator = Evaluator(trainer.task, trainer.arrays, trainer.examples, 16)

@@ -74,11 +74,11 @@ def test_airbench_configs_are_the_originals(column):
         ({"data": {"drop_last": 1}}, "data.drop_last=1: must be true or false"),
         ({"optim": {"b1": "x"}}, "optim.b1='x': must be a finite number"),
         ({"seed": -1}, "seed=-1: must be in [0, 2**32)"),
-        ({"checkpoint": {"keep_best": True}}, "checkpoint.keep_best=True: needs data.validation_fraction"),
+        ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best=1: needs data.validation_fraction"),
         (
             {
                 "data": {"validation_fraction": 0.1},
-                "checkpoint": {"keep_best": True, "every_epochs": 3},
+                "checkpoint": {"keep_best": 1, "every_epochs": 3},
                 "eval": {"every_epochs": 2},
             },
             "checkpoint.every_epochs=3: must be a multiple of eval.every_epochs=2",
@@ -103,13 +103,58 @@ def test_the_model_may_be_one_of_several(monkeypatch):
     assert configs.from_dict(configs.to_dict(config)) == config
 
 
-def test_differences_leave_locations_out():
-    old, new = Config(), Config(seed=3)
-    new.data.data_dir = "/elsewhere"
-    new.parallel.backend = "pmap"
-    new.optim.learning_rate = 0.5
-    assert configs.differences(old, new) == ["seed: 0 -> 3", "optim.learning_rate: 0.001 -> 0.5"]
-    assert configs.differences(old, Config()) == []
+def changed(config, **values):
+    """`config` with the fields set whose paths have two underscores for a dot."""
+    for path, value in values.items():
+        *parts, field = path.split("__")
+        part = config
+        for name in parts:
+            part = getattr(part, name)
+        setattr(part, field, value)
+    return config
+
+
+def test_another_run_is_told_by_its_differences():
+    new = changed(Config(seed=3), model__width=64, data__data_dir="/elsewhere")
+    assert configs.differences(Config(), new) == [
+        "seed: 0 in the checkpoint, 3 in the config",
+        "model.width: 32 in the checkpoint, 64 in the config",
+    ]
+
+
+HARMLESS = {
+    "data__data_dir": "/elsewhere",
+    "data__cache_dir": "/elsewhere",
+    "train__log_every": 7,
+    "eval__batch_size": 7,
+    "eval__every_epochs": 7,
+    "checkpoint__every_epochs": 7,
+    "checkpoint__keep": 7,
+    "parallel__backend": "pmap",
+    "on_nonfinite": "skip",
+    "max_skipped": 3,
+}
+
+
+@pytest.mark.parametrize("path", HARMLESS)
+def test_what_no_weight_tells_is_no_difference(path):
+    assert configs.differences(Config(), changed(Config(), **{path: HARMLESS[path]})) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "passes"),
+    [
+        ({"optim__schedule": "constant"}, 20.0, True),
+        ({"optim__schedule": "constant", "averaging__name": "ema"}, 20.0, True),
+        ({"optim__schedule": "constant", "averaging__name": "lookahead"}, 20.0, False),
+        ({"optim__schedule": "cosine"}, 20.0, False),
+        ({"optim__schedule": "linear"}, 20.0, False),
+        ({"optim__schedule": "constant"}, 5.0, False),
+    ],
+)
+def test_a_run_may_get_longer_where_nothing_asks_for_its_length(settings, epochs, passes):
+    found = configs.differences(changed(Config(), **settings), changed(Config(), **settings, train__epochs=epochs))
+    assert found == ([] if passes else [f"train.epochs: 10.0 in the checkpoint, {epochs} in the config"])
 
 
 def test_only_places_and_evaluation_may_be_overridden():

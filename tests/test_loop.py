@@ -83,7 +83,7 @@ def test_a_run_of_loops_with_an_average_resumes_to_the_bit(tiny_config, tmp_path
     train(tiny_config, tmp_path / "straight")
     save = checkpoint.Checkpoints.save
 
-    def save_once(self, state, metadata, accuracy):
+    def save_once(self, state, metadata, accuracy=None):
         if int(state.step) > 11:
             raise KeyboardInterrupt
         save(self, state, metadata, accuracy)

@@ -13,6 +13,7 @@ import pytest
 from conftest import REPOSITORY
 
 import main
+from cifar_flax import lifecycle
 from cifar_flax.data import sources
 
 DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
@@ -35,7 +36,7 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.optim.lr=1", 2, "optim.lr='1': no such field; choose one of optim.name"),
     (f"--config {DIGITS} --config.optim.learningrate=1", 2, "did you mean optim.learning_rate?"),
     (f"--config {DIGITS} --config.train=1", 2, "train='1': no such field; choose one of train.batch_size"),
-    (f"--config {DIGITS} --config.nothing.at.all=1", 2, "choose one of seed, data, augment, model"),
+    (f"--config {DIGITS} --config.nothing.at.all=1", 2, "choose one of seed, deterministic, on_nonfinite"),
     (f"--config {DIGITS} --config.model.name=vgg", 2, "model.name='vgg': must be one of cnn"),
     (f"--config {DIGITS} --config.optim.name=lion", 2, "optim.name='lion': must be one of adam"),
     (f"--config {DIGITS} --config.data.name=no_such_set", 2, "data.name='no_such_set': must be digits or a TFDS"),
@@ -205,7 +206,8 @@ def test_second_start_imports_no_tfds(tmp_path):
 def test_interruption_and_full_disk_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main.py", "--config", DIGITS])
     for error, code, message in (
-        (KeyboardInterrupt(), 130, "interrupted; a training run goes on from its newest checkpoint"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (lifecycle.Stopped(signal.SIGTERM), 143, "stopped by SIGTERM; the same command goes on from the newest"),
         (OSError(28, "No space left on device", "eval.json"), 1, "No space left on device: 'eval.json'"),
     ):
 

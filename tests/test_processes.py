@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import FILES
 from processes import CONFIG, assert_same_run, end, free_port, reference, run, start, start_all, wait_for_checkpoint
 
 from cifar_flax.data import cache
@@ -29,8 +30,7 @@ def test_two_processes_train_as_one_does(folder):
         assert lines[0] == f"[process {number} of 2, {socket.gethostname()}] 1 of 2 devices"
         assert len(lines) == 1 if number else re.match(rf"\[process 0 of 2, {host}\] digits: 1442 images", lines[1])
     assert first.count("test loss") == 3
-    names = {path.name for path in (folder / "two").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "eval.json", "confusion_matrix.png", "tensorboard"}
+    assert {path.name for path in (folder / "two").iterdir()} == FILES
     assert len(list((folder / "two" / "tensorboard").iterdir())) == 1  # one process wrote
 
     # Evaluation by two processes; what a run was spread over is not asked of it.

@@ -1,22 +1,27 @@
 import json
+import os
 import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from cifar_flax.data.tensorflow import tf
-from cifar_flax.writers import MetricsWriter, Progress, write_json
+from cifar_flax.writers import MetricsWriter, Progress
 
 
 def record(step, split="train", **figures):
-    return {"step": step, "epoch": step / 10, "split": split, "loss": 1.0 / step, "accuracy": 0.5} | figures
+    named = {"step": step, "epoch": step / 10, "split": split, "loss": 1.0 / step, "accuracy": 0.5}
+    return named | ({"skipped_steps": 0} if split == "train" else {}) | figures
 
 
-def write(workdir, steps, start=0):
-    writer = MetricsWriter(workdir, start)
+def write(workdir, steps, start=0, mark=None, mark_after=None):
+    """Returns the mark of the step `mark_after`."""
+    writer, taken = MetricsWriter(workdir, start, mark), None
     for step in steps:
         writer.write(record(step))
+        taken = writer.mark() if step == mark_after else taken
     writer.close()
+    return taken
 
 
 def steps_in(workdir):
@@ -24,18 +29,53 @@ def steps_in(workdir):
 
 
 def test_resuming_drops_what_will_come_again(tmp_path):
-    write(tmp_path, [1, 2, 3, 4])
-    write(tmp_path, [3, 4, 5], start=2)
+    mark = write(tmp_path, [1, 2, 3, 4], mark_after=2)
+    write(tmp_path, [3, 4, 5], start=2, mark=mark)
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+    write(tmp_path, [1, 2])  # from the start
+    assert steps_in(tmp_path) == [1, 2]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3}', "\x00\x00\n", "3\n", '{"loss": 1}\n'])
-def test_torn_lines_are_dropped(tmp_path, torn):
-    write(tmp_path, [1, 2])
+TORN = ['{"step": 3, "lo', '{"step": 3}', "\x00\x00\n", "3\n", '{"loss": 1}\n', '{"step": true}\n', "[" * 10**5 + "\n"]
+
+
+@pytest.mark.parametrize("torn", TORN, ids=range(len(TORN)))
+def test_torn_lines_are_dropped(tmp_path, capsys, torn):
+    mark = write(tmp_path, [1, 2], mark_after=2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
-    write(tmp_path, [3], start=2)
+    write(tmp_path, [3], start=2, mark=mark)
     assert steps_in(tmp_path) == [1, 2, 3]
+    assert capsys.readouterr().out == ""
+    changed = torn + (tmp_path / "metrics.jsonl").read_text()  # what had been saved is no longer there
+    (tmp_path / "metrics.jsonl").write_text(changed if torn.endswith("\n") else f"{torn}\n{changed[len(torn) :]}")
+    write(tmp_path, [3], start=2, mark=mark)
+    assert steps_in(tmp_path)[-3:] == [1, 2, 3]
+    assert "metrics.jsonl is not what the run had written at step 2" in capsys.readouterr().out
+
+
+def test_a_lost_log_is_said_and_begun_anew(tmp_path, capsys):
+    mark = write(tmp_path, [1, 2], mark_after=2)
+    (tmp_path / "metrics.jsonl").unlink()
+    write(tmp_path, [3], start=2, mark=mark)
+    assert steps_in(tmp_path) == [3]
+    assert "is not what the run had written at step 2" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_an_error_of_the_line_that_did_not_fit(tmp_path):
+    """tensorboardX's own writer would keep it to itself, and after ten more events wait for ever."""
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(record(1))
+    events = writer._events._py_recordio_writer._writer.fileno()
+    kept = os.dup(events)
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), events)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(record(2))
+    os.dup2(kept, events)
+    os.close(kept)
+    writer.close()
+    assert steps_in(tmp_path) == [1, 2]
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
@@ -53,16 +93,7 @@ def test_tensorboard_has_every_figure(tmp_path):
             event = Event.FromString(raw)
             seen |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
     assert seen[("train/loss", 2)] == 0.5
-    assert {tag for tag, _ in seen} == {"train/epoch", "train/loss", "train/accuracy"}
-
-
-def test_json_is_replaced_whole(tmp_path):
-    path = tmp_path / "eval.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
+    assert {tag for tag, _ in seen} == {"train/epoch", "train/loss", "train/accuracy", "train/skipped_steps"}
 
 
 def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
@@ -72,7 +103,7 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
     progress.step(1)
     progress.close()
     bar = capsys.readouterr().err
-    for part in ("epoch 1.0/4", "5/40", "loss 0.100", "accuracy 50.0%", "1,234 images/s", "<"):  # "<": time left
+    for part in ("epoch 1.0/4", "5/40", "loss 0.1000", "accuracy 50.00%", "1,234 images/s", "<"):  # "<": time left
         assert part in bar
 
 

@@ -1,0 +1,99 @@
+"""A run that is killed at one moment after the other: each process goes on from what the one before has left.
+
+    python killed.py ARGUMENTS_OF_MAIN
+
+They are forks of one that has imported everything, so that a dozen of them take little longer than one. Each kills
+itself by SIGKILL, which leaves it no time for anything.
+"""
+
+import os
+import signal
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import main
+from cifar_flax import evaluate, files, metrics, train
+from cifar_flax.checkpoint import Checkpoints
+from cifar_flax.data import sources
+from cifar_flax.writers import MetricsWriter
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, name, when=lambda *arguments: True):
+    """Kills the process when `owner.name` is called, where the arguments are such."""
+    original = getattr(owner, name)
+
+    def killing(*arguments, **settings):
+        if when(*arguments):
+            kill()
+        return original(*arguments, **settings)
+
+    setattr(owner, name, killing)
+
+
+def after(owner, name, when=lambda *arguments: True):
+    original = getattr(owner, name)
+
+    def killing(*arguments, **settings):
+        result = original(*arguments, **settings)
+        if when(*arguments):
+            kill()
+        return result
+
+    setattr(owner, name, killing)
+
+
+def in_a_line():
+    """Half of it has reached the file."""
+
+    def write(writer, record):
+        writer._file.write(b'{"step": ')
+        writer._file.flush()
+        kill()
+
+    MetricsWriter.write = write
+
+
+def in_removal():
+    """Of a checkpoint that is no longer kept, a part is gone."""
+
+    def remove(folder, aside):
+        folder.rename(aside)
+        next(path for path in aside.rglob("*") if path.is_file()).unlink()
+        kill()
+
+    files.remove_folder = remove
+
+
+MOMENTS = {
+    "start": lambda: before(sources, "load"),
+    "config.json": lambda: before(os, "replace"),
+    "compilation": lambda: before(train.Trainer, "compile"),
+    "step": lambda: before(train.Run, "_read", lambda run, step, values: step == 5),
+    "line": in_a_line,
+    "evaluation": lambda: before(metrics, "add", lambda total, sums: total is not None),
+    "writing": lambda: before(Checkpoints, "_finish"),  # Orbax has begun it in the background
+    "written": lambda: before(files, "write_sealed"),
+    "sealed": lambda: after(files, "write_sealed"),
+    "saved": lambda: before(Checkpoints, "_remove_old"),
+    "later step": lambda: before(train.Run, "_read", lambda run, step, values: step == 18),
+    "removal": in_removal,
+    "last step": lambda: after(train.Run, "_read", lambda run, step, values: step == 34),
+    "end": lambda: before(evaluate, "evaluate"),
+    "result": lambda: before(evaluate, "write_result"),
+}
+
+if __name__ == "__main__":
+    sys.argv = ["main.py", *sys.argv[1:]]
+    for moment, arrange in MOMENTS.items():
+        child = os.fork()
+        if not child:
+            arrange()
+            os._exit(main.main())
+        _, status = os.waitpid(child, 0)
+        print(f"{moment}: {os.waitstatus_to_exitcode(status)}", flush=True)
+    sys.exit(main.main())

@@ -1,0 +1,64 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from cifar_flax import files
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "eval.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_what_is_not_written_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "eval.json"
+    files.write_json(path, {"a": 1})
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_a_seal_holds_all_that_json_does(tmp_path):
+    content = {"a": [1, 2.5, None, True, '\u00e4 "x"'], "b": {"c": 1 / 3, "": {}}, "f": 1e-300}
+    files.write_sealed(tmp_path / "a", content)
+    assert files.read_sealed(tmp_path / "a") == content
+
+
+def test_one_lock_has_one_holder_who_is_told(tmp_path):
+    with files.locked(tmp_path / "lock", wait=False):
+        with pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
+            pytest.fail("two have it")
+        assert (tmp_path / "lock").read_text().startswith("process ")
+    with files.locked(tmp_path / "lock", wait=False):
+        pass
+
+
+def test_a_dead_process_holds_no_lock(tmp_path):
+    program = (
+        "import pathlib, time\nfrom cifar_flax import files\n"
+        f"with files.locked(pathlib.Path({str(tmp_path / 'lock')!r}), wait=False):\n"
+        "    print('locked', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
+            pytest.fail("two have it")
+        process.kill()
+        process.wait()
+    with files.locked(tmp_path / "lock", wait=False):
+        pass

@@ -1,0 +1,131 @@
+"""Signals: who sees them, when the process ends, and what is as before afterwards."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import REPOSITORY
+
+from cifar_flax import lifecycle
+from cifar_flax.lifecycle import Stopped, deferred, signals_end_the_process
+
+CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+def send(number):
+    """The handler runs before this returns, or soon after."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_signal_ends_what_is_no_training(number, code):
+    """As an exception that nobody takes for a failure, so that what is half done is cleaned up."""
+
+    def run():
+        with signals_end_the_process():
+            try:
+                send(number)
+            except Exception:
+                pytest.fail("taken for a failure")
+
+    with pytest.raises(Stopped, match=f"^stopped by {number.name}; ") as caught:
+        run()
+    assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_signal_is_left_to_the_training_loop(number, code, capfd):
+
+    def run():
+        with signals_end_the_process():
+            with deferred() as signal_number:
+                assert signal_number() == 0
+                send(number)
+                assert signal_number() == number
+            pytest.fail("an unheeded signal is forgotten")
+
+    with pytest.raises(Stopped) as caught:
+        run()
+    assert caught.value.exit_code == code
+    assert f"{number.name}: saving after this step; a second signal stops at once" in capfd.readouterr().err
+
+
+def test_previous_handlers_are_restored():
+    def mine(number, frame):
+        seen.append(number)
+
+    seen = []
+    before = {number: signal.signal(number, mine) for number in lifecycle.SIGNALS}
+    try:
+        with signals_end_the_process():
+            assert all(signal.getsignal(number) is not mine for number in lifecycle.SIGNALS)
+        assert all(signal.getsignal(number) is mine for number in lifecycle.SIGNALS)
+        assert signal.set_wakeup_fd(-1) == -1
+        send(signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not [thread for thread in threading.enumerate() if thread.name == "signals"]
+
+
+def test_other_signals_are_left_alone():
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        with signals_end_the_process(), deferred() as signal_number:
+            send(signal.SIGUSR1)
+            assert signal_number() == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
+
+
+def test_a_second_run_of_the_process_begins_unasked():
+    with pytest.raises(Stopped), signals_end_the_process(), deferred():
+        send(signal.SIGTERM)
+    for context in (contextlib.nullcontext(), signals_end_the_process()):
+        with context, deferred() as signal_number:
+            assert signal_number() == 0
+
+
+def test_in_another_thread_there_is_nothing_to_handle():
+    entered = []
+
+    def run():
+        with signals_end_the_process():
+            entered.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert entered == [signal.getsignal(signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+@pytest.mark.parametrize(("block", "signals"), [("deferred()", 2), ("contextlib.nullcontext()", 1)])
+def test_a_busy_main_thread_holds_nothing_up(number, code, block, signals):
+    """The second signal ends the process at once; the first, where there is nothing to save, soon."""
+    program = (
+        "import contextlib, hashlib\n"
+        "from cifar_flax.lifecycle import deferred, signals_end_the_process\n"
+        f"with signals_end_the_process(), {block}:\n"
+        "    print('busy', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"  # minutes, and no handler runs: as when XLA compiles
+    )
+    run = [sys.executable, "-c", program]
+    with subprocess.Popen(run, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "busy\n"
+        time.sleep(0.2)
+        begin = time.monotonic()
+        for _ in range(signals):
+            process.send_signal(number)
+            time.sleep(0.1)
+        assert process.wait(timeout=30) == code
+        assert time.monotonic() - begin < (2 if signals == 2 else lifecycle._GRACE + 2)
