@@ -1,0 +1,208 @@
+"""Kills runs at random moments, starts them again, and compares what they end with to a run that was left alone.
+
+    python -m benchmarks.crash --runs 200
+
+Each run is killed one to three times. What it ends with must be the same to the bit: parameters, statistics, optimizer,
+every line of metrics.jsonl (but for times and rates), eval.json; and no start may go back behind a checkpoint that was
+there. Everything but the machine's timing is a function of the seed.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.arguments import at_least_one
+from cifar_flax import cli
+from cifar_flax.checkpoint import Checkpoints, saved_steps
+from cifar_flax.files import write_json
+from cifar_flax.train import Trainer
+
+REPOSITORY = Path(__file__).parent.parent
+# A small network on the digits, with all that a state can hold.
+ARGUMENTS = (
+    f"--config={REPOSITORY / 'configs' / 'quickstart.py'}",
+    "--config.train.epochs=4",
+    "--config.model.width=8",
+    "--config.model.hidden=128",
+    "--config.data.validation_fraction=0.1",
+    "--config.checkpoint.keep_best=1",
+    "--config.averaging.name=ema",
+)
+TIMES = ("images_per_second", "input_wait_fraction", "checkpoint_blocked_seconds")
+TIMEOUT = 300  # seconds
+POLL = 0.002
+
+# When a signal is sent: somewhere in the life of a process, or within so many seconds of what its folder shows.
+MOMENTS = ("any time", "a save", "an evaluation", "the end of training")
+SOON = 0.08
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Of one run."""
+
+    signals: list[tuple[str, str]] = field(default_factory=list)  # moment and name
+    starts: int = 0
+    fell_back: int = 0  # starts that found a checkpoint damaged
+    lost: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The run that was left alone."""
+
+    trainer: Trainer
+    seconds: float  # from start to end, with all programs compiled before
+    content: dict[str, Any]
+
+
+def start(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, str(REPOSITORY / "main.py"), *ARGUMENTS, f"--workdir={folder / 'run'}"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder.parent / "cache"), "JAX_PLATFORMS": "cpu"}
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def reference(folder: Path) -> Reference:
+    trainer = Trainer(cli.parse(ARGUMENTS, ("train",)).config)
+    for name in ("compiles", "alone"):
+        (folder / name).mkdir()
+        begin = time.monotonic()
+        if start(folder / name).wait(TIMEOUT):
+            raise SystemExit((folder / name / "log.txt").read_text())
+    seconds = time.monotonic() - begin
+    return Reference(trainer, seconds, content(folder / "alone" / "run", trainer))
+
+
+def content(workdir: Path, trainer: Trainer) -> dict[str, Any]:
+    """What must be the same, whatever happened on the way."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    with Checkpoints(workdir / "checkpoints", trainer.config.checkpoint, read_only=True) as checkpoints:
+        state = checkpoints.restore(trainer.total_steps, trainer.initial_state)
+    return {
+        "state": [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)],
+        "metrics.jsonl": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
+        "eval.json": (workdir / "eval.json").read_bytes(),
+        "set of checkpoints": saved_steps(workdir / "checkpoints"),
+        "set of files": {path.name for path in workdir.iterdir()},
+    }
+
+
+def wait_for(process: subprocess.Popen, workdir: Path, moment: str, delay: float, last_step: int) -> bool:
+    """Returns `delay` seconds after the moment; False where the process has ended before."""
+    metrics, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
+
+    def lines() -> list[str]:
+        return metrics.read_text().splitlines() if metrics.exists() else []
+
+    known = len(lines())
+    has_come = {
+        "any time": lambda: True,
+        "a save": lambda: any(folder.glob("*.unfinished")),
+        # The line of the training steps before it is there, its own is not.
+        "an evaluation": lambda: len(lines()) > known and '"train"' in lines()[-1],
+        "the end of training": lambda: any(folder.glob(f"{last_step}*")),
+    }[moment]
+    end = math.inf
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            return False
+        if end == math.inf and has_come():
+            end = time.monotonic() + delay
+        time.sleep(POLL)
+    return True
+
+
+def crash(number: int, seed: int, folder: Path, alone: Reference) -> Outcome:
+    """One run: interrupted, started again, and compared."""
+    rng, outcome, workdir = random.Random(f"{seed} {number}"), Outcome(), folder / "run"
+    folder.mkdir()
+    for left in range(rng.randint(1, 3), -1, -1):
+        newest = max(saved_steps(workdir / "checkpoints"), default=0)
+        said = (folder / "log.txt").stat().st_size if outcome.starts else 0
+        moment, sent = rng.choice(MOMENTS), rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
+        delay = rng.uniform(0, alone.seconds if moment == "any time" else SOON)
+        process = start(folder)
+        outcome.starts += 1
+        if left and wait_for(process, workdir, moment, delay, alone.trainer.total_steps):
+            process.send_signal(sent)
+            outcome.signals.append((moment, sent.name))
+        code = process.wait(TIMEOUT)
+        log = (folder / "log.txt").read_text()[said:]
+        outcome.fell_back += "is damaged" in log
+        found = re.search(r"resuming at step (\d+)|is finished: (\d+)", log)
+        begun = int(found[1] or found[2]) if found else 0 if re.search(r"images, \d+ steps", log) else newest
+        if begun < newest:
+            outcome.lost.append(f"went back from step {newest} to {begun}")
+        if code not in (0, -signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM):
+            outcome.lost.append(f"exit code {code}: {log[-300:]}")
+        if code == 0:
+            break
+    if code == 0:
+        ours = content(workdir, alone.trainer)
+        outcome.lost += [f"another {name}" for name, value in alone.content.items() if ours[name] != value]
+    else:
+        outcome.lost.append(f"did not end: exit code {code}")
+    return outcome
+
+
+def table(outcomes: list[Outcome]) -> str:
+    sent = Counter(one for outcome in outcomes for one in outcome.signals)
+    lines = ["| moment of the signal | SIGKILL | SIGTERM |", "|---|---|---|"]
+    for moment in MOMENTS:
+        lines.append(f"| {moment} | {sent[moment, 'SIGKILL']} | {sent[moment, 'SIGTERM']} |")
+    total = [sum(count for (_, name), count in sent.items() if name == of) for of in ("SIGKILL", "SIGTERM")]
+    lines += [f"| all | {total[0]} | {total[1]} |", "", "| runs | |", "|---|---|"]
+    equal = sum(not outcome.lost for outcome in outcomes)
+    lines += [
+        f"| interrupted, started again, compared | {len(outcomes)} |",
+        f"| ended bitwise equal to the run left alone | {equal} |",
+        f"| found a checkpoint damaged and fell back | {sum(outcome.fell_back > 0 for outcome in outcomes)} |",
+        f"| lost anything | {len(outcomes) - equal} |",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=at_least_one, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--out", type=Path, help="JSON file for the outcomes")
+    args = parser.parse_args()
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
+        folder = Path(name)
+        alone = reference(folder)
+        print(f"left alone, a run takes {alone.seconds:.1f} s", flush=True)
+        futures = [pool.submit(crash, i, args.seed, folder / str(i), alone) for i in range(args.runs)]
+        for number, future in enumerate(futures):
+            outcomes.append(future.result())
+            signals = ", ".join(f"{name} at {moment}" for moment, name in outcomes[-1].signals) or "none in time"
+            print(f"{number}: {signals}: {'; '.join(outcomes[-1].lost) or 'equal'}", flush=True)
+    print(f"\n{table(outcomes)}")
+    if args.out:
+        versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
+        command = " ".join(["python -m benchmarks.crash", *sys.argv[1:]])
+        write_json(args.out, {"command": command, **versions, "runs": [asdict(outcome) for outcome in outcomes]})
+    return int(any(outcome.lost for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
