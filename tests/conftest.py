@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -14,6 +15,10 @@ install_import_hook("cifar_flax", "typecheck.check")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile more than they compute. Those that start main.py run it fully optimized.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# The same cases each time, however slow the machine is.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 from cifar_flax import checkpoint
 from cifar_flax.config import Config, EvalConfig, TrainConfig

@@ -4,6 +4,8 @@ import time
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cifar_flax.data import order, resident, streaming
 from cifar_flax.data.batches import GROUP, Batch, InputTimer, Positions, evaluation_positions, gather, to_device
@@ -58,6 +60,46 @@ def test_a_host_reads_its_rows_alone(rows):
             here = rows if isinstance(batch, Batch) else (slice(None), rows)
             for field in FIELDS if isinstance(batch, Batch) else FIELDS[2:]:
                 np.testing.assert_array_equal(getattr(batch, field)[here], getattr(share, field))
+
+
+@given(
+    size=st.integers(1, 60),
+    drop_last=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+    hosts=st.sampled_from([1, 2, 3, 4]),
+    group=st.integers(1, 7),
+    data=st.data(),
+)
+def test_batches_depend_on_neither_prefetching_nor_hosts(size, drop_last, seed, hosts, group, data):
+    """The rows of all hosts together, `group` batches ahead, are what one host has without looking ahead."""
+    batch_size = hosts * data.draw(st.integers(1, max(size // hosts, 1)))
+    if batch_size > size:
+        return
+    examples = np.arange(size, dtype=np.int32)
+    start = data.draw(st.integers(0, 5))
+    arguments = {"batch_size": batch_size, "seed": seed, "start": start, "stop": start + 6, "drop_last": drop_last}
+    alone = list(resident.training_positions(examples, steps_per_call=1, **arguments))
+    shares = []
+    for host in range(hosts):
+        rows = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+        own = resident.training_positions(examples, steps_per_call=1, **arguments, rows=rows)
+        shares.append(list(to_device(own, lambda positions: positions, group)))
+    assert len(alone) == 6
+    for whole, *parts in zip(alone, *shares, strict=True):
+        for field in FIELDS[2:]:
+            together = np.concatenate([getattr(part, field) for part in parts], axis=1)
+            np.testing.assert_array_equal(getattr(whole, field), together)
+
+
+@pytest.mark.parametrize("depth", [1, 9])
+def test_streamed_batches_do_not_depend_on_the_depth_of_prefetching(monkeypatch, depth):
+    arrays, examples = make_arrays(30), np.arange(30, dtype=np.int32)
+    arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 20}
+    before = list(streaming.training_batches(arrays, examples, **arguments))
+    monkeypatch.setattr(streaming, "_PREFETCH", depth)
+    for one, other in zip(before, streaming.training_batches(arrays, examples, **arguments), strict=True):
+        for field in FIELDS:
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
 
 
 def evaluation_batches(arrays, examples, batch_size):

@@ -1,5 +1,9 @@
+import hashlib
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cifar_flax.data import order
 
@@ -12,26 +16,63 @@ def test_permutation_is_pinned():
     assert order.permutation(1, 2, 10).tolist() == [4, 2, 0, 6, 1, 5, 9, 8, 7, 3]
 
 
-@pytest.mark.parametrize(("size", "batch_size"), SIZES)
-def test_every_epoch_holds_every_example_once(size, batch_size):
-    examples = np.arange(100, 100 + size, dtype=np.int32)
-    steps = order.total_steps(3, size, batch_size)
-    index, epoch = order.positions(5, examples, batch_size, 0, steps)
+def test_the_order_of_a_run_is_pinned():
+    """Of CIFAR-10's size, across the end of an epoch, with and without `drop_last`, as NumPy 2.4 gives it."""
+    examples = np.arange(50_000, dtype=np.int32)
+    for drop_last, expected in ((False, "62c213999cffe8f7"), (True, "50cb10fbf790f913")):
+        index, epoch = order.positions(7, examples, 256, 190, 400, drop_last)
+        digest = hashlib.sha256(index.astype("<i4").tobytes() + epoch.astype("<i4").tobytes()).hexdigest()
+        assert digest[:16] == expected
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def runs(draw):
+    """Examples of a split, of any number and in any places; a batch size; and epochs, whole or in part."""
+    size = draw(st.integers(1, 300))
+    first = draw(st.integers(0, 10**6))
+    batch_size = draw(st.integers(1, size))
+    return np.arange(first, first + 3 * size, 3, dtype=np.int32), batch_size, draw(st.floats(0.01, 4))
+
+
+@given(runs(), SEEDS)
+def test_every_epoch_holds_every_example_once(run, seed):
+    examples, batch_size, epochs = run
+    steps = order.total_steps(epochs, len(examples), batch_size)
+    index, epoch = order.positions(seed, examples, batch_size, 0, steps)
     assert index.shape == epoch.shape == (steps, batch_size)
-    for e in range(3):
+    assert (np.diff(epoch.ravel()) >= 0).all()
+    for e in range(int(index.size // len(examples))):
         assert sorted(index[epoch == e]) == examples.tolist()
-    assert index.size - 3 * size < batch_size  # nothing is dropped, and only the last batch runs on
+    rest = index[epoch == index.size // len(examples)].tolist()
+    assert len(set(rest)) == len(rest) == index.size % len(examples)
+    assert index.size - epochs * len(examples) < batch_size  # nothing is dropped, and only the last batch runs on
 
 
-@pytest.mark.parametrize(("size", "batch_size"), SIZES)
-def test_starting_late_gives_the_tail(size, batch_size):
-    examples = np.arange(size, dtype=np.int32)
-    steps = order.total_steps(4, size, batch_size)
-    whole = order.positions(1, examples, batch_size, 0, steps)
-    for start in {0, 1, steps // 2, steps - 1}:
-        late = order.positions(1, examples, batch_size, start, steps)
-        for all_of_it, tail in zip(whole, late, strict=True):
-            np.testing.assert_array_equal(all_of_it[start:], tail)
+@given(runs(), SEEDS)
+def test_no_epoch_that_drops_its_rest_holds_an_example_twice(run, seed):
+    examples, batch_size, epochs = run
+    steps = order.total_steps(epochs, len(examples), batch_size, drop_last=True)
+    index, epoch = order.positions(seed, examples, batch_size, 0, steps, drop_last=True)
+    whole = len(examples) // batch_size
+    assert (epoch == (np.arange(steps) // whole)[:, None]).all()
+    for e in range(-(-steps // whole)):
+        shown = index[epoch == e].tolist()
+        assert len(set(shown)) == len(shown) <= order.epoch_images(len(examples), batch_size, drop_last=True)
+        assert set(shown) <= set(examples.tolist())
+
+
+@given(runs(), SEEDS, st.booleans(), st.data())
+def test_starting_late_gives_the_tail(run, seed, drop_last, data):
+    examples, batch_size, epochs = run
+    steps = order.total_steps(epochs, len(examples), batch_size, drop_last)
+    start = data.draw(st.integers(0, steps))
+    whole = order.positions(seed, examples, batch_size, 0, steps, drop_last)
+    late = order.positions(seed, examples, batch_size, start, steps, drop_last)
+    for all_of_it, tail in zip(whole, late, strict=True):
+        np.testing.assert_array_equal(all_of_it[start:], tail)
 
 
 @pytest.mark.parametrize(("size", "batch_size"), SIZES)

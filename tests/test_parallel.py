@@ -62,6 +62,7 @@ def test_accelerators_are_given_both_steps_of_every_config(path, backend):
             text = traced.lower(lowering_platforms=(platform,)).as_text()
             convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
             assert convolutions
+            assert "select_and_scatter" not in text  # which XLA has no deterministic form of for a GPU
             if config.model.dtype == "auto":
                 assert all("bf16" in line for line in convolutions)
 

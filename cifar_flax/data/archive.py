@@ -4,6 +4,7 @@ Each record is one byte of label and 3,072 bytes of pixels: red, green, blue pla
 Source: Krizhevsky, "The CIFAR-10 dataset", cs.toronto.edu/~kriz/cifar.html, section "Binary version".
 """
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -59,11 +60,16 @@ def _folder_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def _tar_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Streams the archive once, reading at most one byte more of each wanted member than it should have."""
-    with tarfile.open(path, mode="r|gz") as archive:
+    """Streams the archive once, reading at most one byte more of each wanted member than it should have.
+
+    To its very end, where gzip's checksum stands: tarfile alone would not look at it.
+    """
+    with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             folder, _, name = member.name.rpartition("/")
             if folder == _FOLDER and name in wanted and member.isfile():
                 file = archive.extractfile(member)
                 assert file is not None
                 yield name, file.read(_FILE_SIZE + 1)
+        while stream.read(2**20):
+            pass

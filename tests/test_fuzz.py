@@ -1,0 +1,191 @@
+"""What is read from outside: whatever happens to its bytes, it is loaded as it was or refused in one line.
+
+11,000 cases in all.
+Each case is a function of its number: a failure tells the number, and comes again.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from test_archive import NAMES, RECORDS, official, small_files, write_tar  # noqa: F401  (a fixture is among them)
+
+from cifar_flax import checkpoint, files
+from cifar_flax import config as configs
+from cifar_flax.config import Config
+from cifar_flax.data import archive, cache
+from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.writers import _written_until
+
+VALUES = (None, True, -1, 0, 2**70, 1e308, float("nan"), "", "x", "\ud800", [], {}, [[]], {"name": "cnn"}, "../..")
+
+
+def damaged(content, rng):
+    """A few bytes flipped, cut out, put in, doubled or overwritten; or most of it cut off."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        place = rng.randrange(len(content) + 1)
+        length = rng.choice([1, 1, 2, 8, 64])
+        kind = rng.randrange(6)
+        if kind == 0 and place < len(content):
+            content[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del content[place : place + length]
+        elif kind == 2:
+            content[place:place] = rng.randbytes(length)
+        elif kind == 3:
+            content[place:place] = content[place : place + length]
+        elif kind == 4:
+            content[place : place + length] = bytes(len(content[place : place + length]))
+        else:
+            del content[place:]
+    return bytes(content)
+
+
+def changed(value, rng):
+    """JSON in which something has another value, another name, or is gone."""
+    value = json.loads(json.dumps(value))
+    where = value
+    while True:
+        keys = list(where) if isinstance(where, dict) else list(range(len(where)))
+        if not keys:
+            return value
+        key = rng.choice(keys)
+        if isinstance(where[key], dict | list) and where[key] and rng.random() < 0.8:
+            where = where[key]
+            continue
+        kind = rng.randrange(4)
+        if kind == 0:
+            del where[key]
+        elif kind == 1 and isinstance(where, dict):
+            where[f"{key}x"] = where.pop(key)
+        else:
+            where[key] = rng.choice(VALUES)
+        return value
+
+
+def test_archive(tmp_path):
+    """2,000 damaged archives of small files, each split of them read."""
+    rng = np.random.default_rng(0)
+    records = rng.integers(0, 256, (len(NAMES), RECORDS, 3073), dtype=np.uint8)
+    records[:, :, 0] %= 10
+    contents = {name: record.tobytes() for name, record in zip(NAMES, records, strict=True)}
+    path = write_tar(tmp_path / "a.tar.gz", official(contents))
+    intact, original = path.read_bytes(), {split: archive.read_archive(path, split) for split in ("train", "test")}
+    loaded, messages = 0, []
+    for case in range(2000):
+        path.write_bytes(damaged(intact, random.Random(case)))
+        for split in original:
+            try:
+                arrays = archive.read_archive(path, split)
+            except UserError as error:
+                messages.append(str(error))
+                continue
+            np.testing.assert_array_equal(arrays.images, original[split].images, err_msg=f"case {case}")
+            np.testing.assert_array_equal(arrays.labels, original[split].labels, err_msg=f"case {case}")
+            loaded += 1
+    assert not any("\n" in message for message in messages)
+    assert loaded < 400  # most damages are seen; some hit what carries nothing, such as the time in gzip's header
+
+
+def test_cache(tmp_path):
+    """1,500 manifests and 1,500 arrays."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(4) % 3
+    store = {"num_examples": 4, "image_shape": (8, 8, 3), "class_names": ("a", "b", "c"), "dataset": "set/1.0.0"}
+    original = cache.store(tmp_path / "intact", [(images, labels)], **store)
+    manifest = json.loads((tmp_path / "intact" / "manifest.json").read_text())
+    folder, loaded = tmp_path / "cached", 0
+    for case in range(3000):
+        rng = random.Random(case)
+        shutil.copytree(tmp_path / "intact", folder)
+        if case % 3 == 0:
+            (folder / "manifest.json").write_text(json.dumps(changed(manifest, rng)))
+        else:
+            path = folder / rng.choice(["manifest.json", "images.npy", "labels.npy"])
+            path.write_bytes(damaged(path.read_bytes(), rng))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is built anew
+            arrays = cache.load(folder)
+        if arrays is None:
+            assert not folder.exists(), case
+            continue
+        assert (arrays.class_names, arrays.dataset) == (original.class_names, original.dataset), case
+        np.testing.assert_array_equal(arrays.images, images, err_msg=f"case {case}")
+        np.testing.assert_array_equal(arrays.labels, labels, err_msg=f"case {case}")
+        shutil.rmtree(folder)
+        loaded += 1
+    assert loaded < 300
+
+
+def test_record_of_a_checkpoint(tmp_path):
+    """2,500 records; what it says of the run is taken for true, so nothing of it may change unseen."""
+    content = {"config": configs.to_dict(Config()), "arrays": {"step": "() int32"}, "sha256": {"a": "b"}}
+    record = {"format": 1, "step": 3, "accuracy": 0.5, **content}
+    (tmp_path / "3").mkdir()
+    path = tmp_path / "3" / "record.json"
+    files.write_sealed(path, record)
+    intact, sealed, loaded = path.read_bytes(), json.loads(path.read_bytes()), 0
+    messages = []
+    for case in range(2500):
+        rng = random.Random(case)
+        path.write_bytes(json.dumps(changed(sealed, rng)).encode() if case % 2 else damaged(intact, rng))
+        try:
+            assert checkpoint.read_record(tmp_path, 3) == json.loads(json.dumps(record)), case
+            loaded += 1
+        except UserError as error:
+            messages.append(str(error))
+    assert not any("\n" in message for message in messages)
+    assert loaded < 250
+
+
+def test_saved_config(tmp_path):
+    """1,000 JSON files: what is accepted is a valid config, which is saved and read as itself."""
+    intact, path, loaded = configs.to_dict(Config()), tmp_path / "config.json", 0
+    files.write_json(path, intact)
+    text, messages = path.read_bytes(), []
+    for case in range(1000):
+        rng = random.Random(case)
+        path.write_bytes(json.dumps(changed(intact, rng)).encode() if case % 5 else damaged(text, rng))
+        try:
+            config = configs.from_dict(files.read_json(path))
+            config.validate()
+            assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config, case
+            loaded += 1
+        except ConfigError as error:
+            messages.append(str(error))
+        except ValueError:  # no JSON, of which workdir.py makes a message
+            pass
+    assert not any("\n" in message for message in messages)
+    assert 100 < loaded < 900  # both happen: a setting may be left out, or have another value that is allowed
+
+
+def test_metrics(tmp_path, capsys):
+    """2,500 logs: up to the step of the checkpoint each line is there as it was written, or a line says so."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "split": "train", "loss": 1 / step}).encode() + b"\n" for step in range(1, 9)]
+    before = b"".join(lines[:5])
+    mark = {"bytes": len(before), "sha256": hashlib.sha256(before).hexdigest()}
+    unchanged = 0
+    for case in range(2500):
+        path.write_bytes(damaged(b"".join(lines), random.Random(case)))
+        kept = _written_until(path, 5, mark)
+        assert path.read_bytes() == kept, case
+        said = capsys.readouterr().out
+        assert (kept == before) or "is not what the run had written at step 5" in said, case
+        for line in kept.splitlines():
+            assert json.loads(line)["step"] <= 5, case
+        unchanged += not said
+    assert 100 < unchanged < 2400
+
+
+@pytest.mark.parametrize("content", [b"", b"\x1f\x8b", b"\x1f\x8b\x08" + bytes(100), b"x" * 5000])
+def test_what_is_no_archive_at_all(tmp_path, content):
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^data\.archive="):
+        archive.read_archive(path, "test")

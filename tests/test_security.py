@@ -1,0 +1,61 @@
+"""No bytes become code: see SECURITY.md."""
+
+import ast
+
+import pytest
+from conftest import REPOSITORY
+
+SOURCES = [REPOSITORY / "main.py", *sorted((REPOSITORY / "cifar_flax").rglob("*.py"))]
+MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+METHODS = {"extract", "extractall", "unpack_archive", "loads_pickle", "system", "popen"}
+
+
+def violations(tree):
+    """What a file does that would let bytes from outside run, or be written where they say."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+            yield from (f"imports {name}" for name in names if name.split(".")[0] in MODULES)
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id in CALLS:
+                yield f"calls {node.func.id}"
+            if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+                yield f"calls {node.func.attr}"
+            for keyword in node.keywords:
+                constant = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+                if keyword.arg == "allow_pickle" and constant is not False:
+                    yield "allows pickle"
+                if keyword.arg == "shell" and constant is not False:
+                    yield "starts a shell"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_no_bytes_become_code(path):
+    assert not list(violations(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch.serialization",
+        "eval(text)",
+        "exec(text)",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=allowed)",
+        "tar.extractall(folder)",
+        "tar.extract(member)",
+        "shutil.unpack_archive(path)",
+        "subprocess.run(command, shell=True)",
+    ],
+)
+def test_what_is_looked_for_is_found(code):
+    assert list(violations(ast.parse(code)))
+
+
+def test_arrays_are_loaded_with_the_word_that_refuses_objects():
+    """NumPy's own default is that today; the word makes it ours."""
+    text = "".join(path.read_text() for path in SOURCES)
+    assert text.count("np.load(") == text.count("allow_pickle=False") == 1
