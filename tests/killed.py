@@ -12,6 +12,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import sklearn.datasets  # noqa: F401  # where the digits come from
+
 import main
 from cifar_flax import evaluate, files, metrics, train
 from cifar_flax.checkpoint import Checkpoints

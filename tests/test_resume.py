@@ -16,6 +16,7 @@ import pytest
 from conftest import FILES, REPOSITORY, assert_same_run, final_state, make_tiny_config
 from killed import MOMENTS
 from processes import CONFIG, end, environment, run, start, start_all, wait_for_checkpoint
+from processes import assert_same_run as assert_alike
 
 from cifar_flax import checkpoint, evaluate, files, metrics, train
 from cifar_flax.averaging import AveragingConfig
@@ -138,9 +139,20 @@ def test_best_checkpoints_survive_a_stop_in_their_evaluation(tiny_config, tmp_pa
         assert records[0]["accuracy"] == records[1]["accuracy"]
 
 
-def test_one_signal_stops_all_processes_at_the_same_step(folder):
+@pytest.mark.parametrize(
+    "loops",
+    [
+        (),
+        pytest.param(
+            ("--config.data.drop_last=True", "--config.train.steps_per_call=11", "--config.train.log_every=11"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["steps", "loops"],
+)
+def test_one_signal_stops_all_processes_at_the_same_step(folder, loops):
     """Only one of them is sent it."""
-    arguments = (*ARGUMENTS, "--config.train.epochs=40")
+    arguments = (*ARGUMENTS, "--config.train.epochs=40", *loops)
     processes = start_all(folder, [1, 1], *arguments, "--workdir=two")
     wait_for_checkpoint(folder / "two", processes)
     processes[1].send_signal(signal.SIGTERM)
@@ -150,8 +162,11 @@ def test_one_signal_stops_all_processes_at_the_same_step(folder):
     assert saved(folder / "two")[-1] == int(step)
     for _, err in printed:
         assert "stopped by SIGTERM; the same command goes on from the newest checkpoint" in err
-    first, _ = run(folder, [1, 1], *arguments, "--config.train.log_every=2", "--workdir=two")
-    assert f"resuming at step {step} of " in first
+    if loops:
+        reference(folder, 2, *arguments)
+        first, _ = run(folder, [1, 1], *arguments, "--workdir=two")
+        assert f"resuming at step {step} of " in first
+        assert_alike(folder, "one", "two")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
