@@ -5,6 +5,7 @@ from cifar_flax import allocator
 if __name__ == "__main__":
     allocator.keep_freed_memory()  # starts this file again, so before the imports that take their time
 
+import contextlib
 import io
 import sys
 
@@ -42,7 +43,8 @@ def main() -> int:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"{distributed.label()}{line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # of nobody who reads it
+        print(f"{distributed.label()}{line}", file=sys.stderr)
     return code
 
 

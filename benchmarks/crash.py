@@ -29,8 +29,9 @@ import numpy as np
 
 from benchmarks.arguments import at_least_one
 from cifar_flax import cli
-from cifar_flax.checkpoint import Checkpoints, saved_steps
+from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.files import write_json
+from cifar_flax.records import saved_steps
 from cifar_flax.train import Trainer
 
 REPOSITORY = Path(__file__).parent.parent

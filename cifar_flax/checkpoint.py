@@ -1,8 +1,8 @@
 """Checkpoints on disk. The only file that imports Orbax.
 
-Layout: `checkpoints/<step>/state/` is Orbax's, `checkpoints/<step>/record.json` holds all else, the SHA-256 sums of
-Orbax's files and one of itself. A folder appears under its number when it is complete, by one rename. Other names:
-`<step>.unfinished` is a save at work or what a killed one left, `<step>.damaged` is not what had been saved.
+Layout: `checkpoints/<step>/state/` is Orbax's, beside it lies the record of `records.py`. A folder appears under its
+number when it is complete, by one rename. Other names: `<step>.unfinished` is a save at work or what a killed one left,
+`<step>.damaged` is not what had been saved.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import logging
 import math
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cifar_flax import distributed, files
-from cifar_flax.errors import UserError, require
+from cifar_flax.errors import UserError, one_line, require
+from cifar_flax.records import DamagedError, Record, read_record, saved_steps, unreadable, write_record
 from cifar_flax.state import TrainState, all_finite
 
 # Orbax tells every step of every save, and asyncio of every array that a failed one has not come to: the error that is
@@ -30,11 +30,9 @@ from cifar_flax.state import TrainState, all_finite
 for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
-_RECORD = "record.json"
 _STATE = "state"
-_FORMAT = 1
 
-Record = dict[str, Any]  # what lies beside the state
+_is_finite = jax.jit(all_finite)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,7 +69,6 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._restored = 0  # the step of the checkpoint that the run goes on from
-        self.blocked_seconds = 0.0  # for which `save` has kept its caller
         if not read_only and distributed.is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in self._folder.glob("*.unfinished"):
@@ -103,26 +100,23 @@ class Checkpoints:
 
         Raises `UserError` where the state is not finite, and for a save before this one that has failed.
         """
-        begin = time.perf_counter()
         self.wait()
         step = int(jax.device_get(state.step))
-        if not jax.device_get(jax.jit(all_finite)(state)):
+        if not jax.device_get(_is_finite(state)):
             raise UserError(f"the state after step {step} is not finite: training has diverged; it is not saved")
         arrays = _flatten(state)
         shapes = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
-        record = {"format": _FORMAT, "step": step, "accuracy": accuracy, "arrays": shapes, **content}
+        record = {"step": step, "accuracy": accuracy, "arrays": shapes, **content}
         with self._errors(step):
             if step == self._restored:  # the state is there, and the same to the bit
                 if distributed.is_main():
-                    sums = self.record(step)["sha256"]
-                    files.write_sealed(self._path(step) / _RECORD, record | {"sha256": sums})
+                    write_record(self._path(step), record | {"sha256": self.record(step)["sha256"]})
             else:
                 unfinished = self._path(f"{step}.unfinished")
                 if distributed.is_main():
                     unfinished.mkdir()
                 self._orbax.save(unfinished / _STATE, unflatten_dict(arrays, sep="/"))
                 self._saving = step, self._thread.submit(self._finish, unfinished, record)
-        self.blocked_seconds += time.perf_counter() - begin
 
     def _finish(self, unfinished: Path, record: Record) -> None:
         """The part of `save` in the background: a complete checkpoint gets its name, others may go."""
@@ -131,7 +125,7 @@ class Checkpoints:
                 self._orbax.wait_until_finished()
             if not distributed.is_main():
                 return
-            files.write_sealed(unfinished / _RECORD, record | {"sha256": files.checksums(unfinished / _STATE)})
+            write_record(unfinished, record | {"sha256": files.checksums(unfinished / _STATE)})
             unfinished.rename(self._path(record["step"]))
             files.sync_folder(self._folder)
         except BaseException:
@@ -141,9 +135,19 @@ class Checkpoints:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        accuracies = {step: self._accuracy(step) for step in self.steps()}
+        accuracies: dict[int, float | None] = {}
+        for step in self.steps():
+            try:
+                accuracies[step] = self.record(step)["accuracy"]
+            except DamagedError:  # the best of nothing
+                accuracies[step] = None
+            except UserError:  # cannot be read today: it may be the best
+                continue
         for step in accuracies.keys() - kept(accuracies, self._config.keep, self._config.keep_best):
-            files.remove_folder(self._path(step), self._path(f"{step}.unfinished"))
+            try:
+                files.remove_folder(self._path(step), self._path(f"{step}.unfinished"))
+            except OSError as error:
+                raise UserError(f"{self._path(step)} is kept no longer, but cannot be removed ({error})") from error
 
     def check(self) -> None:
         """Raises `UserError` if a save in the background has failed."""
@@ -170,7 +174,7 @@ class Checkpoints:
             newest = max(self.steps(), default=None)
             left = "there is no other" if newest is None else f"the newest there is of step {newest}"
             what = f"the checkpoint of step {step} could not be saved in {self._folder}"
-            raise UserError(f"{what}; {left} ({_one_line(error)})") from error
+            raise UserError(f"{what}; {left} ({one_line(error)})") from error
 
     def steps(self) -> list[int]:
         """Those that have a checkpoint, intact or not, in order."""
@@ -180,8 +184,8 @@ class Checkpoints:
         return distributed.from_main(max(self.steps(), default=0)) or None
 
     def best_step(self) -> int | None:
-        """The step of the highest validation accuracy among those on disk."""
-        accuracies = {step: self._accuracy(step) for step in self.steps()}
+        """The step of the highest validation accuracy among those on disk; raises `UserError` if one cannot be read."""
+        accuracies = {step: self.record(step)["accuracy"] for step in self.steps()}
         accuracies = {step: value for step, value in accuracies.items() if value is not None}
         return distributed.from_main(max(kept(accuracies, 0, 1), default=0)) or None
 
@@ -194,8 +198,10 @@ class Checkpoints:
 
         Those that are not are set aside, with a line that says why.
 
-        Raises `UserError` where there are some, but none intact, and where the state does not fit `template`.
+        Raises `UserError` where there are some, but none intact, where one cannot be read, and where the state does not
+        fit `template`.
         """
+        _is_finite(template)  # compiled here, so that no save waits for it
         step = distributed.from_main(self._newest_intact() if distributed.is_main() else 0)
         if step < 0:
             raise UserError(
@@ -213,11 +219,9 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                files.require_checksums(self._path(step) / _STATE, self.record(step)["sha256"])
-            except UserError as error:
+                self._require_intact(step, self.record(step))
+            except DamagedError as error:
                 damaged[step] = str(error.__cause__)
-            except (OSError, ValueError) as error:
-                damaged[step] = str(error)
             else:
                 for other, why in damaged.items():  # only now: where all are, a second start must see that too
                     aside = self._path(f"{other}.damaged")
@@ -243,55 +247,24 @@ class Checkpoints:
             theirs = record["arrays"].get(name, "absent")
             if ours != theirs:
                 raise UserError(f"{self._path(step)} does not fit this run: {name} is {theirs} there and {ours} here")
+        self._require_intact(step, record)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
         try:
-            files.require_checksums(self._path(step) / _STATE, record["sha256"])
             restored = self._orbax.restore(self._path(step) / _STATE, unflatten_dict(abstract, sep="/"))
         except Exception as error:
-            raise _unreadable(self._folder, step, error) from error
+            raise unreadable(self._folder, step, error) from error
         arrays = flatten_dict(restored, sep="/")
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
 
-    def _accuracy(self, step: int) -> float | None:
+    def _require_intact(self, step: int, record: Record) -> None:
+        """Raises `DamagedError` unless the state's files are as they were saved, `UserError` if they cannot be read."""
         try:
-            return self.record(step)["accuracy"]
-        except UserError:  # a damaged one is the best of nothing
-            return None
+            files.require_checksums(self._path(step) / _STATE, record["sha256"])
+        except (OSError, ValueError) as error:
+            raise unreadable(self._folder, step, error) from error
 
     def _path(self, name: int | str) -> Path:
         return self._folder / str(name)
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in `folder`; needs neither JAX's devices nor the other processes."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
-
-
-def read_record(folder: Path, step: int) -> Record:
-    """What `Checkpoints.save` was told; raises `UserError` if it cannot be read."""
-    try:
-        record = files.read_sealed(folder / str(step) / _RECORD)
-        if record["format"] != _FORMAT or record["step"] != step:
-            raise ValueError(f"{_RECORD} is of step {record['step']} and format {record['format']}")
-        return record
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(folder, step, error) from error
-
-
-def _unreadable(folder: Path, step: int, error: Exception) -> UserError:
-    if lost := distributed.lost_peer(error):
-        return lost
-    return UserError(
-        f"the checkpoint {folder}/{step} cannot be read ({_one_line(error)}); "
-        "delete that folder to go on from the one before it"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"  # the cause stands at the end
-    return f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager

@@ -59,7 +59,9 @@ class EvalConfig:
 class Config:
     seed: int = 0  # of the initial weights, the order of the examples and every random bit
     deterministic: bool = False  # on a GPU: only operations that repeat to the bit, without autotuning; slower
-    on_nonfinite: str = "stop"  # what a loss or gradient that is not finite does: stop | skip (leave that step out)
+    # What a loss or gradient that is not finite does: stop | skip (that step changes nothing; where accumulate_steps is
+    # above 1, the updates, and with them the schedule, come as many steps later).
+    on_nonfinite: str = "stop"
     max_skipped: int = 10  # steps left out in a row that stop the run all the same
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -155,7 +157,7 @@ def from_dict(values: Any) -> Config:
 _HARMLESS = ("train.log_every", "on_nonfinite", "max_skipped")
 
 
-def differences(saved: Config, config: Config) -> list[str]:
+def differences(saved: Config, config: Config, where: str = "the checkpoint") -> list[str]:
     """Lines such as "model.width: 32 in the checkpoint, 64 in the config" of what would make it another run.
 
     More epochs than before do not where neither the schedule nor an average asks for their number.
@@ -166,7 +168,7 @@ def differences(saved: Config, config: Config) -> list[str]:
     if timeless and config.train.epochs > saved.train.epochs:
         harmless.append("train.epochs")
     return [
-        f"{path}: {before.get(path)!r} in the checkpoint, {now.get(path)!r} in the config"
+        f"{path}: {before.get(path)!r} in {where}, {now.get(path)!r} in the config"
         for path in before | now
         if before.get(path) != now.get(path) and path not in harmless
     ]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.errors import ConfigError, UserError, one_line
 from cifar_flax.imports import installed
 from cifar_flax.parallel import Layout, ParallelConfig
 
@@ -55,7 +55,7 @@ def start(config: ParallelConfig) -> None:
             raise ConfigError(f"parallel.distributed={config.distributed!r}: {allowed}; or off ({error})") from error
         return
     except RuntimeError as error:
-        raise UserError(f"the other processes of the run cannot be reached ({_one_line(error)})") from error
+        raise UserError(f"the other processes of the run cannot be reached ({one_line(error)})") from error
     if jax.process_count() > 1:
         _label = f"[process {jax.process_index()} of {jax.process_count()}, {socket.gethostname()}] "
         print(f"{_label}{jax.local_device_count()} of {jax.device_count()} devices", flush=True)
@@ -86,9 +86,10 @@ def label() -> str:
 
 
 def say(text: str) -> None:
-    """Prints a line of the run, once for all processes."""
+    """Prints a line of the run, once for all processes; a run does not end because nobody reads it any more."""
     if is_main():
-        print(f"{_label}{text}")
+        with contextlib.suppress(OSError):
+            print(f"{_label}{text}")
 
 
 def wait_for_all() -> None:
@@ -143,7 +144,7 @@ def lost_peer(error: Exception) -> UserError | None:
     """What to tell where `error` says that another process has gone; None where it says something else."""
     if _label and re.search("gloo|nccl|coordination|barrier|heartbeat|connection", str(error), re.IGNORECASE):
         return UserError(
-            f"another process of the run has ended or cannot be reached ({_one_line(error)}); see its log; the same "
+            f"another process of the run has ended or cannot be reached ({one_line(error)}); see its log; the same "
             "command goes on from the newest checkpoint"
         )
     return None
@@ -161,9 +162,12 @@ def run(main: Callable[[], int]) -> NoReturn:
             raise
         traceback.print_exc()
         code = 1
+    for number, stream in enumerate((sys.stdout, sys.stderr), start=1):
+        try:
+            stream.flush()
+        except OSError:  # what cannot be written must not become the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     if jax.distributed.is_initialized() and code:
-        sys.stdout.flush()
-        sys.stderr.flush()
         leaving = threading.Thread(target=_leave, daemon=True)
         leaving.start()
         leaving.join(_LAST_WORDS if _label and not is_main() else _LAST_WORDS_OF_MAIN)
@@ -177,7 +181,3 @@ def _leave() -> None:
     """Returns when all processes have come here."""
     with contextlib.suppress(Exception):  # the main process may have gone already
         jax.distributed.shutdown()
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

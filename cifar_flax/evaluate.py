@@ -1,5 +1,6 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size."""
 
+import contextlib
 import functools
 import math
 import operator
@@ -15,7 +16,7 @@ from jaxtyping import Array, Int32, PyTree
 
 from cifar_flax import averaging, distributed, experiment, metrics, report, steps
 from cifar_flax import config as configs
-from cifar_flax.checkpoint import Checkpoints, read_record, saved_steps
+from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import resident, sources
 from cifar_flax.data.batches import Batch, InputTimer, Positions, evaluation_positions, gather, to_device
@@ -25,6 +26,7 @@ from cifar_flax.experiment import DatasetInfo
 from cifar_flax.files import write_json
 from cifar_flax.imports import installed
 from cifar_flax.parallel import ParallelConfig
+from cifar_flax.records import read_record, saved_steps
 from cifar_flax.state import TrainState
 from cifar_flax.writers import evaluation_table
 
@@ -164,15 +166,16 @@ def write_result(workdir: Path, result: dict[str, Any]) -> None:
     """Prints the result, so that a full disk loses none of it; writes eval.json and confusion_matrix.png."""
     if not distributed.is_main():
         return
-    print(evaluation_table(result))
+    with contextlib.suppress(OSError):  # of nobody who reads it
+        print(evaluation_table(result))
     write_json(workdir / "eval.json", result)
     written = [workdir / "eval.json"]
     if installed("matplotlib"):
         written.append(workdir / "confusion_matrix.png")
         report.plot_confusion_matrix(written[-1], result)
     else:
-        print("\nno picture of the confusion matrix is drawn: matplotlib is not installed")
-    print(f"\nwritten: {', '.join(map(str, written))}")
+        distributed.say("no picture of the confusion matrix is drawn: matplotlib is not installed")
+    distributed.say(f"written: {', '.join(map(str, written))}")
 
 
 def saved_config(workdir: Path) -> Config:

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int32, UInt8
 
+from cifar_flax import compilation, distributed, optim, state
 from cifar_flax import config as configs
-from cifar_flax import distributed, optim, state
 from cifar_flax.config import Config
 from cifar_flax.data import order
 from cifar_flax.data.augment import normalize
@@ -128,7 +128,9 @@ def build(
         skip_nonfinite=config.on_nonfinite == "skip",
     )
 
-    @functools.partial(jax.jit, out_shardings=layout.replicated)
+    options = compilation.options(layout.platform, deterministic=True) if layout.deterministic else None
+
+    @functools.partial(jax.jit, out_shardings=layout.replicated, compiler_options=options)
     def init(seed: Array, sample: Array | None) -> TrainState:
         return create(seed, None if sample is None else normalize(sample, info.mean, info.std))
 

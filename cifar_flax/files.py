@@ -16,15 +16,15 @@ PARTIAL = ".partial"  # what the names of files end with that are being written
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Replaces `path` at once, so that no reader and no crash sees half of it."""
+    """Replaces `path` at once, so that no reader and no crash sees half of it; raises `OSError` that names it."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False) as file:
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:  # a full disk
+        except OSError as error:  # a full disk
             os.unlink(file.name)
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
     os.chmod(file.name, 0o644)  # temporary files are closed to others
     os.replace(file.name, path)
     sync_folder(path.parent)

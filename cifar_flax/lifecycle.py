@@ -1,12 +1,12 @@
 """How a run ends that is asked to: by SIGTERM, which schedulers send before they take the machine, or by SIGINT."""
 
+import contextlib
 import os
 import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _GRACE = 3.0  # seconds for the main thread to come out of what it does, if that is nothing that a run would lose
@@ -24,7 +24,7 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number  # as shells have it
 
 
-@contextmanager
+@contextlib.contextmanager
 def signals_end_the_process() -> Iterator[None]:
     """Here, SIGTERM and SIGINT raise `Stopped` in the main thread; in a block of `deferred`, that is left to the loop.
 
@@ -37,7 +37,9 @@ def signals_end_the_process() -> Iterator[None]:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
+    # What the parent has had ignored stays so, as for the background jobs of a script; None is a handler not Python's.
+    ours = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    handlers = {number: signal.signal(number, _handle) for number in ours}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True)
     watcher.start()
@@ -53,7 +55,7 @@ def signals_end_the_process() -> Iterator[None]:
         _asked = 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], int]]:
     """Here, the first signal does nothing but show in what is yielded: the number of the signal, 0 before there is one.
 
@@ -69,25 +71,28 @@ def deferred() -> Iterator[Callable[[], int]]:
         raise Stopped(_asked)
 
 
-def _raise(number: int, frame: object) -> None:
+def _handle(number: int, frame: object) -> None:
+    global _asked
     if not _deferring:
         raise Stopped(number)
+    _asked = _asked or number
 
 
 def _watch(reader: int) -> None:
     """Reads the number of each signal as soon as it has come; ends when the pipe is closed."""
-    global _asked
+    first = True
     while byte := os.read(reader, 1):
         number = byte[0]
         if number not in SIGNALS:
             continue
-        if not _asked:
-            _asked = number
-            if _deferring:
+        if first and _deferring:
+            with contextlib.suppress(OSError):  # nobody may be reading any more
                 name = signal.Signals(number).name
                 print(f"{name}: saving after this step; a second signal stops at once", file=sys.stderr, flush=True)
-                continue
+        elif first:
             readable, _, _ = select.select([reader], [], [], _GRACE)
             if readable and not os.read(reader, 1):
                 return
-        os._exit(128 + number)
+        if not first or not _deferring:
+            os._exit(128 + number)
+        first = False

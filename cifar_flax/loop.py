@@ -120,7 +120,8 @@ class Divergence:
                 rate = values["learning_rate"][step - first_step]
                 what = f"the loss of step {step} is {loss}"
                 if math.isfinite(loss):
-                    what = f"the gradient of step {step} is not finite (its loss is {loss:.6g})"
+                    which = "gradient, or the state that it leads to," if self._max_skipped else "gradient"
+                    what = f"of step {step}, whose loss is {loss:.6g}, the {which} is not finite"
                 before = "" if self.loss is None else f", {self.loss:.6g} before"
                 many = f"; it is the last of {self.skipped} skipped in a row" if self._max_skipped else ""
                 skip = "" if self._max_skipped else "on_nonfinite=skip leaves such steps out; "

@@ -90,9 +90,18 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     finite = all_finite((loss, grads))
     if task.skip_nonfinite:
         finite &= all_finite(new_state)
-        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state._replace(step=step))
+        new_state = _unless_skipped(finite, new_state, state._replace(step=step))
     learning_rate = jnp.asarray(task.schedule(state.step), jnp.float32)
     return new_state, {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate, "finite": finite}
+
+
+def _unless_skipped(finite: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
+    """`new` where it is finite, else `old`; but a schedule's own count goes on with the steps, as the log has it."""
+
+    def choose(new: PyTree, old: PyTree) -> PyTree:
+        return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
 
 
 def train_steps(

@@ -176,7 +176,8 @@ class Run:
         max_skipped = self._config.max_skipped if self._config.on_nonfinite == "skip" else 0
         self._divergence = Divergence(max_skipped, record.get("last_loss"), record.get("skipped_in_a_row", 0))
         self._inputs = InputTimer(trainer.inputs(self._config.seed, self._step))
-        self._interval = Interval(self._inputs, lambda: checkpoints.blocked_seconds, record.get("interval", {}))
+        self._blocked_seconds = 0.0
+        self._interval = Interval(self._inputs, lambda: self._blocked_seconds, record.get("interval", {}))
         # A call of many steps is read before the next is begun: a signal never has to wait for two.
         self._lag = READ_LAG if self._config.train.steps_per_call == 1 else 0
         self._agreement, self._asked = distributed.Agreement(trainer.layout, self._lag), 0
@@ -186,7 +187,10 @@ class Run:
         trainer = self._trainer
         begin = time.perf_counter()
         train_call = trainer.compile(self._state)
-        distributed.say(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
+        # Nothing is left for the loop to compile: a signal would have to wait for it.
+        trainer.evaluator.compile(self._state)
+        self._learning_rate = jax.jit(trainer.task.schedule).lower(0).compile()
+        distributed.say(f"compiled training and evaluation in {time.perf_counter() - begin:.1f} s")
         with ExitStack() as stack:
             self._writer = stack.enter_context(closing(MetricsWriter(self._folder, self._step, self._mark)))
             progress = Progress(start=self._step, total=trainer.total_steps, epochs=self._config.train.epochs)
@@ -207,7 +211,8 @@ class Run:
                 self._save()
             self._checkpoints.wait()
             if self._asked:
-                distributed.say(f"saved step {self._step} of {trainer.total_steps}")
+                if self._saved:
+                    distributed.say(f"saved step {self._saved} of {trainer.total_steps}")
                 raise lifecycle.Stopped(self._asked)
 
     def _stopping(self) -> int:
@@ -237,7 +242,7 @@ class Run:
             figures = {
                 "loss": evaluation.summary["loss"],
                 "accuracy": evaluation.summary["accuracy"],
-                "learning_rate": float(jax.device_get(trainer.task.schedule(self._step))),
+                "learning_rate": float(jax.device_get(self._learning_rate(self._step))),
                 "images_per_second": evaluation.images_per_second,
                 "input_wait_fraction": evaluation.input_wait_fraction,
             }
@@ -252,6 +257,7 @@ class Run:
         return record
 
     def _save(self, accuracy: float | None = None) -> None:
+        begin = time.perf_counter()
         content = {
             "config": configs.to_dict(self._config),
             "dataset": self._trainer.info.to_dict(),
@@ -263,3 +269,4 @@ class Run:
         }
         self._checkpoints.save(self._state, content, accuracy)
         self._saved = self._step
+        self._blocked_seconds += time.perf_counter() - begin

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cifar_flax import config as configs
 from cifar_flax import distributed, files
-from cifar_flax.checkpoint import read_record, saved_steps
 from cifar_flax.config import Config
 from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.records import DamagedError, read_record, saved_steps
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
@@ -51,28 +51,35 @@ def _lock(stack: contextlib.ExitStack, workdir: Path, field: str) -> None:
 def _check(workdir: Path, config: Config, field: str) -> None:
     """Raises `ConfigError` unless the run in `workdir`, if there is one, goes on with `config`; notes it there."""
     path = workdir / _CONFIG
-    saved = _saved(workdir, field)
-    changed = [] if saved is None else configs.differences(saved, config)
+    saved, where = _saved(workdir, field)
+    changed = [] if saved is None else configs.differences(saved, config, where)
     if changed:
         raise ConfigError(
-            f"{field}: holds a run of another config ({'; '.join(changed)}); choose another --workdir, or go on with "
-            f"the config in {path}"
+            f"{field}: holds a run of another config ({'; '.join(changed)}); choose another --workdir, or set them back"
         )
-    if distributed.is_main() and saved != config:
+    if distributed.is_main():
         files.write_json(path, configs.to_dict(config))
 
 
-def _saved(workdir: Path, field: str) -> Config | None:
-    """The config of the newest checkpoint that tells it, else that in config.json; None where there is neither."""
+def _saved(workdir: Path, field: str) -> tuple[Config | None, str]:
+    """The config of the newest checkpoint that tells it, else that in config.json of a run that has begun; and which.
+
+    Raises `UserError` where a run has a log but no folder of checkpoints: it would begin anew, and that be the end of
+    the log.
+    """
     checkpoints = workdir / CHECKPOINTS
     for step in reversed(saved_steps(checkpoints)):
-        with contextlib.suppress(UserError):  # restoring will say that it is damaged
-            return configs.from_dict(read_record(checkpoints, step)["config"])
-    path = workdir / _CONFIG
-    if not path.exists():
-        return None
+        with contextlib.suppress(DamagedError):  # restoring will say so
+            return configs.from_dict(read_record(checkpoints, step)["config"]), "the checkpoint"
+    log, path = workdir / "metrics.jsonl", workdir / _CONFIG
+    if not log.exists() or not log.stat().st_size:
+        return None, ""
+    if not checkpoints.is_dir():
+        raise UserError(
+            f"{field}: has a {log.name}, but no folder {CHECKPOINTS}; put it back, or choose another --workdir"
+        )
     try:
-        return configs.from_dict(files.read_json(path))
+        return configs.from_dict(files.read_json(path)), path.name
     except ConfigError as error:
         raise UserError(
             f"{field}: its {_CONFIG} is none of this version ({error}); choose another --workdir"

@@ -32,8 +32,8 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 class MetricsWriter:
     """Appends records to metrics.jsonl and to TensorBoard's event files; in the main process alone.
 
-    Raises `OSError` from the call that could not write: tensorboardX's own thread would die of a full disk, and the
-    run would wait for it for ever.
+    Raises `OSError`, with the file's name, from the call that could not write: tensorboardX's own thread would die of a
+    full disk, and the run would wait for it for ever.
     """
 
     def __init__(self, workdir: Path, start_step: int, mark: Mapping[str, Any] | None = None):
@@ -63,16 +63,19 @@ class MetricsWriter:
         if self._file is None:
             return
         line = f"{json.dumps(record)}\n".encode()
-        self._file.write(line)
-        self._file.flush()
-        self._hash.update(line)
-        self._size += len(line)
-        if self._events is None:
-            return
-        for name, value in record.items():
-            if name not in ("step", "split") and value is not None:
-                self._add_event(record["step"], summary=scalar(f"{record['split']}/{name}", value))
-        self._events.flush()
+        try:
+            self._file.write(line)
+            self._file.flush()
+            self._hash.update(line)
+            self._size += len(line)
+            if self._events is None:
+                return
+            for name, value in record.items():
+                if name not in ("step", "split") and value is not None:
+                    self._add_event(record["step"], summary=scalar(f"{record['split']}/{name}", value))
+            self._events.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{self._file.name} or tensorboard beside it") from error
 
     def mark(self) -> Record | None:
         """What metrics.jsonl is up to here, once that is on the disk; for the checkpoint of this step."""
@@ -92,12 +95,14 @@ def _written_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> byt
     Where that has been changed meanwhile, lines up to `step` stay if they can be read; a line on the screen says so.
     """
     content = path.read_bytes() if path.exists() else b""
-    kept = content[: mark["bytes"]] if mark else b""
+    kept, lines = content[: mark["bytes"]] if mark else b"", content.splitlines(keepends=True)
     if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
-        lines = content.splitlines(keepends=True)
         kept = b"".join(line for line in lines if _step_of(line) <= step)
-        lost = len(lines) - kept.count(b"\n")
-        distributed.say(f"{path} is not what the run had written at step {step}: {lost} of {len(lines)} lines dropped")
+        left = len(kept.splitlines())
+        found = f"{left} of its {len(lines)} lines are kept" if content else "it is not there"
+        distributed.say(f"{path} is not what the run had written at step {step}: {found}")
+    elif lines and not mark:
+        distributed.say(f"there is no checkpoint: begun anew, {len(lines)} lines of {path} are dropped")
     if kept != content:
         files.replace(path, kept)
     return kept

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_flax import checkpoint, distributed
+from cifar_flax import distributed, records
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.parallel import ParallelConfig
 
@@ -147,6 +147,6 @@ def test_agreement_is_of_values(monkeypatch):
 def test_no_checkpoint_is_blamed_for_a_lost_process(monkeypatch, tmp_path):
     """Orbax's reading has barriers: the advice to delete a folder would cost an intact one."""
     lost = RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
-    assert "delete that folder" in str(checkpoint._unreadable(tmp_path, 3, lost))
+    assert "cannot be read" in str(records.unreadable(tmp_path, 3, lost))
     monkeypatch.setattr(distributed, "_label", "[process 1 of 2, a] ")
-    assert "another process of the run has ended" in str(checkpoint._unreadable(tmp_path, 3, lost))
+    assert "another process of the run has ended" in str(records.unreadable(tmp_path, 3, lost))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from test_archive import NAMES, RECORDS, official, small_files, write_tar  # noqa: F401  (a fixture is among them)
 
-from cifar_flax import checkpoint, files
 from cifar_flax import config as configs
+from cifar_flax import files, records
 from cifar_flax.config import Config
 from cifar_flax.data import archive, cache
 from cifar_flax.errors import ConfigError, UserError
@@ -71,9 +71,9 @@ def changed(value, rng):
 def test_archive(tmp_path):
     """2,000 damaged archives of small files, each split of them read."""
     rng = np.random.default_rng(0)
-    records = rng.integers(0, 256, (len(NAMES), RECORDS, 3073), dtype=np.uint8)
-    records[:, :, 0] %= 10
-    contents = {name: record.tobytes() for name, record in zip(NAMES, records, strict=True)}
+    stored = rng.integers(0, 256, (len(NAMES), RECORDS, 3073), dtype=np.uint8)
+    stored[:, :, 0] %= 10
+    contents = {name: record.tobytes() for name, record in zip(NAMES, stored, strict=True)}
     path = write_tar(tmp_path / "a.tar.gz", official(contents))
     intact, original = path.read_bytes(), {split: archive.read_archive(path, split) for split in ("train", "test")}
     loaded, messages = 0, []
@@ -135,7 +135,7 @@ def test_record_of_a_checkpoint(tmp_path):
         rng = random.Random(case)
         path.write_bytes(json.dumps(changed(sealed, rng)).encode() if case % 2 else damaged(intact, rng))
         try:
-            assert checkpoint.read_record(tmp_path, 3) == json.loads(json.dumps(record)), case
+            assert records.read_record(tmp_path, 3) == json.loads(json.dumps(record)), case
             loaded += 1
         except UserError as error:
             messages.append(str(error))

@@ -17,7 +17,7 @@ LEVELS = [
     {"models.cnn", "models.airbench", "models.resnet", "parallel"},
     {"distributed"},
     {"data.sources", "data.streaming", "data.resident", "models"},
-    {"optim", "metrics", "report", "writers", "state"},
+    {"optim", "metrics", "report", "writers", "state", "records"},
     {"steps", "checkpoint", "loop"},
     {"config"},
     {"experiment", "workdir"},

@@ -56,6 +56,28 @@ def test_a_signal_is_left_to_the_training_loop(number, code, capfd):
     assert f"{number.name}: saving after this step; a second signal stops at once" in capfd.readouterr().err
 
 
+def test_the_last_moment_of_training_counts_too():
+    def run():
+        with signals_end_the_process(), deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for _ in range(20):
+        with pytest.raises(Stopped):
+            run()
+
+
+def test_what_the_parent_has_ignored_stays_so():
+    """As a script's background jobs have SIGINT: its Ctrl-C is not for them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_end_the_process(), deferred() as signal_number:
+            send(signal.SIGINT)
+            assert signal_number() == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_previous_handlers_are_restored():
     def mine(number, frame):
         seen.append(number)
@@ -120,7 +142,10 @@ def test_a_busy_main_thread_holds_nothing_up(number, code, block, signals):
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"  # minutes, and no handler runs: as when XLA compiles
     )
     run = [sys.executable, "-c", program]
-    with subprocess.Popen(run, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        open("/dev/full", "w") as nobody,  # whatever is said must not be what the process ends of
+        subprocess.Popen(run, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=nobody, text=True) as process,
+    ):
         assert process.stdout.readline() == "busy\n"
         time.sleep(0.2)
         begin = time.monotonic()

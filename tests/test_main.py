@@ -156,7 +156,7 @@ def test_train_kill_resume_and_evaluate(tmp_path):
         while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        assert "compiled the training step" in process.stdout.read()  # what was printed is not lost
+        assert "compiled training and evaluation" in process.stdout.read()  # what was printed is not lost
     assert process.returncode == -signal.SIGKILL
 
     with start(*command, folder=tmp_path) as process:

@@ -18,7 +18,7 @@ from killed import MOMENTS
 from processes import CONFIG, end, environment, run, start, start_all, wait_for_checkpoint
 from processes import assert_same_run as assert_alike
 
-from cifar_flax import checkpoint, evaluate, files, metrics, train
+from cifar_flax import evaluate, files, lifecycle, metrics, records, train
 from cifar_flax.averaging import AveragingConfig
 from cifar_flax.errors import UserError
 from cifar_flax.lifecycle import Stopped, signals_end_the_process
@@ -135,8 +135,8 @@ def test_best_checkpoints_survive_a_stop_in_their_evaluation(tiny_config, tmp_pa
     folders = [tmp_path / name / "checkpoints" for name in ("straight", "run")]
     assert saved(tmp_path / "straight") == saved(tmp_path / "run")
     for step in saved(tmp_path / "run"):
-        records = [checkpoint.read_record(folder, step) for folder in folders]
-        assert records[0]["accuracy"] == records[1]["accuracy"]
+        one, other = (records.read_record(folder, step) for folder in folders)
+        assert one["accuracy"] == other["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +251,52 @@ def test_another_network_is_refused_with_the_difference(tiny_config, straight, t
     tiny_config.model.width = 8
     with pytest.raises(UserError, match=r"model\.width: 4 in the checkpoint, 8 in the config.*choose another"):
         train.train(tiny_config, tmp_path / "run")
+
+
+def test_the_saved_config_is_that_of_the_last_start(tiny_config, straight, tmp_path, capsys):
+    """Also where it was lost, as the checkpoints tell it too."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    for damage in (path.unlink, lambda: path.write_text("{")):
+        damage()
+        train.train(tiny_config, tmp_path / "run")
+        assert path.read_bytes() == (straight[0] / "config.json").read_bytes()
+        assert "is finished: 34 steps of 34" in capsys.readouterr().out
+
+
+def test_the_loop_never_compiles(tiny_config, tmp_path, monkeypatch):
+    """A signal would have to wait for it."""
+    compiled = []
+
+    def note(name, *arguments, **settings):
+        if "backend_compile" in name:
+            compiled.append(lifecycle._deferring)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        train.train(tiny_config, tmp_path / "run")
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled.count(False) > 3
+    assert compiled.count(True) == 0
+
+
+def test_nobody_has_to_read_what_a_run_says(folder):
+    """The terminal is gone, or the disk is full on which the log lies."""
+    with open("/dev/full", "w") as nobody:
+        command = [
+            sys.executable,
+            str(REPOSITORY / "main.py"),
+            *ARGUMENTS,
+            "--config.train.epochs=200",
+            "--workdir=run",
+        ]
+        process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=nobody, stderr=nobody)
+        wait_for_checkpoint(folder / "run", [])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    assert saved(folder / "run")
 
 
 def test_a_second_run_in_the_same_folder_is_refused(folder, tiny_config, monkeypatch):

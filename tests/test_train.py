@@ -109,13 +109,36 @@ def test_another_config_is_refused_and_nothing_is_touched(tiny_config, finished)
     assert snapshot(finished) == before
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"seed": "x"}'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"seed": "x"}', "[" * 10**5])
 def test_damaged_saved_config_is_one_message(tiny_config, workdir, content):
-    workdir.mkdir(parents=True)
+    """Of a run that has no checkpoint yet, which would tell it too."""
+    (workdir / "checkpoints").mkdir(parents=True)
+    (workdir / "metrics.jsonl").write_text('{"step": 1}\n')
     (workdir / "config.json").write_text(content)
-    with pytest.raises(UserError):
+    with pytest.raises(
+        UserError, match=r"its config\.json is (damaged|none of this version).*choose another --workdir"
+    ):
         train(tiny_config, workdir)
     assert (workdir / "config.json").read_text() == content
+
+
+def test_a_run_that_has_done_nothing_yet_may_have_another_config(tiny_config, workdir):
+    """As after a slip of the pen that was seen at once."""
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text("{}")
+    tiny_config.train.epochs = 1
+    train(tiny_config, workdir)
+    assert json.loads((workdir / "config.json").read_text())["train"]["epochs"] == 1
+
+
+def test_a_log_without_checkpoints_is_no_run_to_begin_anew(tiny_config, finished):
+    """Their folder may be on a disk that is not there today."""
+    shutil.rmtree(finished / "checkpoints")
+    before = snapshot(finished)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"has a metrics\.jsonl, but no folder checkpoints; put it back"):
+            train(tiny_config, finished)
+    assert snapshot(finished) == before
 
 
 def test_best_checkpoint_is_judged_on_held_out_examples(tiny_config, workdir, monkeypatch):

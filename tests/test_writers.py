@@ -28,12 +28,14 @@ def steps_in(workdir):
     return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_resuming_drops_what_will_come_again(tmp_path):
+def test_resuming_drops_what_will_come_again(tmp_path, capsys):
     mark = write(tmp_path, [1, 2, 3, 4], mark_after=2)
     write(tmp_path, [3, 4, 5], start=2, mark=mark)
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out == ""
     write(tmp_path, [1, 2])  # from the start
     assert steps_in(tmp_path) == [1, 2]
+    assert "there is no checkpoint: begun anew, 5 lines of" in capsys.readouterr().out
 
 
 TORN = ['{"step": 3, "lo', '{"step": 3}', "\x00\x00\n", "3\n", '{"loss": 1}\n', '{"step": true}\n', "[" * 10**5 + "\n"]
@@ -59,7 +61,7 @@ def test_a_lost_log_is_said_and_begun_anew(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").unlink()
     write(tmp_path, [3], start=2, mark=mark)
     assert steps_in(tmp_path) == [3]
-    assert "is not what the run had written at step 2" in capsys.readouterr().out
+    assert "metrics.jsonl is not what the run had written at step 2: it is not there" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_an_error_of_the_line_that_did_not_fit(tmp_path):
@@ -70,7 +72,7 @@ def test_a_full_disk_is_an_error_of_the_line_that_did_not_fit(tmp_path):
     kept = os.dup(events)
     with open("/dev/full", "wb") as full:
         os.dup2(full.fileno(), events)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl or tensorboard"):
         writer.write(record(2))
     os.dup2(kept, events)
     os.close(kept)

@@ -74,7 +74,9 @@ def load(folder: Path) -> Arrays | None:
         files.require_checksums(folder, {file: manifest["sha256"][file] for file in _FILES})
         class_names, dataset = tuple(manifest["class_names"]), manifest["dataset"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"the data cache {folder} is damaged ({error}); it is built anew", stacklevel=2)
+        warnings.warn(
+            f"the data cache {folder} is damaged or of another version ({error}); it is built anew", stacklevel=2
+        )
         _remove(folder)
         return None
     # Copy on write: TensorFlow shares memory only where it may be written to, and the file stays as it is.

@@ -13,7 +13,7 @@ import numpy as np
 from cifar_flax.data import cache
 from cifar_flax.data.archive import read_archive
 from cifar_flax.data.cache import Arrays
-from cifar_flax.errors import ConfigError, UserError, require
+from cifar_flax.errors import ConfigError, UserError, one_line, require
 from cifar_flax.imports import installed
 
 PIPELINES = ("streaming", "resident")
@@ -139,9 +139,9 @@ def _tfds_builder(config: DataConfig) -> Any:
         return tfds.builder(config.name, data_dir=os.path.expanduser(data_dir) or None)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
         allowed = f"must be {', '.join(BUILT_IN)} or a TFDS image-classification set such as cifar10"
-        raise ConfigError(f"data.name={config.name!r}: {allowed} ({_reason(error)})") from error
+        raise ConfigError(f"data.name={config.name!r}: {allowed} ({one_line(error)})") from error
     except Exception as error:  # whatever TFDS makes of damaged files
-        raise UserError(f"what TFDS prepared of {config.name} cannot be read ({_reason(error)})") from error
+        raise UserError(f"what TFDS prepared of {config.name} cannot be read ({one_line(error)})") from error
 
 
 def _supervised_keys(config: DataConfig, info: Any) -> tuple[str, str]:
@@ -186,13 +186,9 @@ def _prepare(config: DataConfig, builder: Any) -> None:
             ways.append("read the official archive (--config.data.archive=cifar-10-binary.tar.gz)")
         ways.append("start with data that needs no download (--config configs/quickstart.py)")
         raise UserError(
-            f"{config.name} is not prepared in {builder.data_dir} and preparing it failed ({_reason(error)}). "
+            f"{config.name} is not prepared in {builder.data_dir} and preparing it failed ({one_line(error)}). "
             f"Ways out: {'; '.join(ways)}"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _decode(
@@ -217,4 +213,4 @@ def _decode(
     try:
         yield from dataset.with_options(dataset_options()).as_numpy_iterator()
     except tf.errors.OpError as error:
-        raise UserError(f"what TFDS prepared in {builder.data_dir} cannot be read ({_reason(error)})") from error
+        raise UserError(f"what TFDS prepared in {builder.data_dir} cannot be read ({one_line(error)})") from error

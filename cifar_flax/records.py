@@ -1,0 +1,62 @@
+"""What lies beside the state in a checkpoint: `checkpoints/<step>/record.json`.
+
+It holds what the run must know to go on, the shapes of the arrays, the SHA-256 sums of the state's files and one of
+itself. Nothing here needs Orbax, JAX's devices or the other processes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from cifar_flax import distributed, files
+from cifar_flax.errors import UserError, one_line
+
+_NAME = "record.json"
+_FORMAT = 1
+
+Record = dict[str, Any]
+
+
+class DamagedError(UserError):
+    """What lies on the disk is not what was saved."""
+
+
+def write_record(folder: Path, record: Record) -> None:
+    files.write_sealed(folder / _NAME, {"format": _FORMAT} | record)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in `folder`."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def read_record(folder: Path, step: int) -> Record:
+    """What `Checkpoints.save` was told.
+
+    Raises `DamagedError` if it is not what was written, `UserError` if it cannot be read or is of another version.
+    """
+    path = folder / str(step)
+    try:
+        record = files.read_sealed(path / _NAME)
+        if record.get("step") != step:
+            raise ValueError(f"{_NAME} is of step {record.get('step')}")
+    except (OSError, ValueError) as error:
+        if (path / "_CHECKPOINT_METADATA").exists():  # Orbax had its files there before there was a format
+            raise UserError(
+                f"the checkpoint {path} was made by an earlier version, and this one cannot read it"
+            ) from error
+        raise unreadable(folder, step, error) from error
+    if record.get("format") != _FORMAT:
+        raise UserError(f"the checkpoint {path} has the format {record.get('format')}; this version reads {_FORMAT}")
+    return record
+
+
+def unreadable(folder: Path, step: int, error: Exception) -> UserError:
+    """What to raise where reading that checkpoint has raised `error`."""
+    if lost := distributed.lost_peer(error):
+        return lost
+    what = f"the checkpoint {folder}/{step} cannot be read ({one_line(error)})"
+    if not isinstance(error, (FileNotFoundError, ValueError)):
+        return UserError(what)
+    others = [other for other in saved_steps(folder) if other != step]
+    return DamagedError(f"{what}; without that folder, step {others[-1]} is the newest" if others else what)
