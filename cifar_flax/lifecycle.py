@@ -19,8 +19,7 @@ class Stopped(KeyboardInterrupt):
     """The process has been asked to end. Not an `Exception`: nobody takes it for a failure of what it was doing."""
 
     def __init__(self, number: int):
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name}; the same command goes on from the newest checkpoint")
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number  # as shells have it
 
 

@@ -212,7 +212,9 @@ class Run:
             self._checkpoints.wait()
             if self._asked:
                 if self._saved:
-                    distributed.say(f"saved step {self._saved} of {trainer.total_steps}")
+                    distributed.say(
+                        f"saved step {self._saved} of {trainer.total_steps}; the same command goes on from there"
+                    )
                 raise lifecycle.Stopped(self._asked)
 
     def _stopping(self) -> int:

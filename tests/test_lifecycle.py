@@ -34,7 +34,7 @@ def test_a_signal_ends_what_is_no_training(number, code):
             except Exception:
                 pytest.fail("taken for a failure")
 
-    with pytest.raises(Stopped, match=f"^stopped by {number.name}; ") as caught:
+    with pytest.raises(Stopped, match=f"^stopped by {number.name}$") as caught:
         run()
     assert caught.value.exit_code == code
 

@@ -207,7 +207,7 @@ def test_interruption_and_full_disk_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main.py", "--config", DIGITS])
     for error, code, message in (
         (KeyboardInterrupt(), 130, "interrupted"),
-        (lifecycle.Stopped(signal.SIGTERM), 143, "stopped by SIGTERM; the same command goes on from the newest"),
+        (lifecycle.Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
         (OSError(28, "No space left on device", "eval.json"), 1, "No space left on device: 'eval.json'"),
     ):
 
