@@ -93,10 +93,13 @@ class Checkpoints:
             self._thread.shutdown()
             self._orbax.close()
 
-    def save(self, state: TrainState, content: Record, accuracy: float | None = None) -> None:
+    def save(
+        self, state: TrainState, content: Record, accuracy: float | None = None, *, is_extra: bool = False
+    ) -> None:
         """Saves `state` and `content` (of JSON) in the background; returns when the state may be changed.
 
-        `accuracy` is the validation split's, None where there is none.
+        `accuracy` is the validation split's, None where there is none. One that `is_extra`, as where a run is stopped,
+        stays until there is a newer one and takes no place: in the end the run has the checkpoints that it would have.
 
         Raises `UserError` where the state is not finite, and for a save before this one that has failed.
         """
@@ -106,7 +109,7 @@ class Checkpoints:
             raise UserError(f"the state after step {step} is not finite: training has diverged; it is not saved")
         arrays = _flatten(state)
         shapes = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
-        record = {"step": step, "accuracy": accuracy, "arrays": shapes, **content}
+        record = {"step": step, "accuracy": accuracy, "is_extra": is_extra, "arrays": shapes, **content}
         with self._errors(step):
             if step == self._restored:  # the state is there, and the same to the bit
                 if distributed.is_main():
@@ -136,14 +139,20 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         accuracies: dict[int, float | None] = {}
-        for step in self.steps():
+        steps, extra = self.steps(), set()
+        for step in steps:
             try:
-                accuracies[step] = self.record(step)["accuracy"]
+                record = self.record(step)
             except DamagedError:  # the best of nothing
                 accuracies[step] = None
             except UserError:  # cannot be read today: it may be the best
                 continue
-        for step in accuracies.keys() - kept(accuracies, self._config.keep, self._config.keep_best):
+            else:
+                extra.update([step] if record["is_extra"] else [])
+                accuracies[step] = record["accuracy"]
+        regular = {step: accuracy for step, accuracy in accuracies.items() if step not in extra}
+        stay = kept(regular, self._config.keep, self._config.keep_best)
+        for step in accuracies.keys() - stay - {steps[-1]}:
             try:
                 files.remove_folder(self._path(step), self._path(f"{step}.unfinished"))
             except OSError as error:

@@ -101,7 +101,8 @@ class Trainer:
         for field in dataclasses.fields(was):
             before, now = getattr(was, field.name), getattr(self.info, field.name)
             if before != now:
-                raise UserError(f"the run was begun on data whose {field.name} is {before}, not {now}")
+                change = f"{field.name}: {before} in the checkpoint, {now} in the data of today"
+                raise UserError(f"the run was begun on other data ({change}); choose another --workdir")
 
     def inputs(self, seed: int, start: int) -> Iterator[Inputs]:
         """What the calls of a run take, from the step `start` on, on the device."""
@@ -269,6 +270,7 @@ class Run:
             "last_loss": self._divergence.loss,
             "skipped_in_a_row": self._divergence.skipped,
         }
-        self._checkpoints.save(self._state, content, accuracy)
+        is_due = self._trainer.is_due(self._step, self._config.checkpoint.every_epochs)
+        self._checkpoints.save(self._state, content, accuracy, is_extra=not is_due)
         self._saved = self._step
         self._blocked_seconds += time.perf_counter() - begin

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
@@ -26,6 +27,7 @@ from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.models import CNNConfig
 from cifar_flax.optim import OptimConfig
+from cifar_flax.state import TrainState
 from cifar_flax.train import Trainer, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -74,6 +76,35 @@ def straight(tmp_path_factory, compile_once):
     with contextlib.redirect_stdout(printed):
         train(make_tiny_config(), folder)
     return folder, printed.getvalue()
+
+
+def make_state(step=3, width=2, dtype=jnp.float32):
+    leaf = jnp.arange(3 * width, dtype=dtype).reshape(3, width)
+    return TrainState(
+        step=jnp.int32(step),
+        seed=jnp.uint32(2**32 - 1),
+        params={"layer": {"kernel": leaf}},
+        batch_stats={"norm": {"mean": leaf + 1}},
+        opt_state=({"mu": leaf + 2}, (), jnp.int32(7)),
+        average=(),
+    )
+
+
+@pytest.fixture
+def open_checkpoints(tmp_path):
+    opened = []
+
+    def open_them(**fields):
+        opened.append(checkpoint.Checkpoints(tmp_path / "checkpoints", checkpoint.CheckpointConfig(**fields)))
+        return opened[-1]
+
+    yield open_them
+    for checkpoints in opened:
+        checkpoints.close()
+
+
+def steps_in(folder):
+    return {path.name for path in folder.iterdir()}
 
 
 # What a run leaves in its folder.

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import compare, setting
+from benchmarks import compare, crash, setting
 from cifar_flax.models import AirbenchConfig, CNNConfig
 
 
@@ -89,3 +89,31 @@ def test_pytorch_networks_are_of_our_size():
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == size
         out = functools.partial(model.eval(), torch.zeros(2, 3, 32, 32))()
         assert out.shape == (2, 10)
+
+
+def test_a_loss_is_counted_as_one():
+    outcomes = [
+        crash.Outcome(signals=[("a save", "SIGKILL"), ("a save", "SIGTERM")]),
+        crash.Outcome(signals=[("any time", "SIGKILL")], fell_back=2),
+        crash.Outcome(signals=[("a save", "SIGKILL")], lost=["another state", "another eval.json"]),
+    ]
+    table = crash.table(outcomes)
+    for row in (
+        "| a save | 2 | 1 |",
+        "| all | 3 | 1 |",
+        "| interrupted, started again, compared | 3 |",
+        "| ended bitwise equal to the run left alone | 2 |",
+        "| found a checkpoint damaged and fell back | 1 |",
+        "| lost anything | 1 |",
+    ):
+        assert row in table
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_random_ends_as_one_left_alone(tmp_path):
+    alone = crash.reference(tmp_path)
+    outcome = crash.crash(1, 0, tmp_path / "killed", alone)
+    assert outcome.signals
+    assert outcome.lost == []
+    alone.content["state"][3] = b""
+    assert crash.crash(2, 0, tmp_path / "other", alone).lost == ["another state"]

@@ -1,7 +1,5 @@
 import contextlib
 import math
-import re
-import shutil
 import threading
 import time
 
@@ -9,38 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_state, steps_in
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cifar_flax import files
 from cifar_flax.checkpoint import CheckpointConfig, Checkpoints, kept
 from cifar_flax.errors import UserError
-from cifar_flax.state import TrainState
-
-
-def make_state(step=3, width=2, dtype=jnp.float32):
-    leaf = jnp.arange(3 * width, dtype=dtype).reshape(3, width)
-    return TrainState(
-        step=jnp.int32(step),
-        seed=jnp.uint32(2**32 - 1),
-        params={"layer": {"kernel": leaf}},
-        batch_stats={"norm": {"mean": leaf + 1}},
-        opt_state=({"mu": leaf + 2}, (), jnp.int32(7)),
-        average=(),
-    )
-
-
-@pytest.fixture
-def open_checkpoints(tmp_path):
-    opened = []
-
-    def open_them(**fields):
-        opened.append(Checkpoints(tmp_path / "checkpoints", CheckpointConfig(**fields)))
-        return opened[-1]
-
-    yield open_them
-    for checkpoints in opened:
-        checkpoints.close()
 
 
 def test_round_trip(open_checkpoints):
@@ -95,10 +68,6 @@ def test_another_structure_is_refused_with_the_difference(open_checkpoints, temp
         checkpoints.restore(3, template)
 
 
-def steps_in(folder):
-    return {path.name for path in folder.iterdir()}
-
-
 def test_newest_and_best_are_kept(open_checkpoints, tmp_path):
     checkpoints = open_checkpoints(keep=2, keep_best=1)
     for step, accuracy in ((1, 0.5), (2, 0.9), (3, None), (4, math.nan), (5, 0.8)):
@@ -112,6 +81,21 @@ def test_newest_and_best_are_kept(open_checkpoints, tmp_path):
     checkpoints.save(make_state(7), {}, 0.2)
     checkpoints.wait()
     assert steps_in(tmp_path / "checkpoints") == {"2", "6", "7"}  # those without a figure do not linger
+
+
+def test_what_a_stop_saved_takes_no_place(open_checkpoints, tmp_path):
+    checkpoints = open_checkpoints(keep=2)
+    for step, is_extra, names in (
+        (1, False, {"1"}),
+        (2, True, {"1", "2"}),
+        (3, False, {"1", "3"}),
+        (4, True, {"1", "3", "4"}),
+        (5, True, {"1", "3", "5"}),
+        (6, False, {"3", "6"}),
+    ):
+        checkpoints.save(make_state(step), {}, is_extra=is_extra)
+        checkpoints.wait()
+        assert steps_in(tmp_path / "checkpoints") == names
 
 
 ACCURACIES = st.dictionaries(st.integers(1, 50), st.none() | st.just(math.nan) | st.sampled_from([0.1, 0.5, 0.5, 0.9]))
@@ -128,120 +112,6 @@ def test_what_is_kept(accuracies, newest, best):
     assert len(others) <= best
     better = sorted(judged, key=lambda step: (accuracies[step], step))[len(judged) - min(best, len(judged)) :]
     assert found == {*last, *better}
-
-
-DAMAGES = {
-    "deleted": lambda path: path.unlink(),
-    "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "emptied": lambda path: path.write_bytes(b""),
-    "flipped": lambda path: path.write_bytes(flip(path.read_bytes())),
-}
-
-
-def flip(content):
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_never_restored(open_checkpoints, tmp_path, capsys, damage):
-    """Each of its files: where there is another checkpoint that one is used; where there is none, nothing is."""
-    folder = tmp_path / "checkpoints"
-    checkpoints = open_checkpoints(keep=2)
-    for step in (3, 5):
-        checkpoints.save(jax.tree.map(lambda x, step=step: x + step, make_state(0)), {"note": step})
-    checkpoints.wait()
-    shutil.copytree(folder, tmp_path / "intact")
-    names = [path.relative_to(folder / "5") for path in (folder / "5").rglob("*") if path.is_file()]
-    assert len(names) >= 8
-    for name in names:
-        if not (folder / "5" / name).stat().st_size and damage != "deleted":
-            continue  # an empty file cannot be less
-        DAMAGES[damage](folder / "5" / name)
-        state, record = open_checkpoints().restore_newest(make_state())
-        assert (int(state.step), record["note"]) == (3, 3)
-        jax.tree.map(np.testing.assert_array_equal, state, jax.tree.map(lambda x: x + 3, make_state(0)))
-        said = capsys.readouterr().out
-        assert re.search(r"^the checkpoint of step 5 is damaged \(.+\), now 5\.damaged; using 3$", said, re.MULTILINE)
-        assert steps_in(folder) == {"3", "5.damaged"}
-
-        shutil.rmtree(folder / "3")
-        (folder / "5.damaged").rename(folder / "5")
-        for _ in range(2):  # nor at a second start
-            with pytest.raises(UserError, match="none of its checkpoints is as it was saved; to start anew, choose"):
-                open_checkpoints().restore_newest(make_state())
-        assert "the checkpoint of step 5 is damaged (" in capsys.readouterr().out
-        assert steps_in(folder) == {"5"}
-        for read in (lambda: checkpoints.restore(5, make_state()), lambda: checkpoints.restore_newest(make_state())):
-            with pytest.raises(UserError) as caught:
-                read()
-            assert "\n" not in str(caught.value)
-        shutil.rmtree(folder)
-        shutil.copytree(tmp_path / "intact", folder)
-
-
-def test_a_checkpoint_of_another_step_is_not_taken_for_this_one(open_checkpoints, tmp_path):
-    checkpoints = open_checkpoints()
-    checkpoints.save(make_state(3), {})
-    checkpoints.wait()
-    shutil.copytree(tmp_path / "checkpoints" / "3", tmp_path / "checkpoints" / "4")
-    assert open_checkpoints().restore_newest(make_state())[1]["step"] == 3
-
-
-@pytest.fixture
-def unreadable_today(monkeypatch):
-    """A record that a file system, today, gives an error for."""
-
-    def of(step):
-        read = files.read_sealed
-
-        def failing(path):
-            if path.parent.name == str(step):
-                raise OSError(5, "Input/output error", str(path))
-            return read(path)
-
-        monkeypatch.setattr(files, "read_sealed", failing)
-
-    return of
-
-
-def test_a_checkpoint_that_cannot_be_read_today_is_not_removed(open_checkpoints, tmp_path, unreadable_today):
-    checkpoints = open_checkpoints(keep=1, keep_best=1)
-    for step, accuracy in ((1, 0.9), (2, 0.5)):
-        checkpoints.save(make_state(step), {}, accuracy)
-    checkpoints.wait()
-    unreadable_today(1)
-    checkpoints.save(make_state(3), {}, 0.6)
-    checkpoints.wait()
-    assert steps_in(tmp_path / "checkpoints") == {"1", "3"}
-    with pytest.raises(UserError, match=r"checkpoints/1 cannot be read \(OSError: .*Input/output error"):
-        checkpoints.best_step()  # another one would be taken for the best
-
-
-def test_a_checkpoint_that_cannot_be_read_today_is_not_set_aside(open_checkpoints, tmp_path, unreadable_today):
-    checkpoints = open_checkpoints()
-    for step in (1, 2):
-        checkpoints.save(make_state(step), {})
-    checkpoints.wait()
-    unreadable_today(2)
-    with pytest.raises(UserError, match="checkpoints/2 cannot be read"):
-        open_checkpoints().restore_newest(make_state())
-    assert steps_in(tmp_path / "checkpoints") == {"1", "2"}
-
-
-def test_checkpoints_of_other_versions_are_left_alone(open_checkpoints, tmp_path):
-    checkpoints = open_checkpoints()
-    checkpoints.save(make_state(1), {})
-    checkpoints.wait()
-    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2")
-    files.write_sealed(tmp_path / "checkpoints" / "2" / "record.json", {"format": 99, "step": 2})
-    with pytest.raises(UserError, match="checkpoints/2 has the format 99; this version reads 1"):
-        open_checkpoints().restore_newest(make_state())
-    (tmp_path / "checkpoints" / "2" / "record.json").unlink()
-    (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("{}")
-    with pytest.raises(UserError, match="checkpoints/2 was made by an earlier version, and this one cannot read it"):
-        open_checkpoints().restore_newest(make_state())
-    assert steps_in(tmp_path / "checkpoints") == {"1", "2"}
 
 
 def test_what_a_killed_save_left_is_removed(open_checkpoints, tmp_path):

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from conftest import NOT_TIMES, final_state, make_tiny_config, read_metrics
 
-from cifar_flax import checkpoint
-from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data.batches import GROUP, Batch, Positions
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.loop import READ_LAG, run_calls
@@ -73,29 +71,6 @@ def test_many_steps_of_one_call_are_the_steps_of_many(tiny_config, tmp_path, ste
         assert [plain_line[name] for name in NOT_TIMES[:3]] == [line[name] for name in NOT_TIMES[:3]]
         assert line["loss"] == pytest.approx(plain_line["loss"], rel=1e-3)
         assert line["learning_rate"] == pytest.approx(plain_line["learning_rate"])
-
-
-def test_a_run_of_loops_with_an_average_resumes_to_the_bit(tiny_config, tmp_path, monkeypatch):
-    """From step 11, which is none at which Lookahead's average and the weights are the same."""
-    tiny_config.data.drop_last = True
-    tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
-    tiny_config.averaging = AveragingConfig(name="lookahead", decay=0.95, every=5)
-    train(tiny_config, tmp_path / "straight")
-    save = checkpoint.Checkpoints.save
-
-    def save_once(self, state, metadata, accuracy=None):
-        if int(state.step) > 11:
-            raise KeyboardInterrupt
-        save(self, state, metadata, accuracy)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpoints, "save", save_once)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny_config, tmp_path / "resumed")
-    train(tiny_config, tmp_path / "resumed")
-    jax.tree.map(
-        np.testing.assert_array_equal, *(final_state(tiny_config, tmp_path / name) for name in ("straight", "resumed"))
-    )
 
 
 def test_calls_must_end_where_the_loop_evaluates(tiny_config):

@@ -233,7 +233,10 @@ def test_resuming_on_other_data_is_refused(tiny_config, finished, monkeypatch):
         return dataclasses.replace(load(config, split), dataset="digits/2")
 
     monkeypatch.setattr(sources, "load", other)
-    with pytest.raises(UserError, match="begun on data whose name is digits, not digits/2"):
+    with pytest.raises(
+        UserError,
+        match=r"begun on other data \(name: digits in the checkpoint, digits/2 in the data of today\); choose",
+    ):
         train(tiny_config, finished)
 
 
