@@ -108,9 +108,8 @@ def from_main(value: int) -> int:
 class Agreement:
     """Lets all processes know of the same call when one of them wants something.
 
-    Each calls it once after every call of the step, with a number that is 0 while it wants nothing. The greatest of
-    them is returned `lag` calls later: until then it has been found, on the devices, behind the steps, and nobody
-    has waited for it.
+    Each asks once before every call of a step, with a number that is 0 while it wants nothing, and is told the greatest
+    number of all `lag` calls later: by then the devices have found it, behind the steps, and nobody has waited for it.
     """
 
     def __init__(self, layout: Layout, lag: int):

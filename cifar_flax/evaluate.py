@@ -166,16 +166,20 @@ def write_result(workdir: Path, result: dict[str, Any]) -> None:
     """Prints the result, so that a full disk loses none of it; writes eval.json and confusion_matrix.png."""
     if not distributed.is_main():
         return
-    with contextlib.suppress(OSError):  # of nobody who reads it
-        print(evaluation_table(result))
+    _show(evaluation_table(result))
     write_json(workdir / "eval.json", result)
     written = [workdir / "eval.json"]
     if installed("matplotlib"):
         written.append(workdir / "confusion_matrix.png")
         report.plot_confusion_matrix(written[-1], result)
     else:
-        distributed.say("no picture of the confusion matrix is drawn: matplotlib is not installed")
-    distributed.say(f"written: {', '.join(map(str, written))}")
+        _show("\nno picture of the confusion matrix is drawn: matplotlib is not installed")
+    _show(f"\nwritten: {', '.join(map(str, written))}")
+
+
+def _show(text: str) -> None:
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        print(text)
 
 
 def saved_config(workdir: Path) -> Config:
