@@ -200,7 +200,7 @@ def main() -> int:
     print(f"\n{table(outcomes)}")
     if args.out:
         versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
-        command = " ".join(["python -m benchmarks.crash", *sys.argv[1:]])
+        command = f"python -m benchmarks.crash --runs {args.runs} --seed {args.seed} --jobs {args.jobs}"
         write_json(args.out, {"command": command, **versions, "runs": [asdict(outcome) for outcome in outcomes]})
     return int(any(outcome.lost for outcome in outcomes))
 
