@@ -64,7 +64,7 @@ def test_freed_buffers_fit_the_next_ones():
 def test_no_other_program_is_started_again():
     """As in a notebook, where the process is not the one of the file that runs."""
     code = KEEP + "print('went on')"
-    program = f"import code; print('started'); code.InteractiveInterpreter().runcode(compile({code!r}, 'file', 'exec'))"
+    program = f"import code; print('started', flush=True); code.InteractiveInterpreter().runcode(compile({code!r}, 'file', 'exec'))"
     assert run(program).split("\n") == ["started", "went on", ""]
 
 
@@ -80,7 +80,9 @@ def test_no_other_program_is_started_again():
 def test_when_the_process_starts_again(tmp_path, environment, restarts):
     (tmp_path / "jax_plugins").mkdir()  # as the packages for GPUs have it
     given = {name: value.replace("plugins", str(tmp_path)) for name, value in environment.items()}
-    printed = run("import os; print('started')\n" + KEEP + "print(os.environ.get('GLIBC_TUNABLES'))", **given)
+    printed = run(
+        "import os; print('started', flush=True)\n" + KEEP + "print(os.environ.get('GLIBC_TUNABLES'))", **given
+    )
     assert printed.count("started") == 1 + restarts
     expected = SETTINGS | environment if restarts else environment
     assert printed.splitlines()[-1] == str(expected.get("GLIBC_TUNABLES"))

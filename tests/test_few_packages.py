@@ -90,7 +90,7 @@ def test_training_and_evaluation_from_the_cache_of_decoded_arrays(site, tmp_path
     for what in ("tensorboardX", "matplotlib"):
         assert len([line for line in done.stdout.splitlines() if f"{what} is not installed" in line]) == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", "eval.json",
+        ".lock", "config.json", "metrics.jsonl", "checkpoints", "eval.json",
     }  # fmt: skip
     trained = (tmp_path / "run" / "eval.json").read_bytes()
     done = start(site, tmp_path, "--mode=eval", "--workdir=run")
