@@ -64,7 +64,7 @@ def test_freed_buffers_fit_the_next_ones():
 def test_no_other_program_is_started_again():
     """As in a notebook, where the process is not the one of the file that runs."""
     code = KEEP + "print('went on')"
-    program = f"import code; print('started', flush=True); code.InteractiveInterpreter().runcode(compile({code!r}, 'file', 'exec'))"
+    program = f"import code; print('started'); code.InteractiveInterpreter().runcode(compile({code!r}, 'file', 'exec'))"
     assert run(program).split("\n") == ["started", "went on", ""]
 
 
