@@ -1,8 +1,12 @@
 """Trains and evaluates: `python main.py --config configs/default.py`, `python main.py --mode=eval --workdir=...`."""
 
+import signal
+
 from cifar_flax import allocator
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of imports; lifecycle.py takes over
     allocator.keep_freed_memory()  # starts this file again, so before the imports that take their time
 
 import contextlib
@@ -32,8 +36,6 @@ def main() -> int:
         return _fail(f"error: {error}", 1)
     except lifecycle.Stopped as stopped:
         return _fail(str(stopped), stopped.exit_code)
-    except KeyboardInterrupt:  # before the run has begun
-        return _fail("interrupted", 130)
     except Exception as error:
         lost = distributed.lost_peer(error)
         if lost is None:

@@ -181,7 +181,7 @@ class Checkpoints:
             if lost := distributed.lost_peer(error):
                 raise lost from error
             newest = max(self.steps(), default=None)
-            left = "there is no other" if newest is None else f"the newest there is of step {newest}"
+            left = "there is no other" if newest is None else f"the same command goes on from step {newest}"
             what = f"the checkpoint of step {step} could not be saved in {self._folder}"
             raise UserError(f"{what}; {left} ({one_line(error)})") from error
 

@@ -167,8 +167,9 @@ def differences(saved: Config, config: Config, where: str = "the checkpoint") ->
     timeless = config.optim.schedule == "constant" and config.averaging.name != "lookahead"
     if timeless and config.train.epochs > saved.train.epochs:
         harmless.append("train.epochs")
+    only = {"train.epochs": "; it may only grow, with optim.schedule=constant and without lookahead"}
     return [
-        f"{path}: {before.get(path)!r} in {where}, {now.get(path)!r} in the config"
+        f"{path}: {before.get(path)!r} in {where}, {now.get(path)!r} in the config{only.get(path, '')}"
         for path in before | now
         if before.get(path) != now.get(path) and path not in harmless
     ]

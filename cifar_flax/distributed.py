@@ -163,7 +163,8 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = 1
     for number, stream in enumerate((sys.stdout, sys.stderr), start=1):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except OSError:  # what cannot be written must not become the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     if jax.distributed.is_initialized() and code:

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +17,16 @@ PARTIAL = ".partial"  # what the names of files end with that are being written
 
 def replace(path: Path, content: bytes) -> None:
     """Replaces `path` at once, so that no reader and no crash sees half of it; raises `OSError` that names it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False) as file:
-        try:
+    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
+    try:
+        with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        except OSError as error:  # a full disk
-            os.unlink(file.name)
-            raise OSError(error.errno, error.strerror, str(path)) from error
-    os.chmod(file.name, 0o644)  # temporary files are closed to others
-    os.replace(file.name, path)
+    except OSError as error:  # a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    os.replace(partial, path)
     sync_folder(path.parent)
 
 

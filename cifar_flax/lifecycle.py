@@ -44,6 +44,8 @@ def signals_end_the_process() -> Iterator[None]:
     watcher.start()
     try:
         yield
+        if _asked:  # and whoever was at work has swallowed the exception, as callbacks from C do
+            raise Stopped(_asked)
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
@@ -62,6 +64,9 @@ def deferred() -> Iterator[Callable[[], int]]:
     """
     global _deferring
     _deferring = True
+    if _asked:
+        _deferring = False
+        raise Stopped(_asked)
     try:
         yield lambda: _asked
     finally:
@@ -72,9 +77,9 @@ def deferred() -> Iterator[Callable[[], int]]:
 
 def _handle(number: int, frame: object) -> None:
     global _asked
+    _asked = _asked or number
     if not _deferring:
         raise Stopped(number)
-    _asked = _asked or number
 
 
 def _watch(reader: int) -> None:
@@ -84,14 +89,19 @@ def _watch(reader: int) -> None:
         number = byte[0]
         if number not in SIGNALS:
             continue
+        name = signal.Signals(number).name
         if first and _deferring:
-            with contextlib.suppress(OSError):  # nobody may be reading any more
-                name = signal.Signals(number).name
-                print(f"{name}: saving after this step; a second signal stops at once", file=sys.stderr, flush=True)
-        elif first:
+            _say(f"{name}: saving after this step; a second signal stops at once")
+            first = False
+            continue
+        if first:
             readable, _, _ = select.select([reader], [], [], _GRACE)
             if readable and not os.read(reader, 1):
                 return
-        if not first or not _deferring:
-            os._exit(128 + number)
-        first = False
+        _say(f"stopped by {name}")
+        os._exit(128 + number)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        print(line, file=sys.stderr, flush=True)

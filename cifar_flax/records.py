@@ -58,5 +58,4 @@ def unreadable(folder: Path, step: int, error: Exception) -> UserError:
     what = f"the checkpoint {folder}/{step} cannot be read ({one_line(error)})"
     if not isinstance(error, (FileNotFoundError, ValueError)):
         return UserError(what)
-    others = [other for other in saved_steps(folder) if other != step]
-    return DamagedError(f"{what}; without that folder, step {others[-1]} is the newest" if others else what)
+    return DamagedError(f"{what}; the training command goes on from an intact one before it, if there is one")

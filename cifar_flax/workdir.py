@@ -33,7 +33,7 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
             if not (workdir / _CONFIG).exists():
                 raise UserError(f"{field}: must be one folder for all processes; process 0 has made another")
         except OSError as error:
-            raise UserError(f"{field}: cannot be used as a folder: {error.strerror}") from error
+            raise UserError(f"{field}: cannot be used as the folder of a run: {error.strerror}") from error
         yield
 
 
@@ -64,8 +64,8 @@ def _check(workdir: Path, config: Config, field: str) -> None:
 def _saved(workdir: Path, field: str) -> tuple[Config | None, str]:
     """The config of the newest checkpoint that tells it, else that in config.json of a run that has begun; and which.
 
-    Raises `UserError` where a run has a log but no folder of checkpoints: it would begin anew, and that be the end of
-    the log.
+    Raises `UserError` where a run that has come further has lost its checkpoints: it would begin anew, and that be the
+    end of its log.
     """
     checkpoints = workdir / CHECKPOINTS
     for step in reversed(saved_steps(checkpoints)):
@@ -74,10 +74,8 @@ def _saved(workdir: Path, field: str) -> tuple[Config | None, str]:
     log, path = workdir / "metrics.jsonl", workdir / _CONFIG
     if not log.exists() or not log.stat().st_size:
         return None, ""
-    if not checkpoints.is_dir():
-        raise UserError(
-            f"{field}: has a {log.name}, but no folder {CHECKPOINTS}; put it back, or choose another --workdir"
-        )
+    if not (checkpoints.is_dir() and path.exists()) or (workdir / "eval.json").exists():
+        raise UserError(f"{field}: has a {log.name}, but its {CHECKPOINTS} are gone; put them back, or choose another")
     try:
         return configs.from_dict(files.read_json(path)), path.name
     except ConfigError as error:

@@ -137,7 +137,9 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_the_others(open_
     checkpoints = open_checkpoints()
     checkpoints.save(make_state(3), {})
     checkpoints.wait()
-    message = r"the checkpoint of step 4 could not be saved in .*; the newest there is of step 3 \(OSError: .*No space"
+    message = (
+        r"the checkpoint of step 4 could not be saved in .*; the same command goes on from step 3 \(OSError: .*No space"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_sealed", fail_to_seal)
         for tell in (checkpoints.check, checkpoints.wait, lambda: checkpoints.save(make_state(5), {})):

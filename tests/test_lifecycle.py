@@ -1,6 +1,7 @@
 """Signals: who sees them, when the process ends, and what is as before afterwards."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -64,6 +65,34 @@ def test_the_last_moment_of_training_counts_too():
     for _ in range(20):
         with pytest.raises(Stopped):
             run()
+
+
+def test_a_signal_that_somebody_swallows_is_not_forgotten(monkeypatch):
+    """As JAX's callback of the garbage collector does with whatever is raised in it."""
+    sent = []
+
+    def collecting(phase, info):
+        if not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+
+    def run(block):
+        sent.clear()
+        with signals_end_the_process():
+            gc.collect()
+            with block:
+                pass
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: None)
+    gc.callbacks.append(collecting)
+    try:
+        for block in (contextlib.nullcontext(), deferred()):
+            with pytest.raises(Stopped):
+                run(block)
+            assert sent
+    finally:
+        gc.callbacks.remove(collecting)
 
 
 def test_what_the_parent_has_ignored_stays_so():

@@ -88,7 +88,11 @@ BAD_INPUT = [
     (f"--mode=eval --config {DIGITS}", 2, "--config='{DIGITS}': not used here"),
     ("--mode=eval --workdir={tmp}/nowhere", 2, "--workdir='{tmp}/nowhere': holds no checkpoint"),
     ("--mode=eval --workdir={tmp}/run", 2, "--workdir='{tmp}/run': holds no checkpoint"),
-    (f"--config {DIGITS} --workdir={{tmp}}/number.py", 1, "--workdir='{tmp}/number.py': cannot be used as a folder"),
+    (
+        f"--config {DIGITS} --workdir={{tmp}}/number.py",
+        1,
+        "--workdir='{tmp}/number.py': cannot be used as the folder of a run",
+    ),
 ]
 
 
@@ -206,7 +210,6 @@ def test_second_start_imports_no_tfds(tmp_path):
 def test_interruption_and_full_disk_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main.py", "--config", DIGITS])
     for error, code, message in (
-        (KeyboardInterrupt(), 130, "interrupted"),
         (lifecycle.Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
         (OSError(28, "No space left on device", "eval.json"), 1, "No space left on device: 'eval.json'"),
     ):

@@ -53,7 +53,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(folder):
     ((_, err),) = end([process])
     assert process.returncode == 1
     (line,) = err.splitlines()
-    pattern = r"error: the checkpoint of step \d+ could not be saved in .*; the newest there is of step \d+"
+    pattern = r"error: the checkpoint of step \d+ could not be saved in .*; the same command goes on from step \d+"
     assert re.search(pattern, line)
     newest = saved(folder / "run")[-1]
     process = start(folder, *arguments)

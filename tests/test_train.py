@@ -131,12 +131,15 @@ def test_a_run_that_has_done_nothing_yet_may_have_another_config(tiny_config, wo
     assert json.loads((workdir / "config.json").read_text())["train"]["epochs"] == 1
 
 
-def test_a_log_without_checkpoints_is_no_run_to_begin_anew(tiny_config, finished):
-    """Their folder may be on a disk that is not there today."""
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_log_without_checkpoints_is_no_run_to_begin_anew(tiny_config, finished, emptied):
+    """Their folder may be on a disk that is not there today, and its place be empty."""
     shutil.rmtree(finished / "checkpoints")
+    if emptied:
+        (finished / "checkpoints").mkdir()
     before = snapshot(finished)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"has a metrics\.jsonl, but no folder checkpoints; put it back"):
+        with pytest.raises(UserError, match=r"has a metrics\.jsonl, but its checkpoints are gone; put them back"):
             train(tiny_config, finished)
     assert snapshot(finished) == before
 
