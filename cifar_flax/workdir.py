@@ -68,14 +68,18 @@ def _saved(workdir: Path, field: str) -> tuple[Config | None, str]:
     end of its log.
     """
     checkpoints = workdir / CHECKPOINTS
-    for step in reversed(saved_steps(checkpoints)):
+    steps = saved_steps(checkpoints)
+    for step in reversed(steps):
         with contextlib.suppress(DamagedError):  # restoring will say so
             return configs.from_dict(read_record(checkpoints, step)["config"]), "the checkpoint"
     log, path = workdir / "metrics.jsonl", workdir / _CONFIG
     if not log.exists() or not log.stat().st_size:
         return None, ""
-    if not (checkpoints.is_dir() and path.exists()) or (workdir / "eval.json").exists():
+    has_begun = checkpoints.is_dir() and path.exists() and not (workdir / "eval.json").exists()
+    if not steps and not has_begun:
         raise UserError(f"{field}: has a {log.name}, but its {CHECKPOINTS} are gone; put them back, or choose another")
+    if not path.exists():
+        return None, ""  # all checkpoints are damaged: restoring will refuse
     try:
         return configs.from_dict(files.read_json(path)), path.name
     except ConfigError as error:

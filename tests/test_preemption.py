@@ -40,8 +40,9 @@ def test_a_signal_stops_within_the_step_and_nothing_is_lost(tiny_config, straigh
     with monkeypatch.context() as patch:
         stop_at(patch, owner, name, when)
         stopped(tiny_config, tmp_path / "run")
-    # The save in the background may have gone on for some steps.
-    assert saved(tmp_path / "run")[-1] == last or (moment == "in a save" and saved(tmp_path / "run")[-1] < 23)
+    steps = saved(tmp_path / "run")
+    # While a save was at work in the background, the loop has gone on.
+    assert steps[-1] == last or (moment == "in a save" and last < steps[-1] <= 34)
     train.train(tiny_config, tmp_path / "run")
     assert_same_run(tiny_config, straight[0], tmp_path / "run")
     assert saved(tmp_path / "run") == saved(straight[0])
