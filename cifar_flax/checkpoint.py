@@ -27,8 +27,8 @@ from cifar_flax.state import TrainState, all_finite
 
 # Orbax tells every step of every save, and asyncio of every array that a failed one has not come to: the error that is
 # raised says it all.
-for name in ("absl", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 _STATE = "state"
 
@@ -138,21 +138,21 @@ class Checkpoints:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        accuracies: dict[int, float | None] = {}
         steps, extra = self.steps(), set()
+        accuracies: dict[int, float | None] = {}  # of those that are no extra
         for step in steps:
             try:
                 record = self.record(step)
-            except DamagedError:  # the best of nothing
-                accuracies[step] = None
+            except DamagedError:
+                record = {"is_extra": True}
             except UserError:  # cannot be read today: it may be the best
                 continue
+            if record["is_extra"]:
+                extra.add(step)
             else:
-                extra.update([step] if record["is_extra"] else [])
                 accuracies[step] = record["accuracy"]
-        regular = {step: accuracy for step, accuracy in accuracies.items() if step not in extra}
-        stay = kept(regular, self._config.keep, self._config.keep_best)
-        for step in accuracies.keys() - stay - {steps[-1]}:
+        stay = kept(accuracies, self._config.keep, self._config.keep_best)
+        for step in (accuracies.keys() | extra) - stay - {steps[-1]}:
             try:
                 files.remove_folder(self._path(step), self._path(f"{step}.unfinished"))
             except OSError as error:
@@ -221,14 +221,15 @@ class Checkpoints:
         self._restored = step
         if distributed.is_main():
             self._remove_old()  # a killed run may not have come to it
-        return self.restore(step, template), self.record(step)
+        record = self.record(step)
+        return self._load(record, template), record
 
     def _newest_intact(self) -> int:
         """0 where there is no checkpoint at all, -1 where none is intact."""
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                self._require_intact(step, self.record(step))
+                self._require_intact(self.record(step))
             except DamagedError as error:
                 damaged[step] = str(error.__cause__)
             else:
@@ -236,9 +237,8 @@ class Checkpoints:
                     aside = self._path(f"{other}.damaged")
                     shutil.rmtree(aside, ignore_errors=True)
                     self._path(other).rename(aside)
-                    distributed.say(
-                        f"the checkpoint of step {other} is damaged ({why}), now {aside.name}; using {step}"
-                    )
+                    what = f"the checkpoint of step {other} is damaged ({why})"
+                    distributed.say(f"{what}, now {aside.name}; using {step}")
                 return step
         for step, why in damaged.items():
             distributed.say(f"the checkpoint of step {step} is damaged ({why})")
@@ -249,14 +249,19 @@ class Checkpoints:
 
         Raises `UserError` if it has another structure or is not as it was saved.
         """
-        record, wanted = self.record(step), _flatten(template)
+        record = self.record(step)
+        self._require_intact(record)
+        return self._load(record, template)
+
+    def _load(self, record: Record, template: TrainState) -> TrainState:
+        step, wanted = record["step"], _flatten(template)
         # Orbax would load a part of a state that does not fit.
         for name in sorted(wanted.keys() | record["arrays"].keys()):
             ours = f"{wanted[name].shape} {wanted[name].dtype}" if name in wanted else "absent"
             theirs = record["arrays"].get(name, "absent")
             if ours != theirs:
-                raise UserError(f"{self._path(step)} does not fit this run: {name} is {theirs} there and {ours} here")
-        self._require_intact(step, record)
+                difference = f"{name} is {theirs} there and {ours} here"
+                raise UserError(f"{self._path(step)} does not fit this run: {difference}; choose another --workdir")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
         try:
             restored = self._orbax.restore(self._path(step) / _STATE, unflatten_dict(abstract, sep="/"))
@@ -265,12 +270,12 @@ class Checkpoints:
         arrays = flatten_dict(restored, sep="/")
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
 
-    def _require_intact(self, step: int, record: Record) -> None:
+    def _require_intact(self, record: Record) -> None:
         """Raises `DamagedError` unless the state's files are as they were saved, `UserError` if they cannot be read."""
         try:
-            files.require_checksums(self._path(step) / _STATE, record["sha256"])
+            files.require_checksums(self._path(record["step"]) / _STATE, record["sha256"])
         except (OSError, ValueError) as error:
-            raise unreadable(self._folder, step, error) from error
+            raise unreadable(self._folder, record["step"], error) from error
 
     def _path(self, name: int | str) -> Path:
         return self._folder / str(name)

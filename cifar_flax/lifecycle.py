@@ -60,13 +60,12 @@ def signals_end_the_process() -> Iterator[None]:
 def deferred() -> Iterator[Callable[[], int]]:
     """Here, the first signal does nothing but show in what is yielded: the number of the signal, 0 before there is one.
 
-    Raises `Stopped` at the end of a block that has not heeded it.
+    Raises `Stopped` where there has been one before, and at the end of a block that has not heeded it.
     """
     global _deferring
-    _deferring = True
-    if _asked:
-        _deferring = False
+    if _asked:  # and somebody has swallowed the exception
         raise Stopped(_asked)
+    _deferring = True
     try:
         yield lambda: _asked
     finally:

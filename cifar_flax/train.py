@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from cifar_flax import config as configs
-from cifar_flax import distributed, evaluate, experiment, lifecycle, models, steps, workdir
+from cifar_flax import distributed, evaluate, experiment, lifecycle, models, records, steps, workdir
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import order, resident, sources
@@ -168,7 +168,9 @@ class Trainer:
 class Run:
     """One start of a training, from the first step or from the state and the `record` of a checkpoint."""
 
-    def __init__(self, trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: TrainState, record: Record):
+    def __init__(
+        self, trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: TrainState, record: records.Record
+    ):
         self._trainer, self._config, self._folder = trainer, trainer.config, folder
         self._checkpoints, self._state = checkpoints, state
         self._step = self._saved = record.get("step", 0)

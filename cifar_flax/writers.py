@@ -46,7 +46,7 @@ class MetricsWriter:
         self._hash, self._size = hashlib.sha256(kept), len(kept)
         self._file = path.open("ab")
         if EventsWriter is None:
-            print("no TensorBoard events are written: tensorboardX is not installed")
+            distributed.say("no TensorBoard events are written: tensorboardX is not installed")
             return
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
