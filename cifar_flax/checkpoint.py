@@ -63,8 +63,7 @@ class Checkpoints:
     """The checkpoints of one workdir: the state as nested dicts of arrays, and what `save` is told with it."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, read_only: bool = False):
-        self._folder = folder.absolute()
-        self._config = config
+        self._folder, self._config = folder.absolute(), config
         self._orbax = ocp.StandardCheckpointer()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
