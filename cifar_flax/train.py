@@ -22,7 +22,7 @@ from cifar_flax.errors import UserError, require
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
 from cifar_flax.imports import installed
-from cifar_flax.loop import READ_LAG, Divergence, Inputs, Interval, TrainCall, Values, run_calls
+from cifar_flax.loop import Divergence, Inputs, Interval, TrainCall, Values, read_lag, run_calls
 from cifar_flax.state import TrainState
 from cifar_flax.writers import MetricsWriter, Progress, Record
 
@@ -181,8 +181,7 @@ class Run:
         self._inputs = InputTimer(trainer.inputs(self._config.seed, self._step))
         self._blocked_seconds = 0.0
         self._interval = Interval(self._inputs, lambda: self._blocked_seconds, record.get("interval", {}))
-        # A call of many steps is read before the next is begun: a signal never has to wait for two.
-        self._lag = READ_LAG if self._config.train.steps_per_call == 1 else 0
+        self._lag = read_lag(trainer.layout.platform, self._config.train.steps_per_call)
         self._agreement, self._asked = distributed.Agreement(trainer.layout, self._lag), 0
 
     def go(self) -> None:

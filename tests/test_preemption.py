@@ -13,7 +13,7 @@ from processes import CONFIG, end, environment, reference, run, start, start_all
 from processes import assert_same_run as assert_alike
 from stops import saved, stop_at, stopped
 
-from cifar_flax import files, lifecycle, metrics, records, train
+from cifar_flax import files, lifecycle, loop, metrics, records, train
 from cifar_flax.averaging import AveragingConfig
 
 ARGUMENTS = ("--config", "config.py")
@@ -26,8 +26,8 @@ def folder(tmp_path):
 
 
 STOPS = {
-    "in a step": (train.Run, "_read", lambda run, step, values: step == 6, 8),  # two calls are in flight
-    "in the step before a line": (train.Run, "_read", lambda run, step, values: step == 13, 15),
+    "in a step": (train.Run, "_read", lambda run, step, values: step == 6, 6),
+    "in the step before a line": (train.Run, "_read", lambda run, step, values: step == 15, 15),
     "in the last step": (train.Run, "_read", lambda run, step, values: step == 34, 34),
     "in an evaluation": (metrics, "add", lambda total, sums: total is not None, 12),
     "in a save": (files, "write_sealed", lambda path, content: True, 12),
@@ -46,6 +46,18 @@ def test_a_signal_stops_within_the_step_and_nothing_is_lost(tiny_config, straigh
     train.train(tiny_config, tmp_path / "run")
     assert_same_run(tiny_config, straight[0], tmp_path / "run")
     assert saved(tmp_path / "run") == saved(straight[0])
+
+
+def test_what_an_accelerator_has_been_given_is_finished(tiny_config, straight, tmp_path, monkeypatch):
+    """Steps of milliseconds: two more are on their way when one is read."""
+    assert [loop.read_lag(*run) for run in (("gpu", 1), ("tpu", 1), ("gpu", 2), ("cpu", 1))] == [2, 2, 0, 0]
+    monkeypatch.setattr(train, "read_lag", lambda platform, steps_per_call: loop.READ_LAG)
+    with monkeypatch.context() as patch:
+        stop_at(patch, train.Run, "_read", lambda run, step, values: step == 6)
+        stopped(tiny_config, tmp_path / "run")
+    assert saved(tmp_path / "run") == [6 + loop.READ_LAG]
+    train.train(tiny_config, tmp_path / "run")
+    assert_same_run(tiny_config, straight[0], tmp_path / "run")
 
 
 def test_a_run_stopped_again_and_again_is_the_same_run(tiny_config, straight, tmp_path, monkeypatch):
