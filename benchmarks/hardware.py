@@ -2,16 +2,16 @@
 
 import datetime
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from cifar_flax.environment import processor
 
 # Dense bfloat16 operations per second by the makers' data sheets; the name is JAX's `device_kind`.
 PEAKS = {
@@ -64,9 +64,4 @@ def median_seconds(run: Callable[[], Any], seconds: float = 1.0) -> float:
 
 
 def machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
-    return {"cpu": model, "cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
+    return {"cpu": processor(), "cores": os.cpu_count(), "date": datetime.date.today().isoformat()}

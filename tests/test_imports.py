@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "cifar_flax"
 
 # From the ground up; a module imports from lines above its own only.
 LEVELS = [
-    {"errors", "allocator", "imports", "files", "lifecycle", "models.pooling"},
+    {"errors", "allocator", "environment", "imports", "files", "lifecycle", "models.pooling"},
     {"data.cache", "data.order", "data.augment", "data.tensorflow", "models.winograd", "averaging"},
     {"compilation", "data.archive", "data.batches", "models.layers"},
     {"models.cnn", "models.airbench", "models.resnet", "parallel"},
