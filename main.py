@@ -1,4 +1,4 @@
-"""Trains and evaluates: `python main.py --config configs/default.py`, `python main.py --mode=eval --workdir=...`."""
+"""Trains, evaluates and uses image classifiers: `python main.py --help`."""
 
 import signal
 
@@ -12,13 +12,35 @@ if __name__ == "__main__":
 import contextlib
 import io
 import sys
+from pathlib import Path
 
 from cifar_flax import cli, compilation, distributed, lifecycle
+from cifar_flax.cli import Command
+from cifar_flax.doctor import doctor
 from cifar_flax.errors import UserError
 from cifar_flax.evaluate import evaluate
+from cifar_flax.export import export
+from cifar_flax.predict import predict
+from cifar_flax.report.comparison import compare
 from cifar_flax.train import train
 
-MODES = {"train": train, "eval": evaluate}
+
+def run(command: Command) -> None:
+    config, workdir = command.config, command.workdir
+    match command.mode:
+        case "train":
+            train(config, workdir, summary=command.summary)
+        case "eval":
+            evaluate(config, workdir)
+        case "predict":
+            predict(config, workdir, command.paths, command.output)
+        case "compare":
+            compare(command.paths, command.output or Path("comparison.html"))
+        case "export":
+            assert command.output is not None
+            export(config, workdir, command.output)
+        case "doctor":
+            doctor(config, workdir)
 
 
 def main() -> int:
@@ -26,10 +48,11 @@ def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once, and keeps it if the run is killed
     try:
-        command = cli.parse(sys.argv[1:], tuple(MODES))
-        distributed.start(command.config.parallel)
+        command = cli.parse(sys.argv[1:])
+        if command.mode in ("train", "eval"):  # the others are of one process
+            distributed.start(command.config.parallel)
         with lifecycle.signals_end_the_process():
-            MODES[command.mode](command.config, command.workdir)
+            run(command)
     except UserError as error:
         return _fail(f"error: {error}", error.exit_code)
     except OSError as error:  # a full disk, a folder that may not be written to

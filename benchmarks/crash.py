@@ -81,7 +81,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def reference(folder: Path) -> Reference:
-    trainer = Trainer(cli.parse(ARGUMENTS, ("train",)).config)
+    trainer = Trainer(cli.parse(ARGUMENTS).config)
     for name in ("compiles", "alone"):
         (folder / name).mkdir()
         begin = time.monotonic()

@@ -66,7 +66,7 @@ def main() -> int:
     args, overrides = parser.parse_known_args()
     allocator.keep_freed_memory()
     try:
-        config = cli.parse(["--config", args.config, *overrides], ("train",)).config
+        config = cli.parse(["--config", args.config, *overrides]).config
         arrays = sources.load(config.data, "train")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

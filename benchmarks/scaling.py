@@ -66,7 +66,7 @@ class Cost:
 
 def cost(name: str) -> Cost:
     """XLA's count for the network as accelerators are given it; bytes as tests/many_devices.py finds them compiled."""
-    config = cli.parse(["--config", f"configs/{name}.py"], ("train",)).config
+    config = cli.parse(["--config", f"configs/{name}.py"]).config
     shape, names = (32, 32, 3), tuple("0123456789")
     info = DatasetInfo(
         name="", image_shape=shape, class_names=names, num_examples=50_000, mean=(0.0,) * 3, std=(255.0,) * 3
@@ -131,7 +131,7 @@ def print_input(path: str, epochs: int) -> None:
     """The first host's share alone, as it would read it; the other hosts do as much, at the same time."""
     from cifar_flax.data.streaming import training_batches
 
-    config = cli.parse(["--config", path], ("train",)).config
+    config = cli.parse(["--config", path]).config
     arrays, size = sources.load(config.data, "train"), config.train.batch_size
     examples = np.arange(len(arrays.labels), dtype=np.int32)
     count = len(examples) // size

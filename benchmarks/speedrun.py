@@ -29,7 +29,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import report
 from benchmarks.arguments import at_least_one
-from benchmarks.flops import forward_flops
 from benchmarks.peers import original
 from benchmarks.report import Record
 from cifar_flax import cli, compilation
@@ -41,6 +40,7 @@ from cifar_flax.evaluate import final_evaluator
 from cifar_flax.files import write_json
 from cifar_flax.imports import installed
 from cifar_flax.loop import run_calls
+from cifar_flax.models.summary import forward_flops
 from cifar_flax.train import Trainer
 
 RESULTS = Path(__file__).parent / "results"
@@ -157,7 +157,7 @@ def main() -> int:
     args, overrides = parser.parse_known_args()
     compilation.keep_programs()
     try:
-        config = cli.parse(["--config", args.config, *overrides], ("train",)).config
+        config = cli.parse(["--config", args.config, *overrides]).config
         require(config.seed + args.trials <= 2**32, "--trials", args.trials, f"leads above the seed {2**32 - 1}")
         script = None if args.peer is None else original_of(args.peer, Path(args.config).stem)
         fraction = config.data.validation_fraction

@@ -196,7 +196,7 @@ def main() -> int:
     allocator.keep_freed_memory()
     compilation.keep_programs()
     try:
-        config = cli.parse(["--config", args.config, *overrides], ("train",)).config
+        config = cli.parse(["--config", args.config, *overrides]).config
         step = Step(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from cifar_flax import distributed, files
 from cifar_flax.errors import UserError, one_line, require
 from cifar_flax.records import DamagedError, Record, read_record, saved_steps, unreadable, write_record
-from cifar_flax.state import TrainState, all_finite
+from cifar_flax.state import TrainState, all_finite, named_leaves
 
 # Orbax tells every step of every save, and asyncio of every array that a failed one has not come to: the error that is
 # raised says it all.
@@ -106,7 +106,7 @@ class Checkpoints:
         step = int(jax.device_get(state.step))
         if not jax.device_get(_is_finite(state)):
             raise UserError(f"the state after step {step} is not finite: training has diverged; it is not saved")
-        arrays = _flatten(state)
+        arrays = named_leaves(state)
         shapes = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
         record = {"step": step, "accuracy": accuracy, "is_extra": is_extra, "arrays": shapes, **content}
         with self._errors(step):
@@ -253,7 +253,7 @@ class Checkpoints:
         return self._load(record, template)
 
     def _load(self, record: Record, template: TrainState) -> TrainState:
-        step, wanted = record["step"], _flatten(template)
+        step, wanted = record["step"], named_leaves(template)
         # Orbax would load a part of a state that does not fit.
         for name in sorted(wanted.keys() | record["arrays"].keys()):
             ours = f"{wanted[name].shape} {wanted[name].dtype}" if name in wanted else "absent"
@@ -292,9 +292,3 @@ def _quiet() -> Iterator[None]:
     sys.unraisablehook = without_closed_loops
     yield
     sys.unraisablehook = hook
-
-
-def _flatten(state: TrainState) -> dict[str, jax.Array]:
-    """Path -> array, such as "opt_state/0/mu/conv/kernel", in the order of the tree's leaves."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

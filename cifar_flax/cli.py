@@ -14,21 +14,58 @@ from ml_collections import config_flags
 
 from cifar_flax.config import LOCATIONS, Config, describe_field, may_override
 from cifar_flax.errors import ConfigError, require
-from cifar_flax.evaluate import saved_config
+from cifar_flax.trained import saved_config
 
+_USAGE = "main.py [--mode=MODE] [options] [PATH ...]"
+_DESCRIPTION = """
+Trains small-image classifiers, and serves what was trained.
+
+modes:
+  train     a run, from its newest checkpoint if there is one; needs --config (this is the default)
+  eval      counts the test split again, and writes the run's eval.json and report.html; needs --workdir
+  predict   classifies the image files, and those in the folders, that PATH names; needs --workdir
+  compare   the runs in the folders that PATH names, side by side on one page
+  export    the network for other programs: safetensors, StableHLO; needs --workdir and --output
+  doctor    what would keep a run from starting here
+"""
 _EXAMPLES = """
 examples:
-  python main.py --config configs/quickstart.py
   python main.py --config configs/default.py --config.train.epochs=30 --workdir=runs/longer
-  python main.py --mode=eval --workdir=runs/default
+  python main.py --mode=eval --workdir=runs/longer
+  python main.py --mode=predict --workdir=runs/longer holiday/ cat.jpg
 """
 
 
 @dataclass(frozen=True, slots=True)
+class _Mode:
+    """What belongs to a mode, and what it cannot do without; the options by their names on the command line."""
+
+    takes: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    paths: int | None = None  # at least so many; None: takes none
+
+
+MODES = {
+    "train": _Mode(takes=("--config", "--workdir", "--summary"), needs=("--config",)),
+    "eval": _Mode(takes=("--workdir",), needs=("--workdir",)),
+    "predict": _Mode(takes=("--workdir", "--output"), needs=("--workdir",), paths=1),
+    "compare": _Mode(takes=("--output",), paths=2),
+    "export": _Mode(takes=("--workdir", "--output"), needs=("--workdir", "--output")),
+    "doctor": _Mode(takes=("--config", "--workdir")),
+}
+
+
+_WHAT = {"--config": "a config file", "--workdir": "the folder of a run", "--output": "a folder to write to"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     mode: str
+    config: Config  # the file's, or the one saved in the workdir, with the fields that flags set
     workdir: Path
-    config: Config
+    paths: tuple[Path, ...]
+    output: Path | None
+    summary: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,42 +73,67 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see --help)")
 
 
-def parse(argv: Sequence[str], modes: Sequence[str]) -> Command:
+def parse(argv: Sequence[str]) -> Command:
     """Reads the arguments after the program's name; raises `ConfigError` for the first that is not allowed."""
+    arguments, rest = _parser().parse_known_args(argv)
+    name, mode = arguments.mode, MODES[arguments.mode]
+    given = {f"--{option}": value for option, value in vars(arguments).items() if option != "mode"}
+    for option, value in given.items():
+        require(not value or option in mode.takes, option, value, f"not used in {name}{_instead(option, mode)}")
+    for option in mode.needs:
+        require(bool(given[option]), option, given[option], f"{name} needs {_WHAT[option]}")
+    uses_run = "--workdir" in mode.needs
+    if uses_run:
+        config = saved_config(Path(arguments.workdir))
+    else:
+        config = _load(arguments.config) if arguments.config else Config()
+    config, changed, paths = _override(config, rest)
+    config.validate()
+    for path, value in changed.items():
+        others = f"{', '.join(LOCATIONS)}, eval.* and parallel.* can"
+        require(not uses_run or may_override(path), path, value, f"cannot be changed in {name}; {others}")
+        require(name != "compare", path, value, "not used in compare")
+    if paths and mode.paths is None:
+        raise ConfigError(f"unknown argument {paths[0]!r} (see --help)")
+    require(len(paths) >= (mode.paths or 0), "PATH", " ".join(paths), f"{name} needs at least {mode.paths}")
+    return Command(
+        mode=name,
+        config=config,
+        workdir=Path(arguments.workdir or f"runs/{Path(arguments.config or name).stem}"),
+        paths=tuple(map(Path, paths)),
+        output=Path(arguments.output) if arguments.output else None,
+        summary=arguments.summary,
+    )
+
+
+def _instead(option: str, mode: _Mode) -> str:
+    saved = option == "--config" and "--workdir" in mode.needs
+    return ": the config saved with the checkpoint is; name the run's folder by --workdir" if saved else ""
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="main.py",
-        description="Trains, checkpoints and evaluates small-image classifiers.",
+        usage=_USAGE,
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", choices=modes, default="train", help="what to do (default: train)")
-    parser.add_argument(
-        "--config", metavar="FILE", help="train: the config file; --config.FIELD=VALUE changes a field of it"
+    parser.add_argument("--mode", choices=tuple(MODES), default="train", help=argparse.SUPPRESS)
+    run = parser.add_argument_group("which run")
+    run.add_argument(
+        "--config", metavar="FILE", help="train, doctor: the config file; --config.FIELD=VALUE sets a field"
     )
-    parser.add_argument("--workdir", metavar="DIR", help="where a run lives (train: runs/<name of the config file>)")
-    arguments, overrides = parser.parse_known_args(argv)
-    if arguments.mode == "train":
-        require(arguments.config is not None, "--config", arguments.config, "train needs a config file")
-        config, workdir = _load(arguments.config), arguments.workdir or f"runs/{Path(arguments.config).stem}"
-    else:
-        allowed = "not used here: the config saved with the checkpoint is; name the run's folder by --workdir"
-        require(arguments.config is None, "--config", arguments.config, allowed)
-        require(
-            arguments.workdir is not None, "--workdir", arguments.workdir, f"{arguments.mode} needs the folder of a run"
-        )
-        config, workdir = saved_config(Path(arguments.workdir)), arguments.workdir
-    config, changed = _override(config, overrides)
-    config.validate()
-    if arguments.mode != "train":
-        for path, value in changed.items():
-            require(
-                may_override(path),
-                path,
-                value,
-                f"cannot be changed in {arguments.mode}; {', '.join(LOCATIONS)}, eval.* and parallel.* can",
-            )
-    return Command(arguments.mode, Path(workdir), config)
+    run.add_argument("--workdir", metavar="DIR", help="where the run lives (train: runs/<name of the config file>)")
+    results = parser.add_argument_group("results")
+    results.add_argument("--summary", action="store_true", help="train: print the network's layers first")
+    results.add_argument(
+        "--output",
+        metavar="PATH",
+        help="predict: a .csv, .json or .jsonl file; compare: the page (comparison.html); export: a folder",
+    )
+    return parser
 
 
 def _load(path: str) -> Config:
@@ -92,13 +154,14 @@ def _load(path: str) -> Config:
     return config
 
 
-def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
-    """A copy with the fields set that arguments such as `--config.seed=1` name; and path -> new value."""
+def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, Any], list[str]]:
+    """A copy with the fields set that arguments such as `--config.seed=1` name, path -> new value, other arguments."""
     allowed = {}
     for argument in arguments:
         if match := re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", argument):
             allowed[match[1]] = describe_field(config, match[1], match[2] or "")
     values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # flags may come after other arguments
     try:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=["", *arguments])
         rest = values(["main.py", *arguments])[1:]
@@ -109,7 +172,5 @@ def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, A
         raise ConfigError(f"{match[1]}={match[2]!r}: must be {allowed[match[1]]}") from error
     except flags.Error as error:
         raise ConfigError(f"{' '.join(str(error).split())} (see --help)") from error
-    if rest:
-        raise ConfigError(f"unknown argument {rest[0]!r} (see --help)")
     flag: Any = values["config"]
-    return flag.value, config_flags.get_override_values(flag)
+    return flag.value, config_flags.get_override_values(flag), rest

@@ -16,6 +16,7 @@ from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, require
 from cifar_flax.optim import GroupConfig, OptimConfig
 from cifar_flax.parallel import ParallelConfig
+from cifar_flax.profiling import ProfileConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class TrainConfig:
     label_smoothing: float = 0.0  # share of the target spread evenly over all classes
     log_every: int = 50  # steps between the lines of metrics.jsonl
     sync_batchnorm: bool = True  # whether BatchNorm sees the batch of all devices, or each device its own part
+    init_from: str = ""  # the folder of another run, whose weights are the first, as far as they fit; "": random ones
     steps_per_call: int = 1  # steps that run as one loop on the device, without a word from the host
 
     def validate(self) -> None:
@@ -72,6 +74,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def validate(self) -> None:
         """Raises `ConfigError` at the first field that is of a wrong type or not allowed."""
@@ -96,6 +99,7 @@ class Config:
             self.eval,
             self.checkpoint,
             self.parallel,
+            self.profile,
         ):
             part.validate()
         whitening = self.optim.whitening
@@ -163,7 +167,7 @@ def differences(saved: Config, config: Config, where: str = "the checkpoint") ->
     More epochs than before do not where neither the schedule nor an average asks for their number.
     """
     before, now = shared(saved), shared(config)
-    harmless = [path for path in before if path in _HARMLESS or path.startswith(("eval.", "checkpoint."))]
+    harmless = [path for path in before if path in _HARMLESS or path.startswith(("eval.", "checkpoint.", "profile."))]
     timeless = config.optim.schedule == "constant" and config.averaging.name != "lookahead"
     if timeless and config.train.epochs > saved.train.epochs:
         harmless.append("train.epochs")

@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import cifar_flax
 
@@ -27,12 +28,15 @@ PACKAGES = (
 def versions() -> dict[str, str]:
     """Name -> version of this package, of Python and of those of `PACKAGES` that are installed."""
     found = {"cifar_flax": cifar_flax.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {name: version for name in PACKAGES if (version := installed_version(name))}
+
+
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def processor() -> str:
@@ -51,3 +55,8 @@ def machine() -> str:
 def command() -> str:
     """What has been typed to start this process, to be typed again."""
     return shlex.join(["python", *sys.argv])
+
+
+def made_by(devices: str) -> dict[str, Any]:
+    """What a run notes of its start, on devices that are called so."""
+    return {"command": command(), "hardware": f"{machine()}; {devices}", "versions": versions()}

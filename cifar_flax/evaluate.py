@@ -1,6 +1,5 @@
 """Exact evaluation: every example of a split counted once, whatever the batch size."""
 
-import contextlib
 import functools
 import math
 import operator
@@ -12,28 +11,28 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32, PyTree
+from jaxtyping import Array, Float, Int32, PyTree
 
-from cifar_flax import averaging, distributed, experiment, metrics, report, steps
-from cifar_flax import config as configs
-from cifar_flax.checkpoint import Checkpoints
+from cifar_flax import averaging, distributed, metrics, steps
 from cifar_flax.config import Config
 from cifar_flax.data import resident, sources
 from cifar_flax.data.batches import Batch, InputTimer, Positions, evaluation_positions, gather, to_device
 from cifar_flax.data.cache import Arrays
-from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.experiment import DatasetInfo
+from cifar_flax.errors import UserError
 from cifar_flax.files import write_json
 from cifar_flax.imports import installed
-from cifar_flax.parallel import ParallelConfig
-from cifar_flax.records import read_record, saved_steps
+from cifar_flax.records import Record
+from cifar_flax.report.matrix import plot_confusion_matrix
+from cifar_flax.report.run import write_report
 from cifar_flax.state import TrainState
-from cifar_flax.writers import evaluation_table
+from cifar_flax.trained import restore
+from cifar_flax.writers import evaluation_table, show, write_evaluation_events
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     summary: dict[str, Any]  # of `metrics.summarize`
+    probabilities: Float[np.ndarray, "n classes"]  # of the examples, in their order
     images_per_second: float
     input_wait_fraction: float
 
@@ -67,7 +66,7 @@ class Evaluator:
         self._resident = (arrays.images, arrays.labels) if isinstance(arrays.images, jax.Array) else ()
         self._steps: list[Callable[..., Any]] = [functools.partial(steps.eval_step, task, tta=tta)]
         if tta_below is not None:
-            self._steps.insert(0, functools.partial(steps.sure_step, task, below=tta_below))
+            self._steps.insert(0, functools.partial(steps.eval_step, task, at_least=tta_below))
         self._compiled: list[Callable[..., Any]] = []
 
     def compile(self, state: TrainState) -> None:
@@ -89,17 +88,19 @@ class Evaluator:
             return None
 
     def _evaluate(self, state: TrainState, stopping: Callable[[], int]) -> Evaluation:
-        weights, examples = self._weights(state), self._examples
-        *sure_step, eval_step = self._compiled
+        weights, left = self._weights(state), np.arange(len(self._examples))
+        probabilities = np.empty((len(left), len(self._arrays.class_names)), np.float32)
         start, waited = time.perf_counter(), 0.0
         total: metrics.Sums | None = None
-        for step in sure_step:
-            inputs = InputTimer(to_device(self._inputs(examples), self._layout.split))
-            sums, unsure = zip(*self._outputs(step, weights, inputs, stopping), strict=True)
+        for step in self._compiled:
+            if not len(left):
+                break
+            inputs = InputTimer(to_device(self._inputs(self._examples[left]), self._layout.split))
+            sums, rows, counted = zip(*self._outputs(step, weights, inputs, stopping), strict=True)
             total = functools.reduce(metrics.add, sums, total)
-            examples, waited = examples[np.flatnonzero(np.concatenate(unsure))], inputs.seconds
-        inputs = InputTimer(to_device(self._inputs(examples), self._layout.split))
-        total = functools.reduce(metrics.add, self._outputs(eval_step, weights, inputs, stopping), total)
+            probabilities[left] = np.concatenate(rows)[: len(left)]
+            waited += inputs.seconds
+            left = left[~np.concatenate(counted)[: len(left)]]
         assert total is not None
         summary = metrics.summarize(total, self._arrays.class_names)
         if not math.isfinite(summary["loss"]):
@@ -107,8 +108,9 @@ class Evaluator:
         seconds = time.perf_counter() - start
         return Evaluation(
             summary=summary,
+            probabilities=probabilities,
             images_per_second=summary["num_examples"] / seconds,
-            input_wait_fraction=(waited + inputs.seconds) / seconds,
+            input_wait_fraction=waited / seconds,
         )
 
     def _weights(self, state: TrainState) -> PyTree:
@@ -162,74 +164,36 @@ def final_evaluator(config: Config, task: steps.Task, arrays: Arrays) -> Evaluat
     )
 
 
-def write_result(workdir: Path, result: dict[str, Any]) -> None:
-    """Prints the result, so that a full disk loses none of it; writes eval.json and confusion_matrix.png."""
-    if not distributed.is_main():
-        return
-    _show(evaluation_table(result))
-    write_json(workdir / "eval.json", result)
-    written = [workdir / "eval.json"]
-    if installed("matplotlib"):
-        written.append(workdir / "confusion_matrix.png")
-        report.plot_confusion_matrix(written[-1], result)
-    else:
-        _show("\nno picture of the confusion matrix is drawn: matplotlib is not installed")
-    _show(f"\nwritten: {', '.join(map(str, written))}")
-
-
-def _show(text: str) -> None:
-    with contextlib.suppress(OSError):  # of a terminal that is gone
-        print(text)
-
-
-def saved_config(workdir: Path) -> Config:
-    """The config saved with the newest checkpoint of `workdir`; raises `UserError` if there is none.
-
-    But for `parallel`: an evaluation takes place where it is started. It may be of several processes, so nothing here
-    makes JAX look for devices.
-    """
-    folder = _checkpoint_folder(workdir)
-    steps = saved_steps(folder)
-    if not steps:
-        raise _no_checkpoint(workdir)
-    config = configs.from_dict(read_record(folder, steps[-1])["config"])
-    config.parallel = ParallelConfig()
-    return config
-
-
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     """Evaluates the checkpoint that `config.eval.checkpoint` names on `config.data.eval_split`; returns eval.json."""
-    with Checkpoints(_checkpoint_folder(workdir), config.checkpoint, read_only=True) as checkpoints:
-        step = checkpoints.newest_step()
-        if step is None:
-            raise _no_checkpoint(workdir)
-        if config.eval.checkpoint == "best":
-            best = checkpoints.best_step()
-            if best is None:
-                raise UserError(f"--workdir={str(workdir)!r}: none of its checkpoints has a validation accuracy")
-            step = best
-        info = DatasetInfo.from_dict(checkpoints.record(step)["dataset"])
-        arrays = sources.load(config.data, config.data.eval_split)
-        info.check(arrays)
-        task, init = experiment.build(config, info)
-        state = checkpoints.restore(step, init(config.seed, None))
-    result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": step}
+    trained = restore(config, workdir)
+    arrays = sources.load(config.data, config.data.eval_split)
+    trained.info.check(arrays)
+    if config.data.pipeline == "resident":
+        arrays = resident.put(arrays, trained.task.layout)
+    evaluation = final_evaluator(config, trained.task, arrays)(trained.state)
+    assert evaluation is not None
+    result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": trained.step}
     if config.eval.tta != "none":
         result |= {"tta": config.eval.tta, "tta_below": config.eval.tta_below}
-    arrays = resident.put(arrays, task.layout) if config.data.pipeline == "resident" else arrays
-    evaluation = final_evaluator(config, task, arrays)(state)
-    assert evaluation is not None
     result |= evaluation.summary
-    write_result(workdir, result)
+    if distributed.is_main():
+        show(evaluation_table(result))  # first, so that a full disk loses none of it
+        write_json(workdir / "eval.json", result)
+        _draw(workdir, result, trained.record, arrays, evaluation.probabilities)
     return result
 
 
-def _checkpoint_folder(workdir: Path) -> Path:
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise ConfigError(f"--workdir={str(workdir)!r}: holds no checkpoint; train one first")
-    return folder
-
-
-def _no_checkpoint(workdir: Path) -> UserError:
-    return UserError(f"--workdir={str(workdir)!r}: holds no finished checkpoint; train one first")
+def _draw(
+    workdir: Path, result: dict[str, Any], record: Record, arrays: Arrays, probabilities: Float[np.ndarray, "n classes"]
+) -> None:
+    """Writes what people look at."""
+    write_report(workdir, result, record, arrays, probabilities)
+    written = ["eval.json", "report.html"]
+    if installed("matplotlib"):
+        written.append("confusion_matrix.png")
+        plot_confusion_matrix(workdir / written[-1], result)
+        write_evaluation_events(workdir, result, workdir / written[-1])
+    else:
+        show("\nno picture of the confusion matrix is drawn: matplotlib is not installed")
+    show(f"\nwritten: {', '.join(str(workdir / name) for name in written)}")

@@ -102,6 +102,8 @@ def build(
     epoch_images = order.epoch_images(size, batch_size, config.data.drop_last)
     steps = order.total_steps(epochs, size, batch_size, config.data.drop_last)
     require(every <= steps, "optim.accumulate_steps", every, f"must be at most the {steps} steps of the run")
+    traced = config.profile.steps
+    require(traced[1] <= steps, "profile.steps", traced, f"must be among the {steps} steps of the run")
     steps_per_epoch = epoch_images / batch_size
     optimizer = optim.make_optimizer(config.optim, steps, steps_per_epoch)
     graphdef, create = state.create(

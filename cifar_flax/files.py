@@ -117,3 +117,20 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def lock_holder(path: Path) -> str | None:
+    """Which process is in a block that is `locked` by `path`; None where none is, or it does not show.
+
+    Nothing is written: the lock is shared for a moment, if it can be had.
+    """
+    try:
+        import fcntl
+
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return path.read_text(errors="replace") or "another process"
+    except (ImportError, OSError):
+        pass
+    return None

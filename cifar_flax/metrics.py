@@ -1,5 +1,7 @@
 """From sums over examples to the figures people read."""
 
+import math
+import statistics
 from typing import Any
 
 import jax
@@ -34,6 +36,7 @@ def evaluation_sums(
         "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
         "top5": jnp.sum(weight * (rank < 5)),
         "confusion": jnp.zeros((num_classes, num_classes), jnp.int32).at[label, prediction].add(weight),
+        "bin_count": per_bin.at[bins].add(weight),
         "bin_confidence": per_bin.at[bins].add(jnp.where(mask, confidence, 0.0)),
         "bin_correct": per_bin.at[bins].add(weight * (prediction == label)),
     }
@@ -51,8 +54,9 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
     """Accuracy, loss, calibration and per-class figures of a whole split, as plain numbers.
 
     `confusion_matrix[i][j]` counts examples of class i that were taken for class j. `expected_calibration_error` is
-    that of Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2. A class that is never predicted has
-    precision 0, one without examples recall 0.
+    that of Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2, and `calibration` the bins that it
+    adds up: means over the examples whose top probability lies in each. A class that is never predicted has precision
+    0, one without examples recall 0.
     """
     confusion = sums["confusion"]
     count = int(confusion.sum())
@@ -68,9 +72,34 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
         "top5_accuracy": int(sums["top5"]) / count,
         "loss": float(sums["loss"]) / count,
         "expected_calibration_error": float(calibration_error),
+        "calibration": [
+            {
+                "count": int(size),
+                "confidence": float(confidence / size) if size else None,
+                "accuracy": float(right / size) if size else None,
+            }
+            for size, confidence, right in zip(
+                sums["bin_count"], sums["bin_confidence"], sums["bin_correct"], strict=True
+            )
+        ],
         "per_class": {
             name: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i])}
             for i, name in enumerate(class_names)
         },
         "confusion_matrix": confusion.tolist(),
     }
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a probability of which `correct` of `count` trials tell.
+
+    Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". Of no trials, (0, 1).
+    """
+    if not count:
+        return 0.0, 1.0
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share = correct / count
+    center = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)

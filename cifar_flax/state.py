@@ -1,7 +1,7 @@
 """All that training changes, and how it begins."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,12 @@ class TrainState(NamedTuple):
     batch_stats: PyTree
     opt_state: PyTree
     average: PyTree  # of params and batch_stats, as averaging.py keeps it
+
+
+def named_leaves(tree: PyTree, separator: str = "/") -> dict[str, Any]:
+    """Path -> leaf, such as "opt_state/0/mu/conv/kernel", in the order of the tree's leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator=separator): leaf for path, leaf in leaves}
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

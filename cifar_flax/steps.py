@@ -124,39 +124,56 @@ def _keys(state: TrainState, batch: Batch, epoch: Int32[Array, " batch"]) -> Key
     return jax.vmap(jax.random.split, out_axes=1)(example_keys(state.seed, epoch, batch.index))
 
 
-def eval_step(task: Task, weights: PyTree, batch: Batch, *, tta: str = "none") -> metrics.Sums:
+def eval_step(
+    task: Task, weights: PyTree, batch: Batch, *, tta: str = "none", at_least: float = 0.0
+) -> tuple[metrics.Sums, Float[Array, "whole classes"], Bool[Array, " whole"]]:
     """What the batch adds to an evaluation of the network as it is used: running statistics and no augmentation.
 
-    `weights` are params and batch_stats; with `tta`, a name in `VIEWS`, the logits of several views are averaged.
+    `weights` are params and batch_stats; with `tta`, a name in `VIEWS`, the logits of several views are averaged. Only
+    examples whose top probability is `at_least` that are counted. Also returns the probabilities of all examples, and
+    which of them are counted: of the whole batch, on each device.
     """
-    return _sum(task, metrics.evaluation_sums(_logits(task, weights, batch, tta), batch.label, batch.mask))
-
-
-def sure_step(task: Task, weights: PyTree, batch: Batch, *, below: float) -> tuple[metrics.Sums, Bool[Array, " whole"]]:
-    """As `eval_step`, of those examples whose top probability is at least `below`; and which are the others.
-
-    Which, of the whole batch: each device is told of the rows of all.
-    """
-    logits = _logits(task, weights, batch, "none")
-    sure = jnp.max(jax.nn.softmax(logits), axis=-1) >= below
-    unsure = batch.mask & ~sure
+    logits = _logits(task, weights, batch.image, tta)
+    probability = jax.nn.softmax(logits)
+    counted = batch.mask if at_least == 0 else batch.mask & (jnp.max(probability, axis=-1) >= at_least)
+    sums = metrics.evaluation_sums(logits, batch.label, counted)
     if (axis_name := task.layout.axis_name) is not None:
-        everywhere = jnp.zeros((task.layout.num_devices, *unsure.shape), jnp.int32)
-        own_place = everywhere.at[jax.lax.axis_index(axis_name)].set(unsure.astype(jnp.int32))
-        unsure = jax.lax.psum(own_place, axis_name).reshape(-1) > 0
-    return _sum(task, metrics.evaluation_sums(logits, batch.label, batch.mask & sure)), unsure
+        sums = jax.lax.psum(sums, axis_name)
+    return sums, _whole(task, probability), _whole(task, counted.astype(jnp.int32)) > 0
 
 
-def _sum(task: Task, sums: metrics.Sums) -> metrics.Sums:
+def predict_step(
+    task: Task,
+    weights: PyTree,
+    image: UInt8[Array, "batch h w c"],
+    *,
+    tta: str = "none",
+    tta_below: float | None = None,
+) -> Float[Array, "whole classes"]:
+    """The probabilities that an evaluation with the same `tta` and `tta_below` counts, of the whole batch."""
+    probability = jax.nn.softmax(_logits(task, weights, image, tta))
+    if tta_below is not None:
+        alone = jax.nn.softmax(_logits(task, weights, image, "none"))
+        probability = jnp.where(jnp.max(alone, axis=-1, keepdims=True) >= tta_below, alone, probability)
+    return _whole(task, probability)
+
+
+def _whole(task: Task, rows: Shaped[Array, "batch *rest"]) -> Shaped[Array, "whole *rest"]:
+    """The rows of all devices, one after the other, on each of them."""
     axis_name = task.layout.axis_name
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    if axis_name is None:
+        return rows
+    # A sum with zeros, which is exact: of what is gathered, shard_map does not know that it is the same everywhere.
+    everywhere = jnp.zeros((task.layout.num_devices, *rows.shape), rows.dtype)
+    summed = jax.lax.psum(everywhere.at[jax.lax.axis_index(axis_name)].set(rows), axis_name)
+    return summed.reshape(-1, *rows.shape[1:])
 
 
-def _logits(task: Task, weights: PyTree, batch: Batch, tta: str) -> Float[Array, "batch classes"]:
+def _logits(task: Task, weights: PyTree, image: UInt8[Array, "batch h w c"], tta: str) -> Float[Array, "batch classes"]:
     model = nnx.merge(task.graphdef, *weights)
     if tta == "none":
-        return model(normalize(batch.image, task.mean, task.std))
+        return model(normalize(image, task.mean, task.std))
     # One view after the other: all at once would take as many times the memory.
-    logits = jax.lax.map(lambda view: model(normalize(view, task.mean, task.std)), views(batch.image, tta))
+    logits = jax.lax.map(lambda view: model(normalize(view, task.mean, task.std)), views(image, tta))
     # Written out: a matrix product would round to the few bits that accelerators multiply with.
     return jnp.sum(jnp.asarray(VIEWS[tta])[:, None, None] * logits, axis=0)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from cifar_flax import config as configs
-from cifar_flax import distributed, evaluate, experiment, lifecycle, models, records, steps, workdir
+from cifar_flax import distributed, environment, evaluate, experiment, lifecycle, records, steps, transfer, workdir
 from cifar_flax.checkpoint import Checkpoints
 from cifar_flax.config import Config
 from cifar_flax.data import order, resident, sources
@@ -23,19 +23,27 @@ from cifar_flax.evaluate import Evaluator
 from cifar_flax.experiment import DatasetInfo
 from cifar_flax.imports import installed
 from cifar_flax.loop import Divergence, Inputs, Interval, TrainCall, Values, read_lag, run_calls
+from cifar_flax.models import sample_size
+from cifar_flax.models.summary import summarize
+from cifar_flax.profiling import Profiled
 from cifar_flax.state import TrainState
 from cifar_flax.writers import MetricsWriter, Progress, Record
 
 
-def train(config: Config, folder: Path) -> None:
+def train(config: Config, folder: Path, *, summary: bool = False) -> None:
     """Trains to the end, from the newest checkpoint in `folder` where there is one, then evaluates.
 
-    Nothing in `folder` is touched before config and data have proved fit for each other.
+    Nothing in `folder` is touched before config and data have proved fit for each other. With `summary`, the network's
+    layers are printed first.
 
     Raises `lifecycle.Stopped` where a signal has ended it; what was done is saved.
     """
     trainer = Trainer(config)
+    if config.train.init_from and not records.saved_steps(folder / workdir.CHECKPOINTS):
+        trainer.initial_state = transfer.begin(config, trainer.task, trainer.initial_state)
     with workdir.opened(folder, config):
+        if summary:
+            distributed.say(summarize(config.model, trainer.info.image_shape, len(trainer.info.class_names)))
         trainer.run(folder)
         evaluate.evaluate(config, folder)
 
@@ -63,7 +71,7 @@ class Trainer:
         self.layout = self.task.layout
         self.layout.require_divides("train.batch_size", config.train.batch_size)
         distributed.require_agreement(data=self.arrays.digest())
-        sample = self.arrays.images[self.examples[: models.sample_size(config.model)]]
+        sample = self.arrays.images[self.examples[: sample_size(config.model)]]
         self.init = lambda seed: init(seed, sample if len(sample) else None)
         if config.data.pipeline == "resident":
             self.arrays, eval_arrays = (resident.put(arrays, self.layout) for arrays in (self.arrays, eval_arrays))
@@ -194,7 +202,12 @@ class Run:
         self._learning_rate = jax.jit(trainer.task.schedule).lower(0).compile()
         distributed.say(f"compiled training and evaluation in {time.perf_counter() - begin:.1f} s")
         with ExitStack() as stack:
-            self._writer = stack.enter_context(closing(MetricsWriter(self._folder, self._step, self._mark)))
+            self._writer = stack.enter_context(
+                closing(MetricsWriter(self._folder, self._step, self._mark, configs.shared(self._config)))
+            )
+            profile, per_call = self._config.profile, self._config.train.steps_per_call
+            profiled = Profiled(train_call, profile, self._folder, start=self._step, per_call=per_call)
+            train_call = stack.enter_context(closing(profiled))
             progress = Progress(start=self._step, total=trainer.total_steps, epochs=self._config.train.epochs)
             self._progress = stack.enter_context(closing(progress))
             self._signal = stack.enter_context(lifecycle.deferred())
@@ -265,6 +278,7 @@ class Run:
         content = {
             "config": configs.to_dict(self._config),
             "dataset": self._trainer.info.to_dict(),
+            "made_by": environment.made_by(str(self._trainer.layout)),
             "evaluated": self._evaluated,
             "metrics": self._writer.mark(),
             "interval": self._interval.values(),

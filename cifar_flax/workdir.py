@@ -28,7 +28,9 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
             if distributed.is_main():
                 workdir.mkdir(parents=True, exist_ok=True)
                 _lock(stack, workdir, field)
-            _check(workdir, config, field)
+            _require_same(workdir, config, field)
+            if distributed.is_main():
+                files.write_json(workdir / _CONFIG, configs.to_dict(config))
             distributed.wait_for_all()
             if not (workdir / _CONFIG).exists():
                 raise UserError(f"{field}: must be one folder for all processes; process 0 has made another")
@@ -37,28 +39,36 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
         yield
 
 
+def require_usable(workdir: Path, config: Config) -> None:
+    """Raises what `opened` would of a run that is in `workdir`; nothing is written."""
+    field = f"--workdir={str(workdir)!r}"
+    if holder := files.lock_holder(workdir / _LOCK):
+        raise _taken(field, holder)
+    _require_same(workdir, config, field)
+
+
+def _taken(field: str, holder: str) -> UserError:
+    return UserError(f"{field}: {holder} trains there; wait for its end or choose another --workdir")
+
+
 def _lock(stack: contextlib.ExitStack, workdir: Path, field: str) -> None:
     path = workdir / _LOCK
     try:
         stack.enter_context(files.locked(path, wait=False))
     except BlockingIOError as error:
-        holder = path.read_text(errors="replace") or "another process"
-        raise UserError(f"{field}: {holder} trains there; wait for its end or choose another --workdir") from error
+        raise _taken(field, path.read_text(errors="replace") or "another process") from error
     for left in workdir.glob(f".*{files.PARTIAL}"):  # what killed runs were writing
         left.unlink(missing_ok=True)
 
 
-def _check(workdir: Path, config: Config, field: str) -> None:
-    """Raises `ConfigError` unless the run in `workdir`, if there is one, goes on with `config`; notes it there."""
-    path = workdir / _CONFIG
+def _require_same(workdir: Path, config: Config, field: str) -> None:
+    """Raises `ConfigError` unless the run in `workdir`, if there is one, goes on with `config`."""
     saved, where = _saved(workdir, field)
     changed = [] if saved is None else configs.differences(saved, config, where)
     if changed:
         raise ConfigError(
             f"{field}: holds a run of another config ({'; '.join(changed)}); choose another --workdir, or set them back"
         )
-    if distributed.is_main():
-        files.write_json(path, configs.to_dict(config))
 
 
 def _saved(workdir: Path, field: str) -> tuple[Config | None, str]:

@@ -1,9 +1,12 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar or plain lines, tables."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import shutil
+import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -22,11 +25,14 @@ try:
     with without("torch"):  # seconds, and hundreds of megabytes, for tensors that are never met here
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.summary import hparams, scalar
 except ImportError:
     EventsWriter = None
 
 Record = dict[str, Any]  # one line of metrics.jsonl
+
+_METRICS = ("train/loss", "validation/accuracy", "test/accuracy")  # beside the hyper-parameters in TensorBoard
 
 
 class MetricsWriter:
@@ -36,8 +42,17 @@ class MetricsWriter:
     full disk, and the run would wait for it for ever.
     """
 
-    def __init__(self, workdir: Path, start_step: int, mark: Mapping[str, Any] | None = None):
-        """Goes on at `start_step`, where `mark` was taken: what was written after it is dropped, as it comes again."""
+    def __init__(
+        self,
+        workdir: Path,
+        start_step: int,
+        mark: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        """Goes on at `start_step`, where `mark` was taken: what was written after it is dropped, as it comes again.
+
+        `settings` are TensorBoard's hyper-parameters of the run.
+        """
         self._file = self._events = None
         if not distributed.is_main():
             return
@@ -51,6 +66,11 @@ class MetricsWriter:
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
         self._add_event(start_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what comes again
+        values = {
+            name: value if type(value) in (bool, int, float) else str(value) for name, value in (settings or {}).items()
+        }
+        for summary in hparams(values, dict.fromkeys(_METRICS))[:2]:
+            self._add_event(start_step, summary=summary)
         self._events.flush()
 
     def close(self) -> None:
@@ -87,6 +107,27 @@ class MetricsWriter:
     def _add_event(self, step: int, **what: Any) -> None:
         assert self._events is not None
         self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+
+
+def write_evaluation_events(workdir: Path, result: Record, picture: Path) -> None:
+    """Has TensorBoard show the evaluation `result`, and its confusion matrix from `picture`, a PNG; instead of others.
+
+    Does nothing where tensorboardX is not installed.
+    """
+    if EventsWriter is None:
+        return
+    folder = workdir / "tensorboard" / "evaluation"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    events, png = EventsWriter(str(folder / "events")), picture.read_bytes()
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+    summaries = [Summary(value=[Summary.Value(tag="confusion_matrix", image=image)])]
+    names = ("accuracy", "top5_accuracy", "loss", "expected_calibration_error")
+    summaries += [scalar(f"{result['split']}/{name}", result[name]) for name in names]
+    for summary in summaries:
+        events.write_event(Event(wall_time=time.time(), step=result["step"], summary=summary))
+    events.close()
 
 
 def _written_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> bytes:
@@ -172,6 +213,17 @@ def _training(record: Record) -> str:
     if record["loss"] is None:
         return f"train{skipped}"
     return f"train loss {record['loss']:.4f} accuracy {record['accuracy']:.2%}{skipped}"
+
+
+def show(text: str) -> None:
+    """Prints what its user asked for; that nobody reads it any more is no error."""
+    with contextlib.suppress(OSError):
+        print(text)
+
+
+def printable(text: str) -> str:
+    """The name of a file, or of what else comes from outside, without what a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def evaluation_table(result: Record) -> str:

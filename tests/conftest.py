@@ -108,7 +108,10 @@ def steps_in(folder):
 
 
 # What a run leaves in its folder.
-FILES = {".lock", "config.json", "metrics.jsonl", "checkpoints", "eval.json", "confusion_matrix.png", "tensorboard"}
+FILES = {
+    ".lock", "config.json", "metrics.jsonl", "checkpoints", "eval.json", "report.html", "confusion_matrix.png",
+    "tensorboard",
+}  # fmt: skip
 
 # What a run logs that is the same whenever and wherever it is trained.
 NOT_TIMES = ("step", "epoch", "split", "loss", "accuracy", "learning_rate")

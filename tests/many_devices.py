@@ -213,17 +213,19 @@ def test_evaluation_counts_the_same_on_any_devices(backend, devices, on_device):
     (one, state), (several, spread) = build("jit", 1), build(backend, devices)
     (everything,) = evaluation_positions(EXAMPLES, SIZE)
     batch = jax.device_put(gather(IMAGES.images, IMAGES.labels, everything))
-    logits = steps._logits(one, (state.params, state.batch_stats), batch, "none")
+    logits = steps._logits(one, (state.params, state.batch_stats), batch.image, "none")
     confidence = np.sort(jax.nn.softmax(logits).max(axis=-1))
     below = float(confidence[SIZE // 2 - 1 : SIZE // 2 + 1].mean())  # half of the images are sure
     results = []
     for task, of in ((one, state), (several, spread)):
         arrays = resident.put(IMAGES, task.layout) if on_device else IMAGES
         evaluator = evaluate.Evaluator(task, arrays, EXAMPLES, 500, tta="mirror", tta_below=below)
-        results.append(evaluator(of).summary)
-    assert results[0]["num_examples"] == SIZE
-    assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
-    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+        results.append(evaluator(of))
+    first, second = (result.summary for result in results)
+    assert first["num_examples"] == SIZE
+    assert first["confusion_matrix"] == second["confusion_matrix"]
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    np.testing.assert_allclose(results[0].probabilities, results[1].probabilities, atol=1e-5)
 
 
 @pytest.mark.parametrize(("saved_on", "restored_on"), [(("shard_map", 8), ("shard_map", 2)), (("jit", 1), ("pmap", 4))])

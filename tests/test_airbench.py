@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.flops import forward_flops
 from cifar_flax import models
 from cifar_flax.errors import ConfigError
 from cifar_flax.models import AirbenchConfig, airbench
+from cifar_flax.models.summary import forward_flops
 
 
 def build(image_shape=(32, 32, 3), platform="cpu", **fields):

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import REPOSITORY
+from jax.experimental.compilation_cache import compilation_cache
 
 from cifar_flax import compilation
+from cifar_flax.data import cache
 from cifar_flax.evaluate import Evaluator
 from cifar_flax.models.layers import random_words
 from cifar_flax.models.pooling import max_over_places
@@ -123,3 +125,44 @@ def test_without_a_folder_programs_are_not_kept(tmp_path, no_folder_yet):
     (tmp_path / "cache").write_text("in the way")
     compilation.keep_programs()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A folder for compiled programs, which JAX has not used yet."""
+    names = *CHANGED, "jax_enable_compilation_cache", "jax_persistent_cache_min_entry_size_bytes"
+    before = {name: getattr(jax.config, name) for name in names}
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_that_programs_are_kept_is_tried_and_leaves_nothing(kept):
+    (kept / "jit_other-cache").touch()
+    assert compilation.why_not_kept() is None
+    assert [path.name for path in kept.iterdir()] == ["jit_other-cache"]
+    with compilation.nothing_kept():
+        jax.jit(lambda x: x + 271828)(0)
+    assert [path.name for path in kept.iterdir()] == ["jit_other-cache"]
+    jax.clear_caches()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.jit(lambda x: x + 271828)(0)
+    assert len(list(kept.iterdir())) > 1
+
+
+def test_why_programs_are_not_kept(kept, tmp_path):
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 10**9)
+    assert compilation.why_not_kept() == f"{kept} does not give back what is kept there"
+    (tmp_path / "file").touch()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file"))
+    compilation_cache.reset_cache()
+    assert compilation.why_not_kept().startswith(f"{tmp_path}/file does not work (FileExistsError: ")
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert compilation.why_not_kept() == f"{cache.default_dir()}/compiled cannot be made, or is not this user's"
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert compilation.why_not_kept() == "JAX_ENABLE_COMPILATION_CACHE is false"

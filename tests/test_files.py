@@ -62,3 +62,13 @@ def test_a_dead_process_holds_no_lock(tmp_path):
         process.wait()
     with files.locked(tmp_path / "lock", wait=False):
         pass
+
+
+def test_the_holder_of_a_lock_is_told_without_taking_it(tmp_path):
+    assert files.lock_holder(tmp_path / "lock") is None
+    assert not (tmp_path / "lock").exists()
+    with files.locked(tmp_path / "lock", wait=False):
+        assert files.lock_holder(tmp_path / "lock").startswith("process ")
+        with pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
+            pytest.fail("two have it")
+    assert files.lock_holder(tmp_path / "lock") is None

@@ -1,10 +1,11 @@
 """What is read from outside: whatever happens to its bytes, it is loaded as it was or refused in one line.
 
-11,000 cases in all.
+12,500 cases in all.
 Each case is a function of its number: a failure tells the number, and comes again.
 """
 
 import hashlib
+import io
 import json
 import random
 import shutil
@@ -12,12 +13,14 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_archive import NAMES, RECORDS, official, small_files, write_tar  # noqa: F401  (a fixture is among them)
 
 from cifar_flax import config as configs
 from cifar_flax import files, records
 from cifar_flax.config import Config
 from cifar_flax.data import archive, cache
+from cifar_flax.data.images import FORMATS, read_image, reading
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.writers import _written_until
 
@@ -181,6 +184,28 @@ def test_metrics(tmp_path, capsys):
             assert json.loads(line)["step"] <= 5, case
         unchanged += not said
     assert 100 < unchanged < 2400
+
+
+def test_images(tmp_path):
+    """1,500 damaged files of five kinds: a picture of the wanted shape, or one line."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 4), np.uint8)
+    intact = {}
+    for kind in FORMATS:
+        stream = io.BytesIO()
+        Image.fromarray(pixels).convert("RGB" if kind == "JPEG" else "RGBA").save(stream, format=kind)
+        intact[kind] = stream.getvalue()
+    path, loaded, messages = tmp_path / "file", 0, []
+    with reading():
+        for case in range(1500):
+            path.write_bytes(damaged(intact[FORMATS[case % len(FORMATS)]], random.Random(case)))
+            try:
+                image = read_image(path, (8, 8, 3))
+                assert (image.shape, image.dtype) == ((8, 8, 3), np.uint8), case
+                loaded += 1
+            except UserError as error:
+                messages.append(str(error))
+    assert not any("\n" in message or not message for message in messages)
+    assert 100 < loaded < 1400
 
 
 @pytest.mark.parametrize("content", [b"", b"\x1f\x8b", b"\x1f\x8b\x08" + bytes(100), b"x" * 5000])

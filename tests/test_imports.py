@@ -12,23 +12,34 @@ PACKAGE = REPOSITORY / "cifar_flax"
 # From the ground up; a module imports from lines above its own only.
 LEVELS = [
     {"errors", "allocator", "environment", "imports", "files", "lifecycle", "models.pooling"},
-    {"data.cache", "data.order", "data.augment", "data.tensorflow", "models.winograd", "averaging"},
-    {"compilation", "data.archive", "data.batches", "models.layers"},
+    {"packages", "data.cache", "data.order", "data.augment", "data.tensorflow", "models.winograd", "averaging"},
+    {"compilation", "nvidia", "data.archive", "data.batches", "models.layers"},
     {"models.cnn", "models.airbench", "models.resnet", "parallel"},
     {"distributed"},
     {"data.sources", "data.streaming", "data.resident", "models"},
-    {"optim", "metrics", "report", "writers", "state", "records"},
+    {"optim", "metrics", "report", "writers", "state", "records", "models.summary"},
     {"steps", "checkpoint", "loop"},
+    {"profiling"},
     {"config"},
     {"experiment", "workdir"},
     {"evaluate"},
     {"cli", "train"},
+    {"doctor"},
 ]
 ONLY_IN = {
     "orbax": {"checkpoint"},
     "tensorflow": {"data.tensorflow"},
     "tensorflow_datasets": {"data.sources"},
-    "flax.nnx": {"models", "models.airbench", "models.cnn", "models.layers", "models.resnet", "state", "steps"},
+    "flax.nnx": {
+        "models",
+        "models.airbench",
+        "models.cnn",
+        "models.layers",
+        "models.resnet",
+        "models.summary",
+        "state",
+        "steps",
+    },
     "tensorboardX": {"writers"},
     "ml_collections": {"cli"},
 }

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 
 import main
-from cifar_flax import lifecycle
+from cifar_flax import cli, lifecycle
 from cifar_flax.data import sources
 
 DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
@@ -32,7 +32,10 @@ BAD_INPUT = [
     ("", 2, "--config=None: train needs a config file"),
     ("--mode=fly", 2, "invalid choice: 'fly'"),
     (f"--config {DIGITS} --colour=red", 2, "flag 'colour'"),
-    (f"--config {DIGITS} stray", 2, "'stray'"),
+    (f"--config {DIGITS} stray", 2, "unknown argument 'stray'"),
+    (f"stray --config {DIGITS} --config.seed 1", 2, "unknown argument 'stray'"),
+    (f"--config {DIGITS} --output=x", 2, "--output='x': not used in train"),
+    (f"--config {DIGITS} --config.train.init_from={{tmp}}", 2, "train.init_from='{tmp}': holds no checkpoint"),
     (f"--config {DIGITS} --config.optim.lr=1", 2, "optim.lr='1': no such field; choose one of optim.name"),
     (f"--config {DIGITS} --config.optim.learningrate=1", 2, "did you mean optim.learning_rate?"),
     (f"--config {DIGITS} --config.train=1", 2, "train='1': no such field; choose one of train.batch_size"),
@@ -85,7 +88,18 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.model.dtype=float16", 2, "model.dtype='float16': must be one of float32"),
     (f"--config {CIFAR} --config.data.archive={{tmp}}/no.tar.gz", 2, "data.archive='{tmp}/no.tar.gz'"),
     ("--mode=eval", 2, "--workdir=None: eval needs the folder of a run"),
-    (f"--mode=eval --config {DIGITS}", 2, "--config='{DIGITS}': not used here"),
+    (f"--mode=eval --config {DIGITS}", 2, "--config='{DIGITS}': not used in eval: the config saved"),
+    ("--mode=eval --summary --workdir={tmp}/run", 2, "--summary=True: not used in eval"),
+    ("--mode=eval --workdir={tmp}/run photo.png", 2, "--workdir='{tmp}/run': holds no checkpoint"),
+    ("--mode=predict photo.png", 2, "--workdir=None: predict needs the folder of a run"),
+    ("--mode=predict --workdir={tmp}/nowhere photo.png", 2, "--workdir='{tmp}/nowhere': holds no checkpoint"),
+    ("--mode=export --workdir={tmp}/run", 2, "--output=None: export needs a folder to write to"),
+    ("--mode=compare {tmp}/run", 2, "PATH='{tmp}/run': compare needs at least 2"),
+    ("--mode=compare {tmp}/run {tmp} --config.seed=1", 2, "seed=1: not used in compare"),
+    ("--mode=compare {tmp}/run {tmp} --workdir=x", 2, "--workdir='x': not used in compare"),
+    ("--mode=compare {tmp}/run {tmp}", 2, "{tmp}/run"),
+    (f"--mode=doctor --config {DIGITS} --config.train.epochs=-1", 2, "train.epochs=-1.0: must be above 0"),
+    ("--mode=doctor stray", 2, "unknown argument 'stray'"),
     ("--mode=eval --workdir={tmp}/nowhere", 2, "--workdir='{tmp}/nowhere': holds no checkpoint"),
     ("--mode=eval --workdir={tmp}/run", 2, "--workdir='{tmp}/run': holds no checkpoint"),
     (
@@ -127,7 +141,7 @@ def snapshot(folder):
 )
 def test_bad_input_is_one_line_and_touches_nothing(folder, monkeypatch, capsys, arguments, code, message):
     argv = arguments.format(tmp=folder).split()
-    if "--workdir" not in arguments and "--mode=eval" not in arguments:
+    if "--workdir" not in arguments and "--mode" not in arguments:
         argv.append(f"--workdir={folder / 'run'}")
     monkeypatch.setattr(sys, "argv", ["main.py", *argv])
     before = snapshot(folder)
@@ -137,6 +151,19 @@ def test_bad_input_is_one_line_and_touches_nothing(folder, monkeypatch, capsys, 
     assert lines[0].startswith("error: ")
     assert message.format(tmp=folder, DIGITS=DIGITS) in lines[0]
     assert snapshot(folder) == before
+
+
+def test_help_is_one_screen(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 40
+    for mode in cli.MODES:
+        assert f"\n  {mode} " in text
+    assert text.count("  python main.py ") == 3
 
 
 def start(*arguments, folder):
@@ -214,10 +241,10 @@ def test_interruption_and_full_disk_are_one_line(monkeypatch, capsys):
         (OSError(28, "No space left on device", "eval.json"), 1, "No space left on device: 'eval.json'"),
     ):
 
-        def fail(config, workdir, error=error):
+        def fail(command, error=error):
             raise error
 
-        monkeypatch.setitem(main.MODES, "train", fail)
+        monkeypatch.setattr(main, "run", fail)
         assert main.main() == code
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line

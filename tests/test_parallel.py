@@ -32,7 +32,7 @@ def test_on_eight_devices():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerators_are_given_both_steps_of_every_config(path, backend):
     """As the network is written for all but CPUs: with XLA's convolutions and, where "auto" is set, in bfloat16."""
-    config = parse(["--config", str(path), f"--config.parallel.backend={backend}"], ("train",)).config
+    config = parse(["--config", str(path), f"--config.parallel.backend={backend}"]).config
     info = DatasetInfo(
         name="none",
         image_shape=(32, 32, 3),

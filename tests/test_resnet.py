@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.flops import forward_flops
 from cifar_flax import models
 from cifar_flax.models import ResNetConfig
+from cifar_flax.models.summary import forward_flops
 
 
 def build(platform="cuda", **fields):

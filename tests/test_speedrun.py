@@ -12,11 +12,11 @@ import pytest
 from conftest import REPOSITORY
 
 from benchmarks import report, speedrun
-from benchmarks.flops import forward_flops
 from benchmarks.peers import original
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.models import CNNConfig
+from cifar_flax.models.summary import forward_flops
 
 DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
 FIELDS = ("train.epochs=1", "model.width=4", "model.hidden=16", "optim.warmup_epochs=0")
@@ -98,14 +98,14 @@ def test_a_run_is_what_main_trains(tmp_path, monkeypatch):
 
     assert start(monkeypatch, "--trials=1") == 0
     (path,) = (tmp_path / "results").iterdir()
-    train(cli.parse(["--config", DIGITS, *TINY], ("train",)).config, tmp_path / "run")
+    train(cli.parse(["--config", DIGITS, *TINY]).config, tmp_path / "run")
     expected = json.loads((tmp_path / "run" / "eval.json").read_text())["accuracy"]
     assert json.loads(path.read_text())["ours"]["trials"][0]["accuracy"] == expected
 
 
 def test_the_clock_runs_for_what_the_rule_says(monkeypatch):
     """From before the first weights and the order of the examples to after the evaluation; nothing compiles in it."""
-    runner = speedrun.Runner(speedrun.cli.parse(["--config", DIGITS, *TINY], ("train",)).config)
+    runner = speedrun.Runner(speedrun.cli.parse(["--config", DIGITS, *TINY]).config)
     events, clock = [], speedrun.time.perf_counter
 
     def watch(owner, name, what):

@@ -17,8 +17,8 @@ from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.models import AirbenchConfig, CNNConfig, ResNetConfig
 from cifar_flax.optim import GROUPS, GroupConfig, OptimConfig
 from cifar_flax.train import Trainer, train
+from cifar_flax.trained import saved_config
 
-MODES = ("train", "eval")
 FIELDS = {*NOT_TIMES, "images_per_second", "input_wait_fraction"}
 TRAIN_FIELDS = {*FIELDS, "skipped_steps", "checkpoint_blocked_seconds"}
 
@@ -66,7 +66,7 @@ def test_a_run_writes_what_it_promises(straight):
 
 def test_evaluation_repeats_the_same_numbers_to_the_bit(straight, finished, capsys):
     (finished / "eval.json").unlink()
-    evaluate.evaluate(evaluate.saved_config(finished), finished)
+    evaluate.evaluate(saved_config(finished), finished)
     assert (finished / "eval.json").read_bytes() == (straight[0] / "eval.json").read_bytes()
     *figures, written = capsys.readouterr().out.splitlines()
     assert straight[1].splitlines()[-1 - len(figures) : -1] == figures
@@ -76,7 +76,7 @@ def test_evaluation_repeats_the_same_numbers_to_the_bit(straight, finished, caps
 @pytest.mark.parametrize("batch_size", [1, 64, 355, 1000])
 def test_evaluation_counts_each_example_once_for_any_batch_size(finished, batch_size):
     expected = json.loads((finished / "eval.json").read_text())
-    command = cli.parse(["--mode=eval", f"--workdir={finished}", f"--config.eval.batch_size={batch_size}"], MODES)
+    command = cli.parse(["--mode=eval", f"--workdir={finished}", f"--config.eval.batch_size={batch_size}"])
     result = evaluate.evaluate(command.config, command.workdir)
     assert result["num_examples"] == 355
     assert result["confusion_matrix"] == expected["confusion_matrix"]
@@ -86,7 +86,7 @@ def test_evaluation_counts_each_example_once_for_any_batch_size(finished, batch_
 @pytest.mark.parametrize("field", ["seed=1", "optim.learning_rate=1.0", "data.name='cifar10'", "train.batch_size=1"])
 def test_evaluation_takes_no_other_field(finished, field):
     with pytest.raises(ConfigError, match=f"^{re.escape(field)}: cannot be changed in eval; data.data_dir, "):
-        cli.parse(["--mode=eval", f"--workdir={finished}", f"--config.{field}".replace("'", "")], MODES)
+        cli.parse(["--mode=eval", f"--workdir={finished}", f"--config.{field}".replace("'", "")])
 
 
 def test_finished_run_says_so_and_evaluates(tiny_config, finished, capsys):
@@ -277,7 +277,7 @@ def test_the_final_evaluation_is_augmented_and_says_so(finished, capsys):
         (["tta=mirror", "tta_below=0.5"], "test-time augmentation mirror where the top probability is below 0.5\n"),
     ):
         flags = [f"--config.eval.{setting}" for setting in settings]
-        command = cli.parse(["--mode=eval", f"--workdir={finished}", *flags], MODES)
+        command = cli.parse(["--mode=eval", f"--workdir={finished}", *flags])
         result = evaluate.evaluate(command.config, command.workdir)
         assert json.loads((finished / "eval.json").read_text()) == result
         assert (result["tta"], result["tta_below"]) == (command.config.eval.tta, command.config.eval.tta_below)

@@ -115,12 +115,17 @@ def test_a_split_on_the_device_gives_the_same_and_stays_there(trained):
         assert on_device(state).summary == expected
 
 
-def test_padding_is_never_unsure(trained):
+def test_padding_is_never_counted(trained):
     task, state = trained
     index = np.zeros(4, np.int32)
     batch = Batch(TEST.images[:4], TEST.labels[:4], index, index, np.array([True, False, True, False]))
-    step = jax.jit(functools.partial(steps.sure_step, task, below=1.0))
-    assert step((state.params, state.batch_stats), batch)[1].tolist() == [True, False, True, False]
+    for at_least, counted in (
+        (0.0, [True, False, True, False]),
+        (1e-3, [True, False, True, False]),
+        (1.0, [False] * 4),
+    ):
+        step = jax.jit(functools.partial(steps.eval_step, task, at_least=at_least))
+        assert step((state.params, state.batch_stats), batch)[2].tolist() == counted
 
 
 @pytest.mark.parametrize(

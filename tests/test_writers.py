@@ -3,10 +3,12 @@ import os
 import sys
 
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from cifar_flax.data.tensorflow import tf
-from cifar_flax.writers import MetricsWriter, Progress
+from cifar_flax.writers import MetricsWriter, Progress, write_evaluation_events
 
 
 def record(step, split="train", **figures):
@@ -87,15 +89,50 @@ def test_lines_are_on_disk_at_once(tmp_path):
     writer.close()
 
 
-def test_tensorboard_has_every_figure(tmp_path):
-    write(tmp_path, [1, 2])
-    seen = {}
-    for path in (tmp_path / "tensorboard").iterdir():
+def events(folder):
+    """Tag -> its last value in the event files of `folder`."""
+    found = {}
+    for path in sorted(folder.glob("events*")):
         for raw in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
             event = Event.FromString(raw)
-            seen |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-    assert seen[("train/loss", 2)] == 0.5
-    assert {tag for tag, _ in seen} == {"train/epoch", "train/loss", "train/accuracy", "train/skipped_steps"}
+            found |= {(value.tag, event.step): value for value in event.summary.value}
+    return found
+
+
+def test_tensorboard_has_every_figure(tmp_path):
+    write(tmp_path, [1, 2])
+    seen = events(tmp_path / "tensorboard")
+    assert seen[("train/loss", 2)].simple_value == 0.5
+    scalars = {tag for tag, _ in seen if not tag.startswith("_hparams_")}
+    assert scalars == {"train/epoch", "train/loss", "train/accuracy", "train/skipped_steps"}
+
+
+def test_tensorboard_has_the_settings(tmp_path):
+    settings = {"seed": 3, "optim.name": "adamw", "deterministic": False, "eval.tta_below": None, "betas": (0.9, 0.99)}
+    MetricsWriter(tmp_path, 0, settings=settings).close()
+    found = {tag: value.metadata.plugin_data for (tag, _), value in events(tmp_path / "tensorboard").items()}
+    assert {data.plugin_name for data in found.values()} == {"hparams"}
+    start = HParamsPluginData.FromString(found["_hparams_/session_start_info"].content).session_start_info.hparams
+    assert (start["seed"].number_value, start["optim.name"].string_value) == (3, "adamw")
+    assert (start["deterministic"].bool_value, start["eval.tta_below"].string_value) == (False, "None")
+    assert start["betas"].string_value == "(0.9, 0.99)"
+    experiment = HParamsPluginData.FromString(found["_hparams_/experiment"].content).experiment
+    assert {info.name for info in experiment.hparam_infos} == settings.keys()
+
+
+def test_tensorboard_has_the_newest_evaluation_and_its_picture(tmp_path):
+    figures = {"top5_accuracy": 1.0, "loss": 0.25, "expected_calibration_error": 0.125, "split": "test"}
+    for step, size in ((5, (3, 4)), (7, (8, 6))):
+        Image.new("RGBA", size, "red").save(tmp_path / "matrix.png")
+        write_evaluation_events(tmp_path, figures | {"step": step, "accuracy": 0.5}, tmp_path / "matrix.png")
+    found = events(tmp_path / "tensorboard" / "evaluation")
+    image = found.pop(("confusion_matrix", 7)).image
+    assert (image.width, image.height) == (8, 6)
+    assert image.encoded_image_string == (tmp_path / "matrix.png").read_bytes()
+    assert {tag: value.simple_value for (tag, step), value in found.items()} == {
+        "test/accuracy": 0.5, "test/top5_accuracy": 1.0, "test/loss": 0.25, "test/expected_calibration_error": 0.125,
+    }  # fmt: skip
+    assert {step for _, step in found} == {7}
 
 
 def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):

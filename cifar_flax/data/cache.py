@@ -68,12 +68,8 @@ def load(folder: Path) -> Arrays | None:
     if not folder.exists():
         return None
     try:
-        manifest = files.read_sealed(folder / _MANIFEST)
-        if manifest["format"] != _FORMAT:
-            raise ValueError(f"format {manifest['format']}")
-        files.require_checksums(folder, {file: manifest["sha256"][file] for file in _FILES})
-        class_names, dataset = tuple(manifest["class_names"]), manifest["dataset"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        class_names, dataset = verify(folder)
+    except ValueError as error:
         warnings.warn(
             f"the data cache {folder} is damaged or of another version ({error}); it is built anew", stacklevel=2
         )
@@ -82,6 +78,18 @@ def load(folder: Path) -> Arrays | None:
     # Copy on write: TensorFlow shares memory only where it may be written to, and the file stays as it is.
     images, labels = (np.load(folder / file, mmap_mode="c", allow_pickle=False) for file in _FILES)
     return Arrays(images, labels, class_names, dataset)
+
+
+def verify(folder: Path) -> tuple[tuple[str, ...], str]:
+    """Class names and data set of the arrays in `folder`; raises `ValueError` unless they are what was stored."""
+    try:
+        manifest = files.read_sealed(folder / _MANIFEST)
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"format {manifest['format']}")
+        files.require_checksums(folder, {file: manifest["sha256"][file] for file in _FILES})
+        return tuple(manifest["class_names"]), manifest["dataset"]
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def store(

@@ -1,9 +1,10 @@
 """Where images come from: a data set's name and split -> `Arrays`."""
 
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,36 +90,72 @@ def _digits(split: str) -> Arrays:
 BUILT_IN = {"digits": _digits}
 
 
+def cache_dir(config: DataConfig) -> Path:
+    return Path(config.cache_dir).expanduser() if config.cache_dir else cache.default_dir()
+
+
+def cache_folder(config: DataConfig, split: str, version: str | None = None) -> Path | None:
+    """Where in the cache the decoded split lies, if it does.
+
+    In the given `version`, else the one that the name tells, else the newest in the cache; None where none of it is.
+    """
+    folder, name = cache_dir(config), _base_name(config)
+    version = version or config.name.partition(":")[2] or cache.newest_version(folder, name)
+    size = f"_{config.image_size}px" if config.image_size else ""
+    return folder / name / version / f"{split}{size}" if version else None
+
+
+def _base_name(config: DataConfig) -> str:
+    return config.name.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What is to be done before a data set's splits are in the cache."""
+
+    folder: Path  # TFDS's, of the data set
+    is_prepared: bool  # whether nothing is left to do but to decode
+    downloads: dict[str, int]  # address -> bytes
+    decoded: int  # bytes of the arrays; 0 where that shows only when it is prepared
+
+
+def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
+    """What `load` would have to do for `splits` that are not in the cache; nothing is written.
+
+    Raises `ConfigError` and `UserError` as `load` does.
+    """
+    require_tfds(config, splits[0])
+    builder = _tfds_builder(config)
+    info = builder.info
+    image_key, _ = _supervised_keys(config, info)
+    image_shape = _image_shape(config, info.features[image_key].shape)
+    folder = Path(builder.data_dir)
+    if not builder.is_prepared():
+        return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
+    for split in splits:
+        _require_split(config, info, split)
+    decoded = sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
+    return Preparation(folder, True, {}, decoded)
+
+
 def _load_tfds(config: DataConfig, split: str) -> Arrays:
     """From the cache if it can, so that a second start neither imports TFDS nor decodes."""
-    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else cache.default_dir()
-    name, _, version = config.name.partition(":")
-    split_folder = f"{split}_{config.image_size}px" if config.image_size else split
-    version = version or cache.newest_version(cache_dir, name) or ""
-    cached = cache.load(cache_dir / name / version / split_folder) if version else None
+    folder = cache_folder(config, split)
+    cached = cache.load(folder) if folder else None
     if cached is not None:
         return cached
-    if not installed("tensorflow_datasets"):
-        raise UserError(
-            f"data.name={config.name!r}: its {split} split is not in the cache {cache_dir}, and tensorflow-datasets, "
-            "which prepares it, is not installed; install it, or name a cache filled elsewhere (data.cache_dir)"
-        )
+    require_tfds(config, split)
     builder = _tfds_builder(config)
     info = builder.info
     image_key, label_key = _supervised_keys(config, info)
     image_shape = _image_shape(config, info.features[image_key].shape)
-    with cache.filling(cache_dir / name):
+    with cache.filling(cache_dir(config) / _base_name(config)):
         builder = _tfds_builder(config)  # anew: another process may just have prepared the data
         info = builder.info
         _prepare(config, builder)
-        if split not in info.splits:
-            field = "data.name" if split == "train" else "data.eval_split"
-            value = config.name if split == "train" else split
-            raise ConfigError(
-                f"{field}={value!r}: {config.name} has no such split; it has {', '.join(info.splits)}"
-                + ("" if split == "train" else " (set data.eval_split)")
-            )
-        folder = cache_dir / name / str(info.version) / split_folder
+        _require_split(config, info, split)
+        folder = cache_folder(config, split, str(info.version))
+        assert folder is not None
         return cache.load(folder) or cache.store(  # or decoded it
             folder,
             _decode(builder, split, image_key, label_key, config.image_size),
@@ -126,6 +163,26 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
             image_shape=image_shape,
             class_names=tuple(info.features[label_key].names),
             dataset=info.full_name,
+        )
+
+
+def require_tfds(config: DataConfig, split: str) -> None:
+    """Raises `UserError` where what makes a split that is not in the cache is not installed."""
+    for module, package in (("tensorflow_datasets", "tensorflow-datasets"), ("tensorflow", "tensorflow")):
+        if not installed(module):
+            raise UserError(
+                f"data.name={config.name!r}: its {split} split is not in the cache {cache_dir(config)}, and {package}, "
+                "which prepares it, is not installed; install it, or name a cache filled elsewhere (data.cache_dir)"
+            )
+
+
+def _require_split(config: DataConfig, info: Any, split: str) -> None:
+    if split not in info.splits:
+        field = "data.name" if split == "train" else "data.eval_split"
+        value = config.name if split == "train" else split
+        raise ConfigError(
+            f"{field}={value!r}: {config.name} has no such split; it has {', '.join(info.splits)}"
+            + ("" if split == "train" else " (set data.eval_split)")
         )
 
 
@@ -181,14 +238,19 @@ def _prepare(config: DataConfig, builder: Any) -> None:
     try:
         builder.download_and_prepare()
     except Exception as error:  # whatever the download, the disk or the parser of some data set may raise
-        ways = ["name a folder where TFDS has prepared it (--config.data.data_dir=DIR or TFDS_DATA_DIR)"]
-        if config.name == "cifar10":
-            ways.append("read the official archive (--config.data.archive=cifar-10-binary.tar.gz)")
-        ways.append("start with data that needs no download (--config configs/quickstart.py)")
         raise UserError(
             f"{config.name} is not prepared in {builder.data_dir} and preparing it failed ({one_line(error)}). "
-            f"Ways out: {'; '.join(ways)}"
+            f"Ways out: {ways_out(config)}"
         ) from error
+
+
+def ways_out(config: DataConfig) -> str:
+    """What to do where the data set cannot be downloaded."""
+    ways = ["name a folder where TFDS has prepared it (--config.data.data_dir=DIR or TFDS_DATA_DIR)"]
+    if config.name == "cifar10":
+        ways.append("read the official archive (--config.data.archive=cifar-10-binary.tar.gz)")
+    ways.append("start with data that needs no download (--config configs/quickstart.py)")
+    return "; ".join(ways)
 
 
 def _decode(

@@ -1,0 +1,74 @@
+"""A trained network that classifies images: what `cifar_flax.load` returns."""
+
+import functools
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from cifar_flax import steps
+from cifar_flax.data.images import read_image, reading, require_pillow
+from cifar_flax.errors import UserError
+from cifar_flax.trained import Trained
+
+
+class Classifier:
+    """The network of a run, as its evaluation uses it: with test-time augmentation if that does.
+
+    `class_names` are those of the data set that it was trained on, `image_shape` is (height, width, channels).
+    """
+
+    def __init__(self, trained: Trained):
+        self.class_names = trained.info.class_names
+        self.image_shape = trained.info.image_shape
+        self.batch_size = trained.task.layout.round_up(trained.config.eval.batch_size)  # the most images at a time
+        self._task, self._weights, self._eval = trained.task, trained.weights, trained.config.eval
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+
+    def predict(
+        self, images: UInt8[np.ndarray, "n height width channels"] | Sequence[str | PathLike[str]]
+    ) -> Float32[np.ndarray, "n classes"]:
+        """The probability of each class, for images of `image_shape` (bytes, 0 to 255) or files of any size and kind.
+
+        `model.class_names[i]` names the class of column `i`.
+
+        Raises `UserError` where the images have another shape or type, or a file cannot be read.
+        """
+        if not isinstance(images, np.ndarray):
+            images = self._read(images)
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+            what = f"{images.dtype} of shape {images.shape}"
+            raise UserError(f"images: {what}; must be uint8 (0 to 255) of shape (n, {str(self.image_shape)[1:]}")
+        found = np.empty((len(images), len(self.class_names)), np.float32)
+        for start in range(0, len(images), self.batch_size):
+            some = images[start : start + self.batch_size]
+            found[start : start + len(some)] = self._probabilities(some)
+        return found
+
+    def _read(self, paths: Sequence[str | PathLike[str]]) -> UInt8[np.ndarray, "n height width channels"]:
+        if isinstance(paths, str | PathLike):
+            raise UserError(f"images: {str(paths)!r}; must be an array or a list of files")
+        require_pillow()
+        pixels = np.empty((len(paths), *self.image_shape), np.uint8)
+        with reading():
+            for place, path in enumerate(paths):
+                try:
+                    pixels[place] = read_image(Path(path), self.image_shape)
+                except UserError as error:
+                    raise UserError(f"{path}: {error}") from error
+        return pixels
+
+    def _probabilities(self, images: UInt8[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n classes"]:
+        layout = self._task.layout
+        # A few sizes, each compiled once.
+        size = layout.round_up(min(1 << (len(images) - 1).bit_length(), self.batch_size))
+        padded = np.zeros((size, *self.image_shape), np.uint8)
+        padded[: len(images)] = images
+        batch = layout.split(padded)
+        if size not in self._compiled:
+            step = functools.partial(steps.predict_step, self._task, tta=self._eval.tta, tta_below=self._eval.tta_below)
+            self._compiled[size] = layout.compile(step, self._weights, batch)
+        return np.asarray(self._compiled[size](self._weights, batch))[: len(images)]

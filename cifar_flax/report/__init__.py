@@ -1,0 +1,1 @@
+"""Results for people: the page of a run, the comparison of runs, the picture of a confusion matrix."""

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def compare(*a, **k):
+    pass

@@ -1,0 +1,115 @@
+"""HTML that is safe by construction: what is not `Markup` is text, and is escaped."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cifar_flax import files
+
+_STYLE = Path(__file__).with_name("page.css")
+_VOID = ("img", "meta")  # elements without content
+NOTHING = "\u2013"  # stands where there is no figure
+# A browser that obeys this runs no script and asks no other computer for anything.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+class Markup(str):
+    """Text that is HTML; any other text is what it says, and nothing in it is obeyed."""
+
+    __slots__ = ()
+
+
+Content = str  # `Markup`, or text
+
+
+def join(parts: Iterable[Content], separator: Content = "") -> Markup:
+    return Markup(_escape(separator).join(map(_escape, parts)))
+
+
+def element(name: str, /, *content: Content, **attributes: object) -> Markup:
+    """`<name attributes>content</name>`; `class_` gives class, `aria_label` aria-label; what is None is left out."""
+    inside = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{_escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return Markup(f"<{name}{inside}>" if name in _VOID else f"<{name}{inside}>{join(content)}</{name}>")
+
+
+def _escape(text: Content) -> str:
+    return text if isinstance(text, Markup) else html.escape(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    name: str  # its id on the page
+    title: str
+    content: Markup
+
+
+def note(*content: Content) -> Markup:
+    return element("p", *content, class_="note")
+
+
+def table(header: Sequence[Content], rows: Iterable[Sequence[Content]], *, label: str, kind: str = "figures") -> Markup:
+    """Rows under a header, the first of each row naming it; scrolls by itself where it is too wide or too long.
+
+    `kind` is "figures" (all columns but the first to the right) or "text"; `label` says to those who cannot see it
+    what is in it.
+    """
+    head = element("tr", *(element("th", cell, scope="col") for cell in header))
+    body = (
+        element("tr", element("th", first, scope="row"), *(element("td", cell) for cell in rest))
+        for first, *rest in rows
+    )
+    whole = element("table", element("thead", head), element("tbody", *body), class_=kind)
+    return scrolling(whole, label)
+
+
+def scrolling(content: Markup, label: str) -> Markup:
+    return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
+
+
+def definitions(entries: Mapping[str, Content]) -> Markup:
+    """Names and what they mean, side by side."""
+    pairs = (element("div", element("dt", name), element("dd", value)) for name, value in entries.items())
+    return element("dl", *pairs)
+
+
+def page(title: str, head: Markup, sections: Sequence[Section]) -> str:
+    """A whole document: `head`, a list of the sections, the sections."""
+    links = (element("a", section.title, href=f"#{section.name}") for section in sections)
+    body = element(
+        "body",
+        element("header", head),
+        element("nav", *links, aria_label="Parts of this page"),
+        element("main", *(_section(section) for section in sections)),
+    )
+    metadata = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", Markup(_STYLE.read_text())),
+    )
+    return f"<!doctype html>\n{element('html', metadata, body, lang='en')}\n"
+
+
+def _section(section: Section) -> Markup:
+    return element("section", element("h2", section.title), section.content, id=section.name)
+
+
+def write(path: Path, document: str) -> None:
+    """Replaces `path` at once; raises `OSError`. What no UTF-8 can say, such as half a character, becomes "?"."""
+    files.replace(path, document.encode(errors="replace"))
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    return NOTHING if value is None else f"{100 * value:.{digits}f}\u202f%"
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,52 @@
+"""Has the doctor look at a config, and looks at what it finds."""
+
+import contextlib
+import io
+import re
+from types import SimpleNamespace
+
+import numpy as np
+
+from cifar_flax import compilation, doctor
+from cifar_flax.errors import UserError
+
+
+def examine(config, folder):
+    """What it found, as lines "mark name text", and the error that it raised, as text; None where there was none."""
+    printed, reasons = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            doctor.doctor(config, folder)
+        except UserError as error:
+            reasons = f"exit code {error.exit_code}: {error}"
+    lines = printed.getvalue().splitlines()
+    assert len(lines) <= 25
+    assert all(len(line) <= 100 or " " not in line.strip() for line in lines)  # a path stays whole
+    assert "\n" not in (reasons or "")
+    assert (lines[-1] == "a run can start") == (reasons is None)
+    found = re.sub(r"\n {16}", " ", printed.getvalue()).splitlines()[1 : None if reasons else -1]
+    marked = [re.fullmatch(r"(ok|note|FAIL) +(\w+) +(.*)", line).groups() for line in found]
+    assert (reasons is not None) == any(mark == "FAIL" for mark, _, _ in marked)
+    return [" ".join(finding) for finding in marked], reasons
+
+
+def leave_out_what_compiles(monkeypatch):
+    trainer = SimpleNamespace(total_steps=34, layout="cpu", initial_state=np.zeros(50_000_000, np.uint8))
+    monkeypatch.setattr(doctor, "Trainer", lambda config: trainer)
+    monkeypatch.setattr(compilation, "why_not_kept", lambda: None)
+
+
+def one(found, start):
+    """The only finding that starts so."""
+    (finding,) = [finding for finding in found if finding.startswith(start)]
+    return finding
+
+
+def everything(folder):
+    """What changes where something in `folder` does."""
+    return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
+def disk_with(free):
+    """In place of `shutil.disk_usage`; so many bytes."""
+    return lambda place: SimpleNamespace(total=10**12, used=0, free=free)

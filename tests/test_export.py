@@ -1,0 +1,169 @@
+"""What is exported, used by programs that do not know this package."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPOSITORY, make_tiny_config
+from safetensors.numpy import load_file
+from test_main import PREPARED
+
+from cifar_flax import evaluate, export, exported
+from cifar_flax.averaging import AveragingConfig
+from cifar_flax.data import sources
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.models import AirbenchConfig, ResNetConfig
+from cifar_flax.optim import OptimConfig
+from cifar_flax.train import train
+from cifar_flax.trained import restore, saved_config
+
+INDEPENDENT = REPOSITORY / "tests" / "independent.py"
+RECIPES = {
+    "cnn": {},
+    "cnn-tta": {"tta": "mirror_translate", "tta_below": 0.5},
+    "airbench": {"model": AirbenchConfig(widths=(8, 8, 16)), "tta": "mirror_translate"},
+    "airbench-deep": {"model": AirbenchConfig(widths=(8, 8, 16), depth=3, residual=True, init="sgd"), "tta": "mirror"},
+    "resnet18": {"model": ResNetConfig(width=4), "averaging": AveragingConfig(name="ema", decay=0.9)},
+}
+
+
+def run_program(script, folder, images, tmp_path):
+    """A copy of `script`, in a process where importing this package fails."""
+    script = shutil.copy(script, tmp_path)
+    fake = tmp_path / "fake" / "cifar_flax"
+    fake.mkdir(parents=True, exist_ok=True)
+    (fake / "__init__.py").write_text("raise SystemExit('imports cifar_flax')")
+    np.save(tmp_path / "images.npy", images)
+    command = [sys.executable, str(script), str(folder), str(tmp_path / "images.npy"), str(tmp_path / "found.npy")]
+    environment = os.environ | {"PYTHONPATH": str(fake.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.load(tmp_path / "found.npy")
+
+
+def probabilities(run):
+    config = saved_config(run)
+    trained = restore(config, run)
+    arrays = sources.load(config.data, config.data.eval_split)
+    return arrays.images, evaluate.final_evaluator(config, trained.task, arrays)(trained.state).probabilities
+
+
+@pytest.fixture(scope="module")
+def trained_runs(tmp_path_factory, straight):
+    """A short run of each recipe, at its first use."""
+    made = {"cnn": straight[0]}
+
+    def get(name):
+        if name not in made:
+            recipe = dict(RECIPES[name])
+            config = make_tiny_config()
+            tta = {field: recipe.pop(field) for field in ("tta", "tta_below") if field in recipe}
+            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **tta), **recipe)
+            config.optim = OptimConfig(name="adamw", learning_rate=3e-3)
+            config.train = dataclasses.replace(config.train, epochs=0.5)
+            made[name] = tmp_path_factory.mktemp("runs") / name
+            train(config, made[name])
+        return made[name]
+
+    return get
+
+
+SLOW = ("airbench", "airbench-deep", "resnet18")  # to compile
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RECIPES])
+def test_programs_agree_with_evaluation(trained_runs, name, tmp_path, capsys):
+    """Both: the whole program under jax alone, and one rebuilt from the weights with NumPy."""
+    run, output = trained_runs(name), tmp_path / "made" / "export"
+    export.export(saved_config(run), run, output)
+    assert {path.name for path in output.iterdir()} == {
+        "config.json", "labels.txt", "model.safetensors", "model.stablehlo",
+    }  # fmt: skip
+    assert [path.name for path in output.parent.iterdir()] == ["export"]
+    assert "run by another process on the 355 images of the test split: the same classes" in capsys.readouterr().out
+    images, expected = probabilities(run)
+    found = run_program(exported.__file__, output, images, tmp_path)
+    np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)
+    if "below" in str(RECIPES[name]):
+        return  # the independent program knows of the views of all images alone
+    found = run_program(INDEPENDENT, output, images, tmp_path)
+    np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def folder(straight, tmp_path_factory):
+    output = tmp_path_factory.mktemp("made") / "export"
+    export.export(saved_config(straight[0]), straight[0], output)
+    return output
+
+
+def test_one_program_for_any_number_of_images_and_every_platform(folder, straight):
+    program = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert str(program.in_avals[0]).startswith("uint8[batch,32,32,3]")
+    images, expected = probabilities(straight[0])
+    for count in (1, 2, 7):
+        np.testing.assert_allclose(program.call(images[:count]), expected[:count], rtol=0, atol=export.TOLERANCE)
+
+
+def test_what_is_written_of_the_network(folder, straight):
+    about = json.loads((folder / "config.json").read_text())
+    assert about["model"]["name"] == "cnn"
+    assert about["num_classes"] == len((folder / "labels.txt").read_text().splitlines()) == 10
+    result = json.loads((straight[0] / "eval.json").read_text())
+    assert about["checked"]["accuracy"] == result["accuracy"]
+    assert about["checked"]["num_examples"] == result["num_examples"]
+    trained = restore(saved_config(straight[0]), straight[0])
+    weights = load_file(folder / "model.safetensors")
+    np.testing.assert_array_equal(weights["hidden.kernel"], trained.state.params["hidden"]["kernel"])
+    assert len(weights) == len(jax.tree.leaves(trained.weights))
+
+
+def test_a_program_that_disagrees_is_not_written(straight, tmp_path, monkeypatch):
+    shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 32, 32, 3), np.uint8)
+
+    def wrong(trained):
+        always_the_first = jax.jit(lambda x: jax.nn.one_hot(jnp.zeros(x.shape[0], int), 10))
+        return bytes(jax.export.export(always_the_first)(shape).serialize())
+
+    monkeypatch.setattr(export, "program", wrong)
+    with pytest.raises(UserError, match=r"is not written: of 355 test images it classifies \d+ as evaluation does"):
+        export.export(saved_config(straight[0]), straight[0], tmp_path / "export")
+    monkeypatch.setattr(export, "program", lambda trained: b"no program")
+    with pytest.raises(UserError, match="is not written: another process cannot run it"):
+        export.export(saved_config(straight[0]), straight[0], tmp_path / "export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_over(straight, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match=r"--output=.*: exists already; choose another folder"):
+        export.export(saved_config(straight[0]), straight[0], tmp_path / "mine")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not list(PREPARED.glob("cifar10/*")), reason="needs CIFAR-10 as TFDS prepares it, in TFDS_DATA_DIR")
+def test_all_test_images_of_cifar10(tmp_path):
+    """A short run of the reference network: both programs on all 10,000 images."""
+    config = make_tiny_config()
+    config.data = DataConfig(name="cifar10", pipeline="resident", data_dir=str(PREPARED))
+    config.train = dataclasses.replace(config.train, epochs=0.2)
+    config.optim = OptimConfig(name="adamw", learning_rate=1e-3)
+    train(config, tmp_path / "run")
+    export.export(saved_config(tmp_path / "run"), tmp_path / "run", tmp_path / "export")
+    images, expected = probabilities(tmp_path / "run")
+    assert len(expected) == 10_000
+    for script in (exported.__file__, INDEPENDENT):
+        found = run_program(script, tmp_path / "export", images, tmp_path)
+        np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)

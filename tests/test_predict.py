@@ -1,0 +1,191 @@
+"""Images on disk and in memory -> what evaluation says of them."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from conftest import make_tiny_config
+from PIL import Image
+
+import cifar_flax
+from cifar_flax import evaluate
+from cifar_flax.data import sources
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.predict import find, predict
+from cifar_flax.trained import restore, saved_config
+
+TEST = sources.load(DataConfig(name="digits"), "test")
+COUNT = len(TEST.labels)
+
+
+@pytest.fixture(scope="module")
+def run(straight):
+    return straight[0]
+
+
+@pytest.fixture(scope="module")
+def evaluation(run):
+    config = make_tiny_config()
+    trained = restore(config, run)
+    return evaluate.final_evaluator(config, trained.task, TEST)(trained.state)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return cifar_flax.load(run)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """The test split as PNG files, in a folder for each class."""
+    folder = tmp_path_factory.mktemp("photos")
+    for place, (image, label) in enumerate(zip(TEST.images, TEST.labels, strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / str(label) / f"{place:03}.png")
+    return folder
+
+
+def predicted(run, paths, output, **changes):
+    config = saved_config(run)
+    config.eval = dataclasses.replace(config.eval, **changes)
+    predict(config, run, paths, output)
+    return json.loads(output.read_text())
+
+
+def rows_by_place(found):
+    """Probabilities in the order of the split."""
+    rows = {int(row["file"][-7:-4]): list(row["probabilities"].values()) for row in found["predictions"]}
+    return np.array([rows[place] for place in range(COUNT)], np.float32)
+
+
+def test_files_have_the_probabilities_of_evaluation(run, evaluation, photos, tmp_path):
+    found = predicted(run, [photos], tmp_path / "p.json")
+    np.testing.assert_allclose(rows_by_place(found), evaluation.probabilities, rtol=0, atol=1e-6)
+    assert found["accuracy"] == evaluation.summary["accuracy"]
+    assert found["confusion_matrix"] == evaluation.summary["confusion_matrix"]
+    assert (found["num_labelled"], found["dataset"], found["step"]) == (COUNT, "digits", 34)
+
+
+@pytest.mark.parametrize("settings", [{"tta": "mirror"}, {"tta": "mirror_translate", "tta_below": 0.7}])
+def test_test_time_augmentation_is_that_of_evaluation(run, evaluation, photos, tmp_path, settings):
+    config = make_tiny_config()
+    config.eval = dataclasses.replace(config.eval, **settings)
+    trained = restore(config, run)
+    expected = evaluate.final_evaluator(config, trained.task, TEST)(trained.state).probabilities
+    found = rows_by_place(predicted(run, [photos], tmp_path / "p.json", **settings))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert np.abs(found - evaluation.probabilities).max() > 0.01
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 99, 100, 101, COUNT])
+def test_any_number_of_images_in_memory(model, evaluation, count):
+    found = model.predict(TEST.images[:count])
+    assert found.shape == (count, 10)
+    np.testing.assert_allclose(found, evaluation.probabilities[:count], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+
+
+def test_a_notebook_takes_files_too(model, evaluation, photos):
+    files = sorted(photos.glob("*/00[0-4].png"), key=lambda path: path.name)
+    np.testing.assert_allclose(model.predict(files), evaluation.probabilities[:5], rtol=0, atol=1e-6)
+    assert [model.class_names[i] for i in model.predict(map(str, files) and [str(f) for f in files]).argmax(axis=1)]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 32, 32, 3), np.float32), "float32 of shape (2, 32, 32, 3); must be uint8 (0 to 255) of shape"),
+        (np.zeros((2, 28, 28, 3), np.uint8), "must be uint8 (0 to 255) of shape (n, 32, 32, 3)"),
+        (np.zeros((32, 32, 3), np.uint8), "must be uint8 (0 to 255) of shape (n, 32, 32, 3)"),
+        ("cat.png", "'cat.png'; must be an array or a list of files"),
+        (["gone.png"], "gone.png: no such file or directory"),
+    ],
+)
+def test_other_images_are_refused(model, images, message):
+    with pytest.raises(UserError) as caught:
+        type(model).predict.__wrapped__(model, images)  # without the tests' check of types
+    assert message in str(caught.value)
+
+
+def test_folders_are_walked_in_order_and_classes_found(tmp_path):
+    for name in ("b.png", "Cat/2.png", "Cat/deep/1.png", "cat/1.png", "dogs/1.png", ".hidden/1.png", ".DS_Store"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    found = list(find([tmp_path / "in", tmp_path / "gone.png"], ("cat", "dog")))
+    names = [str(one.path.relative_to(tmp_path)) for one in found]
+    expected = ["in/b.png", "in/Cat/2.png", "in/Cat/deep/1.png", "in/cat/1.png", "in/dogs/1.png", "gone.png"]
+    assert names == expected
+    assert [one.label for one in found] == [None, "cat", "cat", "cat", None, None]
+
+
+@pytest.fixture
+def mixed(tmp_path, photos):
+    """Two pictures between files that are none."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name, source in (("b.png", "0/000.png"), ("d.png", "1/001.png")):
+        (folder / name).write_bytes(next(photos.glob(f"*/{source[2:]}")).read_bytes())
+    (folder / "a.txt").write_text("no picture")
+    (folder / "c\x1b[2J.png").write_bytes(b"")
+    return folder
+
+
+def test_what_cannot_be_read_is_told_and_the_rest_classified(run, mixed, tmp_path, capsys, evaluation):
+    with pytest.raises(UserError) as caught:
+        predict(saved_config(run), run, [mixed, tmp_path / "gone.png"], None)
+    assert (caught.value.exit_code, str(caught.value)) == (1, "3 of 5 files could not be classified")
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["file", "class", "probability", "runners-up"]
+    assert len(lines) == 5
+    for line, reason in ((lines[0], "not an image"), (lines[2], "empty"), (lines[4], "no such file or directory")):
+        assert f"not classified: {reason}" in line
+    for line, row in ((lines[1], evaluation.probabilities[0]), (lines[3], evaluation.probabilities[1])):
+        first, second, third = np.argsort(-row)[:3]
+        expected = f"{first} {row[first]:.2%} {second} {row[second]:.2%}, {third} {row[third]:.2%}"
+        assert line.split()[1:] == expected.split()
+    assert "\x1b" not in "".join(lines)
+
+
+def test_tables_for_programs(run, mixed, tmp_path, capsys):
+    rows = {}
+    for kind in ("csv", "json", "jsonl"):
+        output = tmp_path / f"p.{kind}"
+        with pytest.raises(UserError):
+            predict(saved_config(run), run, [mixed], output)
+        printed = capsys.readouterr().out
+        assert "2 files classified in" in printed
+        assert "a.txt: not an image" in printed
+        content = output.read_text()
+        if kind == "csv":
+            rows[kind] = list(csv.DictReader(content.splitlines()))
+        elif kind == "json":
+            rows[kind] = json.loads(content)["predictions"]
+        else:
+            rows[kind] = [json.loads(line) for line in content.splitlines()]
+    assert rows["json"] == rows["jsonl"]
+    for row, flat in zip(rows["json"], rows["csv"], strict=True):
+        assert flat["file"] == row["file"]
+        assert flat["error"] == row.get("error", "")
+        if not flat["error"]:
+            assert {name: float(flat[f"p({name})"]) for name in "0123456789"} == row["probabilities"]
+            assert (flat["class"], float(flat["probability"])) == (row["class"], row["probability"])
+            assert row["probability"] == max(row["probabilities"].values())
+
+
+def test_bytes_of_a_name_that_are_no_text(run, photos, tmp_path, capsys):
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes((next(photos.glob("*/000.png"))).read_bytes())
+    for output in (None, tmp_path / "p.csv", tmp_path / "p.jsonl"):
+        predict(saved_config(run), run, [tmp_path / "in"], output)
+    assert b"caf\xe9.png" in (tmp_path / "p.csv").read_bytes()
+    assert "caf?.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["p.xml", "p", "gone/p.csv"])
+def test_another_output_is_refused_before_anything_is_done(tmp_path, name):
+    with pytest.raises(ConfigError, match="--output="):
+        predict(make_tiny_config(), tmp_path / "nowhere", [tmp_path], tmp_path / name)

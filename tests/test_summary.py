@@ -1,0 +1,105 @@
+"""The table of a network's layers: what it says is what the network is."""
+
+import dataclasses
+
+import jax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cifar_flax import models
+from cifar_flax.models import AirbenchConfig, CNNConfig, ResNetConfig, summary
+from cifar_flax.train import train
+
+CIFAR = (32, 32, 3)
+SIZES = [(CNNConfig(), 3_693_002), (AirbenchConfig(), 1_971_352), (ResNetConfig(), 11_173_962)]
+
+
+def build(config, image_shape, num_classes):
+    return nnx.eval_shape(lambda: models.build(config, image_shape, num_classes, platform="cpu", rngs=nnx.Rngs(0)))
+
+
+def count(module, kind):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, kind)))
+
+
+networks = st.one_of(
+    st.builds(CNNConfig, width=st.integers(1, 9), hidden=st.integers(1, 9)),
+    st.builds(
+        AirbenchConfig,
+        widths=st.tuples(*[st.integers(1, 9)] * 3),
+        depth=st.integers(2, 3),
+        residual=st.booleans(),
+        dtype=st.sampled_from(("float32", "bfloat16")),
+    ),
+    st.builds(ResNetConfig, width=st.integers(1, 9)),
+)
+
+
+@settings(max_examples=15)
+@given(networks, st.tuples(st.integers(25, 40), st.integers(25, 40), st.integers(1, 4)), st.integers(1, 12))
+def test_layers_add_up_to_the_network(config, image_shape, num_classes):
+    found = summary.layers(config, image_shape, num_classes)
+    network = build(config, image_shape, num_classes)
+    assert sum(layer.flops for layer in found) == summary.forward_flops(config, image_shape, num_classes)
+    assert sum(layer.parameters for layer in found) == count(network, nnx.Param)
+    assert sum(layer.statistics for layer in found) == count(network, nnx.BatchStat)
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(network)}
+    for layer in found:
+        assert layer.kind == type(modules[layer.name]).__name__
+        assert (layer.parameters, layer.statistics) == tuple(
+            count(modules[layer.name], kind) for kind in (nnx.Param, nnx.BatchStat)
+        )
+    assert len({layer.name for layer in found}) == len(found)
+
+
+def test_all_networks_are_tried_here():
+    assert {type(config) for config, _ in SIZES} == {config for config, _ in models.MODELS.values()}
+
+
+def numbers(line):
+    return [int(cell.replace(",", "")) for cell in line.split() if cell.replace(",", "").isdigit()]
+
+
+@pytest.mark.parametrize(("config", "parameters"), SIZES, ids=[config.name for config, _ in SIZES])
+def test_totals_are_those_of_the_reference_networks(config, parameters):
+    lines = summary.summarize(config, CIFAR, 10).splitlines()
+    forward = summary.forward_flops(config, CIFAR, 10)
+    (total,) = [line for line in lines if line.startswith("  total ")]
+    found = numbers(total)
+    assert (found[0], found[2]) == (parameters, forward)
+    assert f"{4 * parameters / 1e6:.2f} MB of parameters; {3 * forward:,} FLOPs per image in training" in lines[-2]
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_row_says_what_its_layer_is():
+    """Computed by hand: 30x30 places of a 3x3 convolution, pooled to 15x15; then matrix products."""
+    lines = summary.summarize(CNNConfig(), CIFAR, 10).splitlines()
+    assert [line.split() for line in lines[2:7]] == [
+        ["conv", "Conv", "15x15x32", "896", "0", f"{2 * 30 * 30 * 32 * 27:,}"],
+        ["norm", "BatchNorm", "15x15x32", "64", "64", "0"],
+        ["hidden", "Linear", "512", "3,686,912", "0", f"{2 * 7200 * 512:,}"],
+        ["head", "Linear", "10", "5,130", "0", f"{2 * 512 * 10:,}"],
+        ["total", "3,693,002", "64", "8,938,240"],
+    ]
+
+
+def test_layers_come_in_the_order_of_their_calls():
+    names = [layer.name for layer in summary.layers(AirbenchConfig(depth=3), CIFAR, 10)]
+    assert names[:4] == ["whitening", "blocks.0.convs.0", "blocks.0.norms.0.norm", "blocks.0.convs.1"]
+    assert names[-1] == "head"
+    # The table is of the shapes that are: a shortcut works on the block's input, before the block.
+    shapes = {layer.name: layer.shape for layer in summary.layers(ResNetConfig(), CIFAR, 10)}
+    assert shapes["blocks.6.shortcut.conv"] == shapes["blocks.6.second.conv"] == (4, 4, 512)
+
+
+def test_it_is_printed_before_training_when_asked(tiny_config, tmp_path, capsys):
+    tiny_config.train = dataclasses.replace(tiny_config.train, epochs=0.2, log_every=1)
+    table = summary.summarize(tiny_config.model, CIFAR, 10)
+    for number, asked in enumerate((True, False, True)):  # the third goes on where the second was
+        train(tiny_config, tmp_path / f"run{number // 2}", summary=asked)
+        before, *after = capsys.readouterr().out.split(table)
+        assert len(after) == asked
+        if asked:
+            assert "compiled" not in before

@@ -1,0 +1,108 @@
+"""A run that begins with what another has learned."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import final_state, make_tiny_config, read_metrics
+
+from cifar_flax import averaging, experiment, transfer
+from cifar_flax.averaging import AveragingConfig
+from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.models import AirbenchConfig, CNNConfig
+from cifar_flax.train import Trainer, train
+
+
+def begun(config):
+    trainer = Trainer(config)
+    return trainer.initial_state, transfer.begin(config, trainer.task, trainer.initial_state)
+
+
+def config_from(run, **changes):
+    config = dataclasses.replace(make_tiny_config(), **changes)
+    config.train = dataclasses.replace(config.train, init_from=str(run))
+    return config
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_all_weights_are_taken_and_nothing_else(straight, capsys):
+    run, _ = straight
+    trained, (fresh, first) = final_state(make_tiny_config(), run), begun(config_from(run))
+    assert_equal((first.params, first.batch_stats), (trained.params, trained.batch_stats))
+    assert_equal((first.step, first.seed, first.opt_state), (fresh.step, fresh.seed, fresh.opt_state))
+    assert capsys.readouterr().out.splitlines()[-1] == f"begins with 10 of its 10 weights from {run}, step 34"
+
+
+def test_a_new_head_where_the_number_of_classes_differs(straight, monkeypatch, capsys):
+    run, _ = straight
+    trained, config = final_state(make_tiny_config(), run), config_from(run)
+    trainer = Trainer(config)
+    info = dataclasses.replace(trainer.info, class_names=trainer.info.class_names[:7])
+    task, init = experiment.build(config, info)
+    fresh = init(config.seed, None)
+    first = transfer.begin(config, task, fresh)
+    assert_equal(first.params["head"], fresh.params["head"])
+    assert first.params["head"]["kernel"].shape == (16, 7)
+    for name in ("conv", "hidden"):
+        assert_equal(first.params[name], trained.params[name])
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.strip() for line in lines[-2:]) == [
+        "does not match: head.bias: (10,) there, (7,) here",
+        "does not match: head.kernel: (16, 10) there, (16, 7) here",
+    ]
+
+
+def test_what_the_evaluation_uses_is_what_is_taken(tmp_path):
+    config = make_tiny_config()
+    config.averaging = AveragingConfig(name="ema", decay=0.9)
+    train(config, tmp_path / "ema")
+    state, (_, first) = final_state(config, tmp_path / "ema"), begun(config_from(tmp_path / "ema"))
+    average = averaging.evaluated(config.averaging, (state.params, state.batch_stats), state.average)
+    assert_equal((first.params, first.batch_stats), average)
+    assert np.abs(first.params["head"]["kernel"] - state.params["head"]["kernel"]).max() > 0
+
+
+def test_an_average_begins_with_the_weights_too(straight):
+    config = config_from(straight[0], averaging=AveragingConfig(name="ema"))
+    _, first = begun(config)
+    assert_equal(first.average, (first.params, first.batch_stats))
+
+
+def test_another_network_is_refused_with_the_difference(straight):
+    with pytest.raises(UserError) as caught:
+        begun(config_from(straight[0], model=AirbenchConfig(widths=(8, 8, 8))))
+    message = str(caught.value)
+    assert message.startswith(f"train.init_from={str(straight[0])!r}: none of its weights fits this network (")
+    assert "conv.kernel: (3, 3, 3, 4) there, absent here" in message
+    _, first = begun(config_from(straight[0], model=CNNConfig(width=4, hidden=24)))  # a part of it is
+    assert first.params["hidden"]["kernel"].shape[1] == 24
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_a_folder_without_a_run_is_refused_before_anything_is_written(tmp_path, folder):
+    with pytest.raises(ConfigError, match=r"^train.init_from='.*': holds no checkpoint"):
+        train(config_from(tmp_path / folder), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_begins_there_and_goes_on_without_it(straight, tmp_path):
+    """The other run is asked at the first start alone."""
+
+    other = shutil.copytree(straight[0], tmp_path / "other")
+    config = config_from(other)
+    config.train = dataclasses.replace(config.train, epochs=1)
+    config.optim = dataclasses.replace(config.optim, schedule="constant", learning_rate=1e-5)
+    train(config, tmp_path / "new")
+    shutil.rmtree(other)
+    config.train = dataclasses.replace(config.train, epochs=2)
+    train(config, tmp_path / "new")
+    first = next(line for line in read_metrics(tmp_path / "new") if line["split"] == "test")
+
+    before = read_metrics(straight[0])[-1]["accuracy"]
+    assert first["accuracy"] == pytest.approx(before, abs=0.03)  # at this rate; from random weights: a tenth
+    assert before > 0.3
