@@ -14,15 +14,18 @@ import io
 import sys
 from pathlib import Path
 
-from cifar_flax import cli, compilation, distributed, lifecycle
-from cifar_flax.cli import Command
-from cifar_flax.doctor import doctor
-from cifar_flax.errors import UserError
-from cifar_flax.evaluate import evaluate
-from cifar_flax.export import export
-from cifar_flax.predict import predict
-from cifar_flax.report.comparison import compare
-from cifar_flax.train import train
+try:
+    from cifar_flax import cli, compilation, distributed, lifecycle, parallel
+    from cifar_flax.cli import Command
+    from cifar_flax.doctor import doctor
+    from cifar_flax.errors import UserError
+    from cifar_flax.evaluate import evaluate
+    from cifar_flax.export import export
+    from cifar_flax.predict import predict
+    from cifar_flax.report.comparison import compare
+    from cifar_flax.train import train
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed (pip install -r requirements.txt)")
 
 
 def run(command: Command) -> None:
@@ -51,6 +54,8 @@ def main() -> int:
         command = cli.parse(sys.argv[1:])
         if command.mode in ("train", "eval"):  # the others are of one process
             distributed.start(command.config.parallel)
+        if command.mode not in ("compare", "doctor"):
+            parallel.all_devices()  # the first use of JAX says what is wrong with it
         with lifecycle.signals_end_the_process():
             run(command)
     except UserError as error:

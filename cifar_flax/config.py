@@ -225,6 +225,8 @@ def _is_instance(value: Any, kind: Any) -> bool:
 def _type_name(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
         return " or ".join(_type_name(member) for member in typing.get_args(kind) if member is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        return f"({', '.join(map(_type_name, typing.get_args(kind)))})"
     names = {
         int: "a whole number",
         float: "a finite number",

@@ -26,6 +26,7 @@ from cifar_flax.data import cache, sources
 from cifar_flax.environment import machine
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.imports import installed
+from cifar_flax.parallel import all_devices
 from cifar_flax.records import saved_steps
 from cifar_flax.train import Trainer
 from cifar_flax.workdir import CHECKPOINTS, require_usable
@@ -116,10 +117,9 @@ def _packages(visit: _Visit) -> Iterator[Finding]:
 def _devices(visit: _Visit) -> Iterator[Finding]:
     with _told_by_jax() as records:
         try:
-            devices = jax.devices()
-        except Exception as error:  # a plugin's may be of any kind
-            asked = f"JAX_PLATFORMS={platforms}: " if (platforms := os.environ.get("JAX_PLATFORMS")) else ""
-            yield Finding(FAIL, f"{asked}{one_line(error) if str(error) else 'there is no such device'}")
+            devices = all_devices()
+        except UserError as error:
+            yield Finding(FAIL, str(error))
             devices = []
     if devices:
         visit.platform = devices[0].platform

@@ -103,7 +103,7 @@ def build(
     steps = order.total_steps(epochs, size, batch_size, config.data.drop_last)
     require(every <= steps, "optim.accumulate_steps", every, f"must be at most the {steps} steps of the run")
     traced = config.profile.steps
-    require(traced[1] <= steps, "profile.steps", traced, f"must be among the {steps} steps of the run")
+    require(traced[1] <= steps, "profile.steps", traced, f"must end within the {steps} steps of the run")
     steps_per_epoch = epoch_images / batch_size
     optimizer = optim.make_optimizer(config.optim, steps, steps_per_epoch)
     graphdef, create = state.create(

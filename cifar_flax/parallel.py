@@ -1,6 +1,7 @@
 """How steps are spread over devices: one function, written for one of them, under jit, shard_map or pmap."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cifar_flax import compilation
-from cifar_flax.errors import UserError, require
+from cifar_flax.errors import UserError, one_line, require
 
 AXIS = "data"  # the mesh's one axis: each device has its rows of every batch and all of everything else
 BACKENDS = ("auto", "jit", "shard_map", "pmap")
@@ -142,6 +143,15 @@ class Layout:
         return spread.lower(state, inputs, *shared).compile(compiler_options=options)
 
 
+def all_devices() -> list[jax.Device]:
+    """Those that JAX computes on; raises `UserError` where it finds none of the kind that is asked for."""
+    try:
+        return jax.devices()
+    except Exception as error:  # a plugin's may be of any kind
+        asked = f"JAX_PLATFORMS={platforms}: " if (platforms := os.environ.get("JAX_PLATFORMS")) else ""
+        raise UserError(f"{asked}{one_line(error) if str(error) else 'there is no such device'}") from error
+
+
 def make_layout(
     config: ParallelConfig, devices: Sequence[jax.Device] | None = None, deterministic: bool = False
 ) -> Layout:
@@ -149,7 +159,7 @@ def make_layout(
 
     Raises `ConfigError` for pmap over several processes, `UserError` where they have not as many devices each.
     """
-    row = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    row = sorted(devices or all_devices(), key=lambda device: (device.process_index, device.id))
     backend = config.backend
     if backend == "auto":
         backend = "jit" if len(row) == 1 else "shard_map"

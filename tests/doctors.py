@@ -31,7 +31,7 @@ def examine(config, folder):
 
 
 def leave_out_what_compiles(monkeypatch):
-    trainer = SimpleNamespace(total_steps=34, layout="cpu", initial_state=np.zeros(50_000_000, np.uint8))
+    trainer = SimpleNamespace(total_steps=34, layout="cpu", initial_state=np.zeros(30_000_000, np.uint8))
     monkeypatch.setattr(doctor, "Trainer", lambda config: trainer)
     monkeypatch.setattr(compilation, "why_not_kept", lambda: None)
 

@@ -133,6 +133,7 @@ HARMLESS = {
     "parallel__backend": "pmap",
     "on_nonfinite": "skip",
     "max_skipped": 3,
+    "profile__steps": (10, 20),
 }
 
 

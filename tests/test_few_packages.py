@@ -90,12 +90,20 @@ def test_training_and_evaluation_from_the_cache_of_decoded_arrays(site, tmp_path
     for what in ("tensorboardX", "matplotlib"):
         assert len([line for line in done.stdout.splitlines() if f"{what} is not installed" in line]) == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        ".lock", "config.json", "metrics.jsonl", "checkpoints", "eval.json",
+        ".lock", "config.json", "metrics.jsonl", "checkpoints", "eval.json", "report.html",
     }  # fmt: skip
     trained = (tmp_path / "run" / "eval.json").read_bytes()
     done = start(site, tmp_path, "--mode=eval", "--workdir=run")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "eval.json").read_bytes() == trained
+    for arguments, message in (
+        (("--mode=predict", "photo.png"), "image files cannot be read: Pillow is not installed (pip install pillow)"),
+        (("--mode=export", "--output=exported"), "weights cannot be written: safetensors is not installed"),
+    ):
+        done = start(site, tmp_path, *arguments, "--workdir=run")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {message}")
+        assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -115,3 +123,10 @@ def test_what_is_missing_is_told_in_a_line(site, tmp_path, config_file, argument
     assert done.returncode == code
     assert done.stderr.startswith(f"error: {message}")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_package_without_which_nothing_goes_is_named(site, tmp_path):
+    code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; sys.modules['optax'] = None; import main"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: optax is not installed (pip install -r requirements.txt)\n"

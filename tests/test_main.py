@@ -87,6 +87,10 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.optim.biases.momentum=0.5", 2, "optim.biases.momentum=0.5: does not apply to adamw"),
     (f"--config {DIGITS} --config.model.dtype=float16", 2, "model.dtype='float16': must be one of float32"),
     (f"--config {CIFAR} --config.data.archive={{tmp}}/no.tar.gz", 2, "data.archive='{tmp}/no.tar.gz'"),
+    (f"--config {DIGITS} --config.profile.steps=(0,5)", 2, "profile.steps=(0, 5): must be (first, last) with 1"),
+    (f"--config {DIGITS} --config.profile.steps=(9,5)", 2, "profile.steps=(9, 5): must be (first, last) with 1"),
+    (f"--config {DIGITS} --config.profile.steps=5", 2, "profile.steps=(5,): must be (a whole number, a whole number)"),
+    (f"--config {DIGITS} --config.profile.steps=(1,9999)", 2, "profile.steps=(1, 9999): must end within the"),
     ("--mode=eval", 2, "--workdir=None: eval needs the folder of a run"),
     (f"--mode=eval --config {DIGITS}", 2, "--config='{DIGITS}': not used in eval: the config saved"),
     ("--mode=eval --summary --workdir={tmp}/run", 2, "--summary=True: not used in eval"),
@@ -205,6 +209,18 @@ def test_train_kill_resume_and_evaluate(tmp_path):
     assert (workdir / "eval.json").read_bytes() == trained
     assert out.endswith(printed)
     assert err == ""
+
+
+@pytest.mark.parametrize(("platform", "reason"), [("cuda", "there is no such device"), ("cpus", "Unable to init")])
+def test_a_device_that_is_not_there_is_one_line(tmp_path, platform, reason):
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    command = [sys.executable, str(REPOSITORY / "main.py"), "--config", DIGITS]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"error: JAX_PLATFORMS={platform}: " in done.stderr.splitlines()[-1]
+    assert reason in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def loaded_tensorflow(tmp_path, *arguments):

@@ -70,7 +70,10 @@ def test_the_gpu_that_a_container_was_not_given(gpu):
     assert "nvidia0 is not there; a container must be given the GPU" in nvidia.why_unused("")
 
 
-@pytest.mark.parametrize(("vendor", "kind", "is_told"), [("0x10de", "0x030200", True), ("0x1002", "0x030000", False)])
+@pytest.mark.parametrize(
+    ("vendor", "kind", "is_told"),
+    [("0x10de", "0x030200", True), ("0x1002", "0x030000", False), ("0x10de", "0x040300", False)],
+)
 def test_a_gpu_without_a_driver(gpu, vendor, kind, is_told):
     gpu.driver.unlink()
     gpu.device.unlink()

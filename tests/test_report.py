@@ -1,19 +1,322 @@
+import base64
+import io
+import json
+import re
+import struct
+
+import jax.numpy as jnp
+import made_up
 import numpy as np
+import pages
 import pytest
+from conftest import REPOSITORY
 from matplotlib import image
+from PIL import Image
 
 from cifar_flax import metrics
+from cifar_flax.report import charts, diagrams, pictures
+from cifar_flax.report.log import read_log
 from cifar_flax.report.matrix import plot_confusion_matrix
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_confusion_matrix_is_drawn(tmp_path, classes):
-    confusion = np.diag(np.arange(1, classes + 1))
-    confusion[0, 1] = 5
-    sums = {name: np.zeros(15) for name in ("bin_confidence", "bin_correct")} | {"loss": 0.0, "top5": 0}
-    summary = metrics.summarize(sums | {"confusion": confusion}, tuple(f"class {i}" for i in range(classes)))
+    result, _, _ = made_up.evaluation(classes)
     path = tmp_path / "matrix.png"
-    plot_confusion_matrix(path, {"dataset": "set/1.0.0", "split": "test"} | summary)
+    plot_confusion_matrix(path, result)
     pixels = image.imread(path)
     assert min(pixels.shape[:2]) > 300
     assert pixels[..., :3].std() > 0.01  # not an empty page
+
+
+def test_report_tells_what_the_evaluation_found(tmp_path):
+    result, arrays, probabilities = made_up.evaluation(classes=7, count=70)
+    page = pages.read(
+        made_up.report(tmp_path / "a run", (result | {"tta": "mirror", "tta_below": 0.6}, arrays, probabilities))
+    )
+    head = page.one("header").text
+    low, high = metrics.wilson_interval(round(result["accuracy"] * 70), 70)
+    for part in (
+        "a run",
+        "set/1.0.0, test split, checkpoint of step 30",
+        "test-time augmentation mirror where the top probability is below 0.6",
+        f"{result['accuracy']:.2%}",
+        f"95 % interval {100 * low:.2f} to {high:.2%}",
+        f"{result['accuracy'] * 70:.0f} of 70 right",
+        f"top-5 accuracy{result['top5_accuracy']:.2%}",
+        f"loss{result['loss']:.4f}",
+        f"calibration error{result['expected_calibration_error']:.2%}",
+    ):
+        assert part in head.replace("\u202f%", "%").replace("95%", "95 %"), part
+    _, *rows = pages.table(page, "Figures of each class")
+    for row, (name, figures) in zip(rows, result["per_class"].items(), strict=True):
+        shares = [f"{figures[column]:.2%}" for column in ("precision", "recall", "f1")]
+        assert [cell.replace("\u202f", "") for cell in row] == [name, "10", *shares]
+    text = page.text
+    for part in ("seed", made_up.MADE_BY["command"], made_up.MADE_BY["hardware"], "jax", "0.10"):
+        assert part in text
+
+
+def test_heat_map_has_the_counts(tmp_path):
+    result, *rest = made_up.evaluation(count=400)
+    page = pages.read(made_up.report(tmp_path, (result, *rest)))
+    section = next(each for each in page.all("section") if each.attributes["id"] == "confusions")
+    cells = {}
+    for rect in section.all("rect"):
+        true, taken, count = re.fullmatch(r"class (\d) taken for class (\d): (\d+) .*", rect.text).groups()
+        cells[int(true), int(taken)] = int(count)
+    counts = np.array(result["confusion_matrix"])
+    assert cells == {place: count for place, count in np.ndenumerate(counts)}
+    assert [int(text.text) for text in section.all("text", class_="count")] == [count for count in counts.flat if count]
+    rows = pages.table(page, "Most frequent mistakes")
+    mistakes = sorted((counts * (1 - np.eye(4, dtype=int))).flat, reverse=True)
+    assert [int(count) for _, count, _ in rows[1:]] == mistakes[:12]
+
+
+def test_curves_are_what_was_logged(tmp_path):
+    page = pages.read(made_up.report(tmp_path))
+    train, held_out = made_up.LINES[:6], made_up.LINES[6:]
+    for title, column, drawn in (
+        ("Loss", "loss", (train, held_out)),
+        ("Accuracy", "accuracy", (train, held_out)),
+        ("Learning rate", "learning_rate", (train,)),
+        ("Images per second in training", "images_per_second", (train,)),
+    ):
+        found = pages.curves(pages.figure(page, title))
+        assert len(found) == len(drawn)
+        for (piece,), lines in zip(found, drawn, strict=True):
+            np.testing.assert_allclose(piece[0], [line["epoch"] for line in lines], atol=1e-3)
+            values = [line[column] for line in lines]
+            np.testing.assert_allclose(piece[1], values, atol=2e-4 * max(values))
+
+
+def test_long_tails_are_drawn_on_a_logarithmic_scale(tmp_path):
+    lines = [made_up.line(step, loss=5 * 0.7**step) for step in range(1, 31)]
+    ((piece,),) = pages.curves(pages.figure(pages.read(made_up.report(tmp_path, lines=lines)), "Loss"))
+    np.testing.assert_allclose(piece[1], [line["loss"] for line in lines], rtol=2e-3)
+
+
+def test_what_was_skipped_or_not_logged_is_a_gap(tmp_path):
+    lines = [made_up.line(step) for step in range(1, 11)]
+    lines[3] |= {"loss": None, "accuracy": None, "skipped_steps": 5}
+    lines[5] |= {"loss": None}
+    lines[8] |= {"skipped_steps": 1}
+    page = pages.read(made_up.report(tmp_path, lines=lines))
+    chart = pages.figure(page, "Loss")
+    (pieces,) = pages.curves(chart)
+    found = [np.round(10 * x).astype(int).tolist() for x, _ in pieces]
+    assert found == [[1, 2, 3], [5], [7, 8, 9, 10]]
+    assert [path.text for path in chart.all("path", class_="skipped")] == ["5 steps skipped", "1 steps skipped"]
+    assert "6 steps were left out" in page.text
+    assert "2 of 10 lines of the log have no train loss" in page.text
+
+
+def test_log_that_says_odd_things(tmp_path):
+    strange = [None, [], "x", {}, {"epoch": 1}, {"epoch": "1", "split": "train"}, {"epoch": 1, "split": 3}, 10**400]
+    strange += [made_up.line(1, loss="high"), made_up.line(2, loss=10**400), made_up.line(3, loss=float("nan"))]
+    strange += [
+        made_up.line(4, loss=True),
+        made_up.line(5),
+        made_up.line(6, epoch=float("inf")),
+        made_up.line(7, epoch=-1),
+    ]
+    path = tmp_path / "metrics.jsonl"
+    made_up.write_log(tmp_path, strange)
+    with path.open("ab") as file:
+        file.write(b'\xff\n{"epoch": 1, "spl\n' + b"[" * 100_000 + b"\n" + json.dumps(made_up.line(9)).encode()[:-3])
+    log = read_log(path)
+    assert list(log.splits) == ["train"]
+    np.testing.assert_array_equal(log.train.epoch, [0.1, 0.2, 0.3, 0.4, 0.5])
+    np.testing.assert_array_equal(log.train["loss"], [np.nan] * 4 + [0.6])
+    pages.read(made_up.report(tmp_path, lines=None))
+
+
+def test_spikes_of_a_long_run_stay():
+    x, y = np.arange(100_000) / 300.0, np.random.default_rng(0).normal(0, 1, 100_000)
+    y[[12_345, 54_321]] = 99, -99
+    y[70_000:71_000] = np.nan
+    few_x, few_y = charts.thin(x, y)
+    assert len(few_x) <= 4 * 334
+    for column in range(334):
+        there, left = y[np.floor(x) == column], few_y[np.floor(few_x) == column]
+        if np.isnan(there).all():
+            assert np.isnan(left).all()
+        else:
+            kept = (np.nanmin(left), np.nanmax(left), left[0], left[-1])
+            there = there[~np.isnan(there)]
+            assert kept == (there.min(), there.max(), there[0], there[-1])
+    np.testing.assert_array_equal(charts.thin(x[:500], y[:500])[1][:2], y[:2])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.31, 0.98, [0.2, 0.4, 0.6, 0.8, 1]),
+        (0.0, 0.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-3.0, 12.0, [-5, 0, 5, 10, 15]),
+        (0.0, 2e-5, [0, 5e-6, 1e-5, 1.5e-5, 2e-5]),
+    ],
+)
+def test_ticks_are_round(low, high, ticks):
+    assert charts.linear_ticks(low, high) == ticks
+
+
+def test_ticks_take_in_everything():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        low, high = sorted(rng.normal(0, 1, 2) * 10.0 ** rng.integers(-30, 30, 2))
+        ticks = charts.linear_ticks(low, high)
+        assert 2 <= len(ticks) <= 9
+        margin = 1e-6 * (ticks[-1] - ticks[0])
+        assert ticks[0] <= low + margin
+        assert high - margin <= ticks[-1]
+        low, high = abs(low), abs(low) * 40 + abs(high)
+        ticks = charts.log_ticks(low, high)
+        assert 2 <= len(ticks) <= 9
+        assert ticks[0] <= low * (1 + 1e-9)
+        assert high <= ticks[-1] * (1 + 1e-9)
+
+
+def test_reliability_diagram_has_the_bins(tmp_path):
+    result, *rest = made_up.evaluation(count=300)
+    page = pages.read(made_up.report(tmp_path, (result, *rest)))
+    section = next(each for each in page.all("section") if each.attributes["id"] == "calibration")
+    ticks = [float(text.attributes["y"]) for text in section.all("text", class_="y")]
+    filled = [entry for entry in result["calibration"] if entry["count"]]
+    lines, examples = list(section.all("rect", class_="right")), list(section.all("rect", class_="examples"))
+    for entry, line, bar in zip(filled, lines, examples, strict=True):
+        height = (float(line.attributes["y"]) + 1 - ticks[0]) / (ticks[-1] - ticks[0])
+        assert height == pytest.approx(entry["accuracy"], abs=1e-4)
+        assert float(bar.attributes["height"]) == pytest.approx(
+            44 * entry["count"] / max(other["count"] for other in filled), abs=0.02
+        )
+    rows = pages.table(page, "Calibration by top probability")[1:]
+    assert [int(row[1]) for row in rows] == [entry["count"] for entry in filled]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_the_images(channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 33, channels), np.uint8)
+    decoded = np.asarray(Image.open(io.BytesIO(pictures.png(pixels))))
+    np.testing.assert_array_equal(decoded.reshape(pixels.shape), pixels)
+
+
+@pytest.mark.parametrize(("shape", "small"), [((224, 224), (56, 56)), ((65, 10), (32, 5)), ((1, 200), (1, 50))])
+def test_large_images_are_made_smaller(shape, small):
+    pixels = np.full((*shape, 3), (10, 20, 250), np.uint8)
+    found = pictures.shrink(pixels)
+    assert found.shape == (*small, 3)
+    assert (found == (10, 20, 250)).all()
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 1), np.uint8)
+    np.testing.assert_allclose(pictures.shrink(pixels)[0, 0], pixels[:2, :2].mean(axis=(0, 1)), atol=0.5)
+
+
+@pytest.mark.parametrize("put", [np.asarray, jnp.asarray])
+def test_worst_images_are_shown(tmp_path, put):
+    result, arrays, probabilities = made_up.evaluation(count=400)
+    arrays = type(arrays)(put(arrays.images), arrays.labels, arrays.class_names, arrays.dataset)
+    page = pages.read(made_up.report(tmp_path, (result, arrays, probabilities)))
+    predicted, labels = probabilities.argmax(axis=1), arrays.labels
+    wrong = sorted(np.flatnonzero(predicted != labels), key=lambda i: -probabilities[i].max())
+    section = {each.attributes["id"]: each for each in page.all("section")}
+    shown = list(section["mistakes"].all("li"))
+    assert f"The 24 of {len(wrong)} mistakes" in section["mistakes"].text
+    for i, item in zip(wrong[:24], shown, strict=True):
+        _check_picture(item, arrays, i, predicted[i])
+        assert f"{probabilities[i].max():.1%}" in item.text.replace("\u202f", "")
+    groups = list(section["hardest"].all("div", class_="by-class"))
+    for label, group in enumerate(groups):
+        assert group.one("h3").text.startswith(f"class {label}recall")
+        hardest = sorted(np.flatnonzero(labels == label), key=lambda i: probabilities[i, label])[:8]
+        for i, item in zip(hardest, group.all("li"), strict=True):
+            _check_picture(item, arrays, i, predicted[i])
+            assert item.text.replace("\u202f", "").startswith(f"{probabilities[i, label]:.1%}")
+
+
+def _check_picture(item, arrays, i, predicted):
+    picture = item.one("img")
+    names = arrays.class_names[arrays.labels[i]], arrays.class_names[predicted]
+    assert picture.attributes["alt"] == f"{names[0]} taken for {names[1]}"
+    decoded = Image.open(io.BytesIO(base64.b64decode(picture.attributes["src"].partition(",")[2])))
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(arrays.images[i]))
+
+
+def test_nothing_wrong_and_nothing_known(tmp_path):
+    result, arrays, _ = made_up.evaluation()
+    perfect = np.eye(4, dtype=np.float32)[arrays.labels]
+    result |= {"accuracy": 1.0, "confusion_matrix": (10 * np.eye(4, dtype=int)).tolist()}
+    page = pages.read(made_up.report(tmp_path, (result, arrays, perfect), lines=None, made_by=None))
+    assert page.text.count("There are no mistakes.") == 2
+    for part in ("There is no metrics.jsonl", "did not note it", "right"):
+        assert part in page.text
+
+
+def test_names_from_outside_are_text(tmp_path):
+    name, quoted = made_up.HOSTILE[3], made_up.HOSTILE[0]
+    config = {"data": {quoted: quoted, "lone": "\ud800"}, "<i>": {"<b>": "</dl>"}}
+    made_by = {"command": quoted, "hardware": quoted, "versions": {quoted: quoted}}
+    lines = [made_up.line(step, split) for step in range(1, 4) for split in ("train", quoted)]
+    evaluated = made_up.evaluation(count=200, names=made_up.HOSTILE)
+    evaluated[0].update(dataset=quoted, split=quoted)
+    page = pages.read(made_up.report(tmp_path / name, evaluated, lines, config, made_by))
+    assert page.one("h1").text == name
+    assert [row[0] for row in pages.table(page, "Figures of each class")[1:]] == list(made_up.HOSTILE)
+    assert not list(page.all("i"))
+    known = pages.read(made_up.report(tmp_path / "plain", made_up.evaluation(count=200), lines, config, made_by))
+    kinds = [[each.tag for each in of.all() if each.tag in ("b", "img", "svg", "title")] for of in (page, known)]
+    assert kinds[0] == kinds[1]
+
+
+def test_a_thousand_classes_and_a_long_log_fit(tmp_path):
+    lines = [made_up.line(step, loss=3.0 + step % 7, skipped_steps=step % 2) for step in range(1, 100_001)]
+    evaluated = made_up.evaluation(classes=1000, count=2000, side=128)
+    path = made_up.report(tmp_path, evaluated, lines)
+    assert path.stat().st_size < 4_000_000
+    page = pages.read(path)
+    section = {each.attributes["id"]: each for each in page.all("section")}
+    assert not list(section["confusions"].one("svg").all("text"))
+    drawn = "".join(
+        each.attributes["d"]
+        for each in section["confusions"].one("svg").all("path")
+        if each.attributes["class"] != "frame"
+    )
+    assert drawn.count("M") == np.count_nonzero(evaluated[0]["confusion_matrix"])
+    assert len(pages.table(page, "Figures of each class")) == 1001
+    assert "Of the 1000 classes, the 20 with the lowest recall." in section["hardest"].text
+    assert len(list(section["hardest"].all("div", class_="by-class"))) == 20
+
+
+def test_full_matrix_of_many_classes_is_thinned():
+    counts = np.ones((400, 400), np.int64)
+    counts[3, 5] = 9
+    drawn = diagrams.heat_map(counts, [str(i) for i in range(400)])
+    assert drawn.count("M") == diagrams.CELLS + 1  # and the frame
+    assert len(drawn) < 500_000
+
+
+def _contrast(one, other):
+    """Of two colors, as WCAG 2.1 has it."""
+    lights = []
+    for color in (one, other):
+        parts = np.asarray(color) / 255
+        parts = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        lights.append(float(parts @ (0.2126, 0.7152, 0.0722)))
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_text_stands_out(theme):
+    style = (REPOSITORY / "cifar_flax" / "report" / "page.css").read_text()
+    found = re.findall(r"--([\w-]+): #(\w{6});", style.split("@media screen")[theme])
+    colors = {name: np.array(struct.unpack("3B", bytes.fromhex(value))) for name, value in found}
+    assert len(colors) == 15
+    for name, color in colors.items():
+        if name in ("ink", "quiet") or name.startswith("series"):
+            assert _contrast(color, colors["paper"]) >= 4.5, name
+    assert _contrast(colors["ink"], colors["panel"]) >= 4.5
+    for cell in ("hit", "miss"):
+        for depth in np.linspace(0, 1, 50):
+            opacity = diagrams.opaque(depth)
+            mixed = opacity * colors[cell] + (1 - opacity) * colors["paper"]
+            assert _contrast(colors["ink"], mixed) >= 4.5, (cell, depth)

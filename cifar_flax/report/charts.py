@@ -11,13 +11,12 @@ from jaxtyping import Float
 from cifar_flax.report.page import Content, Markup, element
 
 _WIDTH, _HEIGHT = 400, 240
-_TOP, _BOTTOM = 10, 36  # margins
+_TOP, _BOTTOM, _LEFT = 10, 36, 44  # margins
 _CHARACTER = 6.4  # width of one, about
 _LABELS = 12  # characters of a name at the end of a line
 _LINE_HEIGHT = 13
-_MARKS = 24  # at most so many on a line
+_MARKS = 14  # units from one on a line to the next, at least
 _COLORS = 8
-_DASHES = (None, "6 3", "2 3", "9 3 2 3")
 _SHAPES = ("circle", "square", "triangle", "diamond")
 
 Values = Float[np.ndarray, " values"]
@@ -76,9 +75,11 @@ def line_chart(
     logarithmic = may_be_logarithmic and low > 0 and high > 30 * low
     ticks = log_ticks(low, high) if logarithmic else linear_ticks(0.0 if from_zero else low, high)
     names = (
-        [_short(line.name) for line in lines] if 1 < len(lines) <= (_HEIGHT - _TOP - _BOTTOM) // _LINE_HEIGHT else []
+        [short(line.name, _LABELS) for line in lines]
+        if 1 < len(lines) <= (_HEIGHT - _TOP - _BOTTOM) // _LINE_HEIGHT
+        else []
     )
-    left = 8 + _CHARACTER * max(len(show(tick)) for tick in ticks)
+    left = max(8 + _CHARACTER * max(len(show(tick)) for tick in ticks), _LEFT)
     right = _WIDTH - 8 - _CHARACTER * max(map(len, names), default=0)
     last = max(float(line.x.max()) for line in lines)
     x = Scale(0.0, last if last > 0 else 1.0, left, right)
@@ -96,14 +97,15 @@ def svg(parts: Sequence[Markup], width: float, height: float, label: str, **attr
     return element("svg", *parts, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label, **attributes)
 
 
-def legend(lines: Sequence[tuple[Content, int]]) -> Markup:
-    """Names and styles."""
-    entries = []
-    for name, style in lines:
-        key = [element("path", d="M1 6H35", class_="line", stroke_dasharray=_dash(style)), _mark(18.0, 6.0, style, 4.0)]
+def legend(entries: Sequence[tuple[Content, int, bool]]) -> Markup:
+    """Of lines: their names, styles, and whether they have marks."""
+    items = []
+    for name, style, marks in entries:
+        mark = [_mark(18.0, 6.0, style, 4.0)] if marks else []
+        key = (element("path", d="M1 6H35", class_="line"), *mark)
         sample = element("svg", *key, viewBox="0 0 36 12", class_=_class(style), aria_hidden="true")
-        entries.append(element("li", sample, name))
-    return element("ul", *entries, class_="legend")
+        items.append(element("li", sample, name))
+    return element("ul", *items, class_="legend")
 
 
 def axes(
@@ -172,7 +174,12 @@ def coordinate(value: Any) -> str:
     return f"{float(value):.2f}".rstrip("0").rstrip(".")
 
 
-def thin(x: Values, y: Values) -> tuple[Values, Values]:
+def short(name: str, length: int) -> str:
+    """At most `length` characters of it, from its begin and its end."""
+    return name if len(name) <= length else f"{name[: (length - 1) // 2]}…{name[-(length // 2) :]}"
+
+
+def thin(x: Values, y: Values) -> tuple[Float[np.ndarray, " kept"], Float[np.ndarray, " kept"]]:
     """Of the points in one column of pixels, where there are many, the first, the last, the lowest and the highest.
 
     A column that holds NaN alone keeps one, as it is a gap.
@@ -199,17 +206,21 @@ def _drawn(line: Line, x: Scale, y: Scale, show: Callable[[float], str]) -> Mark
         alone = pen == "M" and (i + 1 == len(up) or math.isnan(up[i + 1]))
         path.append("h0" if alone else "")  # a dot
         pen = "L"
-    parts = [element("path", d="".join(path), class_="line", stroke_dasharray=_dash(line.style))]
-    there = np.flatnonzero(~np.isnan(line.y)) if line.marks else np.arange(0)
-    for i in there[:: max(-(-len(there) // _MARKS), 1)]:
-        title = element("title", f"{line.name}, epoch {number(line.x[i])}: {show(float(line.y[i]))}")
-        parts.append(_mark(float(x(line.x[i])), float(y(line.y[i])), line.style, 3.0, title))
+    parts = [element("path", d="".join(path), class_="line")]
+    next_mark = -math.inf
+    for i, at in enumerate(x(line.x).tolist() if line.marks else ()):
+        if at >= next_mark and not math.isnan(line.y[i]):
+            title = element("title", f"{line.name}, epoch {number(line.x[i])}: {show(float(line.y[i]))}")
+            parts.append(_mark(at, float(y(line.y[i])), line.style, 3.0, title))
+            next_mark = at + _MARKS
     return element("g", *parts, class_=_class(line.style))
 
 
 def _ends(lines: Sequence[Line], names: Sequence[str], x: Scale, y: Scale) -> list[Markup]:
     """The lines' names at their ends, moved apart."""
-    ends = sorted((float(y(line.y[~np.isnan(line.y)][-1])), i) for i, line in enumerate(lines[: len(names)]))
+    named = lines[: len(names)]
+    last = [np.flatnonzero(~np.isnan(line.y))[-1] for line in named]
+    ends = sorted((float(y(line.y[j])), i) for i, (line, j) in enumerate(zip(named, last, strict=True)))
     places: list[float] = []
     for place, _ in ends:
         places.append(max(place, places[-1] + _LINE_HEIGHT) if places else place)
@@ -219,7 +230,7 @@ def _ends(lines: Sequence[Line], names: Sequence[str], x: Scale, y: Scale) -> li
         lowest -= _LINE_HEIGHT
     parts = []
     for place, (_, i) in zip(places, ends, strict=True):
-        at = {"x": coordinate(x.end + 6), "y": coordinate(place), "dominant_baseline": "central"}
+        at = {"x": coordinate(x(lines[i].x[last[i]]) + 6), "y": coordinate(place), "dominant_baseline": "central"}
         text = element("text", names[i], class_="end", **at)
         parts.append(element("g", text, class_=_class(lines[i].style)))
     return parts
@@ -250,14 +261,6 @@ def _mark(x: float, y: float, style: int, radius: float, *content: Markup) -> Ma
 
 def _class(style: int) -> str:
     return f"series-{style % _COLORS}"
-
-
-def _dash(style: int) -> str | None:
-    return _DASHES[(style + style // _COLORS) % len(_DASHES)]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LABELS else f"{name[: _LABELS - 1]}…"
 
 
 def _summary(title: str, lines: Sequence[Line], show: Callable[[float], str]) -> str:

@@ -6,37 +6,37 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from cifar_flax.report.charts import Scale, axes, coordinate, share, svg
+from cifar_flax.report.charts import Scale, axes, coordinate, share, short, svg
 from cifar_flax.report.page import Markup, element, percent, scrolling
 
-FEW_CLASSES = 20  # up to so many, cells have counts
+FEW_CLASSES = 20  # up to so many, cells have counts and names
+NARROW = 12  # of so many, all can be seen on a phone
 _CELL = 31  # units, of few classes
+_LABELS = 14  # characters of a name beside its row
 _SIDE = 640  # units, of many
 _SHADES = 10
 CELLS = 20_000  # at most so many are drawn, of many classes
-_DEEP = 0.55  # opacity from which on a count is set in the paper's color
 
 
 def heat_map(counts: Int[np.ndarray, "classes classes"], names: Sequence[str]) -> Markup:
     """Rows are true classes, columns predicted ones: how dark a cell is says which share of its class it holds.
 
     Mistakes have another color, and are darkest where the share is the largest of all mistakes. Above `FEW_CLASSES`
-    there are no counts, and the cells of the smallest counts may be left out.
+    there are neither counts nor names, and of more than `CELLS` cells those of the smallest counts are left out.
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     mistakes = shares * (1 - np.eye(len(counts)))
     depth = np.where(np.eye(len(counts), dtype=bool), shares, mistakes / max(mistakes.max(), 1e-9))
-    draw = _few if len(names) <= FEW_CLASSES else _many
-    return draw(counts, shares, depth, names)
+    return _few(counts, shares, depth, names) if len(names) <= FEW_CLASSES else _many(counts, depth)
 
 
 def _few(counts: np.ndarray, shares: np.ndarray, depth: np.ndarray, names: Sequence[str]) -> Markup:
-    longest = min(max(map(len, names)), 14)
+    longest = min(max(map(len, names)), _LABELS)
     margin = 12 + 6.2 * longest
     size = margin + _CELL * len(names)
     parts = []
     for i, name in enumerate(names):
-        text = name if len(name) <= 14 else f"{name[:13]}…"
+        text = short(name, _LABELS)
         center = coordinate(margin + _CELL * (i + 0.5))
         row = {"x": coordinate(margin - 6), "y": center, "text_anchor": "end", "dominant_baseline": "central"}
         up = {"transform": f"translate({center} {coordinate(margin - 6)}) rotate(-90)", "dominant_baseline": "central"}
@@ -49,29 +49,32 @@ def _few(counts: np.ndarray, shares: np.ndarray, depth: np.ndarray, names: Seque
         kind = "hit" if i == j else "miss"
         parts.append(element("rect", title, class_=kind, fill_opacity=f"{opacity:.3g}", **place))
         if count:
-            deep = "count deep" if opacity > _DEEP else "count"
             middle = {"x": coordinate(x + (_CELL - 1) / 2), "y": coordinate(y + (_CELL - 1) / 2)}
-            parts.append(element("text", str(count), class_=deep, dominant_baseline="central", **middle))
-    whole = svg(
-        parts, size, size, _WORDS, style=f"min-width: {min(size * 0.8, 320):.0f}px; max-width: {size * 1.4:.0f}px"
+            parts.append(element("text", str(count), class_="count", dominant_baseline="central", **middle))
+    style = f"max-width: {size * 1.4:.0f}px"
+    if len(names) <= NARROW:
+        return svg(parts, size, size, _WORDS, style=style)
+    return scrolling(
+        svg(parts, size, size, _WORDS, style=f"{style}; min-width: {size * 0.8:.0f}px"), "Confusion matrix"
     )
-    return scrolling(whole, "Confusion matrix") if len(names) > 12 else whole
 
 
-def _many(counts: np.ndarray, shares: np.ndarray, depth: np.ndarray, names: Sequence[str]) -> Markup:
+def _many(counts: np.ndarray, depth: np.ndarray) -> Markup:
     """One path per shade, of at most `CELLS` cells."""
     rows, columns = np.nonzero(counts)
     largest = np.argsort(-counts[rows, columns], kind="stable")[:CELLS]
     rows, columns = rows[largest], columns[largest]
     shades = np.ceil(depth[rows, columns] * _SHADES).astype(int)
-    parts = [element("path", d=f"M0 0H{len(names)}V{len(names)}H0z", class_="frame")]
+    parts = [element("path", d=f"M0 0H{len(counts)}V{len(counts)}H0z", class_="frame")]
+    side = max(1, len(counts) // 250)  # units: of very many classes, a cell of its true size could not be seen
     for kind, of_kind in (("hit", rows == columns), ("miss", rows != columns)):
         for shade in np.unique(shades[of_kind]):
             chosen = of_kind & (shades == shade)
             cells = zip(columns[chosen].tolist(), rows[chosen].tolist(), strict=True)
-            path = "".join(f"M{column} {row}h1v1h-1z" for column, row in cells)
+            square = f"h{side}v{side}h{-side}z"
+            path = "".join(f"M{column - side // 2} {row - side // 2}{square}" for column, row in cells)
             parts.append(element("path", d=path, class_=kind, fill_opacity=f"{opaque(shade / _SHADES):.3g}"))
-    return svg(parts, len(names), len(names), _WORDS, style=f"max-width: {_SIDE}px")
+    return svg(parts, len(counts), len(counts), _WORDS, style=f"max-width: {_SIDE}px")
 
 
 _WORDS = "Confusion matrix: rows are true classes, columns predicted ones; the table tells the most frequent mistakes"
@@ -83,8 +86,9 @@ def opaque(depth: float) -> float:
 
 
 def reliability(calibration: Sequence[dict[str, Any]]) -> Markup:
-    """Bars: the share that was right, of the examples whose top probability lies in that bin; below, how many."""
-    x = Scale(0.0, 1.0, 48, 390)
+    """A bar for the examples whose top probability lies in that bin: a line at the share of them that was right, and
+    how far that is from their mean probability; below, how many they are."""
+    x = Scale(0.0, 1.0, 54, 384)
     y = Scale(0.0, 1.0, 262, 10)
     total = max(sum(entry["count"] for entry in calibration), 1)
     most = max([entry["count"] for entry in calibration] + [1])
@@ -101,13 +105,11 @@ def reliability(calibration: Sequence[dict[str, Any]]) -> Markup:
             f"top probability {percent(confidence)} on average, {percent(accuracy)} right; "
             f"{entry['count']:,} examples ({percent(entry['count'] / total)})",
         )
-        top, bottom = sorted((float(y(accuracy)), float(y(confidence))))
-        for name, low, high in (("hit", float(y(accuracy)), y.start), ("gap", top, bottom)):
-            place = {"x": coordinate(left), "y": coordinate(low), "width": coordinate(right - left)}
-            parts.append(element("rect", title, class_=name, height=coordinate(high - low), **place))
-        place = {"x": coordinate(left), "y": coordinate(strip(entry["count"])), "width": coordinate(right - left)}
-        height = coordinate(strip.start - strip(entry["count"]))
-        histogram.append(element("rect", title, class_="examples", height=height, **place))
+        highest, lowest = y(max(accuracy, confidence)), y(min(accuracy, confidence))
+        parts.append(_bar("sure", left, right, lowest, y.start, title))
+        parts.append(_bar("gap", left, right, highest, lowest, title))
+        parts.append(_bar("right", left, right, y(accuracy) - 1, y(accuracy) + 1, title))
+        histogram.append(_bar("examples", left, right, strip(entry["count"]), strip.start, title))
     parts.append(element("path", d=f"M{x.start} {y.start}L{x.end} {y.end}", class_="ideal"))
     middle = (x.start + x.end) / 2
     parts.append(element("text", "top probability", x=coordinate(middle), y=296, text_anchor="middle"))
@@ -117,3 +119,8 @@ def reliability(calibration: Sequence[dict[str, Any]]) -> Markup:
     histogram.append(element("text", "examples", **turned))
     words = "Reliability diagram: accuracy by top probability; the table tells its numbers"
     return svg([*parts, *histogram], 400, 354, words)
+
+
+def _bar(name: str, left: float, right: float, top: float, bottom: float, title: Markup) -> Markup:
+    place = {"x": left, "y": top, "width": right - left, "height": bottom - top}
+    return element("rect", title, class_=name, **{side: coordinate(value) for side, value in place.items()})

@@ -52,7 +52,7 @@ def read_log(path: Path) -> Log:
     rows: dict[str, list[tuple[float, ...]]] = {}
     for record in _records(path):
         epoch, split = _number(record.get("epoch")), record.get("split")
-        if isinstance(split, str) and not math.isnan(epoch):
+        if isinstance(split, str) and epoch >= 0:
             rows.setdefault(split, []).append((epoch, *(_number(record.get(name)) for name in COLUMNS)))
     splits = {}
     for split, values in rows.items():

@@ -75,9 +75,7 @@ def hardest(arrays: Arrays, probabilities: Float[np.ndarray, "n classes"]) -> Ma
     classes = np.unique(labels)
     recall = {int(c): float(np.mean(predicted[labels == c] == c)) for c in classes}
     shown = sorted(sorted(recall, key=lambda c: (recall[c], c))[:_CLASSES])
-    about = (
-        "The images with the lowest probability for their own class: that probability, and what they were taken for."
-    )
+    about = "The images with the lowest probability for their own class: that probability → predicted."
     if len(shown) < len(classes):
         about += f" Of the {len(classes)} classes, the {len(shown)} with the lowest recall."
     parts = [note(about)]

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cifar_flax import metrics
 from cifar_flax.data.cache import Arrays
 from cifar_flax.report import charts, diagrams, pictures
 from cifar_flax.report.charts import Line
 from cifar_flax.report.log import Log, read_log
 from cifar_flax.report.page import (
-    NOTHING,
     Content,
     Markup,
     Section,
@@ -27,6 +25,7 @@ from cifar_flax.report.page import (
     table,
     write,
 )
+from cifar_flax.report.results import correct, epochs, interval, training_rate
 from cifar_flax.report.settings import grouped
 
 _CONFUSIONS = 12  # pairs of classes in the list of the most frequent
@@ -59,16 +58,6 @@ def write_report(
     write(workdir / "report.html", page(title, _headline(name, result, log), sections))
 
 
-def correct(result: Mapping[str, Any]) -> int:
-    return round(result["accuracy"] * result["num_examples"])
-
-
-def interval(result: Mapping[str, Any]) -> str:
-    """Of the accuracy, such as "74.64 to 76.33 %"."""
-    low, high = metrics.wilson_interval(correct(result), result["num_examples"])
-    return f"{100 * low:.2f} to {percent(high)}"
-
-
 def _headline(name: str, result: dict[str, Any], log: Log) -> Markup:
     lead = f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']:,}"
     if "tta" in result:
@@ -80,8 +69,8 @@ def _headline(name: str, result: dict[str, Any], log: Log) -> Markup:
         "loss": figure(result["loss"]),
         "calibration error": percent(result["expected_calibration_error"]),
         "classes": f"{len(result['per_class']):,}",
-        "epochs": charts.number(round(log.epochs, 2)),
-        "training speed, median": _rate(log),
+        "epochs": epochs(log),
+        "images per second in training": training_rate(log),
     }
     if len(result["per_class"]) <= 5:
         del figures["top-5 accuracy"]  # it is 100 %
@@ -96,26 +85,16 @@ def _headline(name: str, result: dict[str, Any], log: Log) -> Markup:
     return join([element("h1", name), element("p", lead, class_="lead"), headline])
 
 
-def _rate(log: Log) -> str:
-    rate = log.train and log.train.median("images_per_second")
-    return f"{rate:,.0f} images/s" if rate is not None else NOTHING
-
-
 def _curves(log: Log) -> Markup:
     if not log.splits:
         return note("There is no metrics.jsonl, so there are no curves.")
     styles = {split: style for style, split in enumerate(sorted(log.splits, key="train".__eq__))}
 
     def lines(column: str, splits: Sequence[str] = tuple(log.splits)) -> list[Line]:
+        chosen = [(split, log.splits[split]) for split in splits]
         return [
-            Line(
-                name=split,
-                x=log.splits[split].epoch,
-                y=log.splits[split][column],
-                style=styles[split],
-                marks=split != "train",
-            )
-            for split in splits
+            Line(name=split, x=of.epoch, y=of[column], style=styles[split], marks=split != "train")
+            for split, of in chosen
         ]
 
     train = [split for split in log.splits if split == "train"]
@@ -125,7 +104,7 @@ def _curves(log: Log) -> Markup:
         charts.line_chart("Learning rate", lines("learning_rate", train), from_zero=True),
         charts.line_chart("Images per second in training", lines("images_per_second", train), from_zero=True),
     ]
-    key = charts.legend(list(styles.items()))
+    key = charts.legend([(split, style, split != "train") for split, style in styles.items()])
     return join([key, element("div", *charted, class_="pair"), note(" ".join(_about_curves(log)))])
 
 
@@ -165,13 +144,15 @@ def _confusions(result: dict[str, Any]) -> Markup:
         frequent = table(("true → predicted", "images", "of the class"), rows, label="Most frequent mistakes")
     about = (
         "Rows are true classes, columns predicted ones. Blue: the share of a class that was recognised. Orange: the "
-        f"share taken for another, the darkest {percent(_worst(counts), 1)}."
+        f"share taken for another, the strongest {percent(_worst(counts), 1)}."
     )
     if len(names) > diagrams.FEW_CLASSES:
-        about += f" The classes are in the order of the table below; the {diagrams.CELLS:,} largest counts are drawn."
+        about += " The classes are in the order of the table below."
+    if np.count_nonzero(counts) > diagrams.CELLS:
+        about += f" The {diagrams.CELLS:,} largest of {np.count_nonzero(counts):,} counts are drawn."
     matrix = element("div", diagrams.heat_map(counts, names), note(about))
     list_of_pairs = element("div", element("h3", "Most frequent mistakes"), frequent)
-    return element("div", matrix, list_of_pairs, class_="pair wide")
+    return element("div", matrix, list_of_pairs, class_="pair" if len(names) <= diagrams.NARROW else "stack")
 
 
 def _worst(counts: np.ndarray) -> float:
@@ -185,7 +166,7 @@ def _classes(result: dict[str, Any]) -> Markup:
     rows: list[tuple[Content, ...]] = []
     for size, (name, figures) in zip(sizes, result["per_class"].items(), strict=True):
         bar = element("span", class_="bar", style=f"--share: {100 * figures['f1']:.1f}%")
-        f1 = join([percent(figures["f1"]), bar])
+        f1 = join([bar, percent(figures["f1"])])
         rows.append((name, f"{size:,}", percent(figures["precision"]), percent(figures["recall"]), f1))
     return table(("class", "images", "precision", "recall", "F1"), rows, label="Figures of each class")
 
@@ -205,8 +186,8 @@ def _calibration(result: dict[str, Any]) -> Markup:
     error = result["expected_calibration_error"]
     about = (
         f"The expected calibration error is {percent(error)}: how far the share that was right lies from the top "
-        f"probability, on average over the examples in {len(bins)} bins (Guo et al. 2017). Bars on the diagonal would "
-        "be perfect; orange is the gap."
+        f"probability, on average over the examples in {len(bins)} bins (Guo et al. 2017). The "
+        "line across a bar is the share that was right, orange its distance from the probability."
     )
     diagram = element("div", diagrams.reliability(bins), note(about))
     numbers = table(("top probability", "images", "mean", "right"), rows, label="Calibration by top probability")

@@ -1,6 +1,5 @@
 """A saved config as text."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value if isinstance(value, str) and value else json.dumps(value)
+            yield f"{prefix}{name}", '""' if value == "" else str(value)
 
 
 def grouped(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:

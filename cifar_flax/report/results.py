@@ -1,0 +1,68 @@
+"""The figures of a run, as text."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cifar_flax import files, metrics
+from cifar_flax.errors import require
+from cifar_flax.report.charts import number
+from cifar_flax.report.log import Log
+from cifar_flax.report.page import NOTHING, percent
+
+Result = Mapping[str, Any]  # what eval.json holds
+
+_FIGURES = ("accuracy", "num_examples", "loss", "top5_accuracy", "expected_calibration_error")
+
+
+def read_result(folder: Path) -> Result | None:
+    """That of the run in `folder`; None where there is none yet. Raises `ConfigError` where it is something else."""
+    path = folder / "eval.json"
+    if not path.exists():
+        return None
+    try:
+        result = files.read_json(path)
+        figures = [result[name] for name in _FIGURES]
+        figures += [row[name] for row in result["per_class"].values() for name in ("recall", "f1")]
+        fits = all(math.isfinite(value) for value in figures) and 0 <= result["accuracy"] <= 1
+        fits = (
+            fits and result["num_examples"] >= 1 and all(isinstance(result[name], str) for name in ("dataset", "split"))
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        fits = False
+    require(fits, "PATH", str(folder), "its eval.json is damaged; --mode=eval writes it again")
+    return result
+
+
+def correct(result: Result) -> int:
+    return round(result["accuracy"] * result["num_examples"])
+
+
+def interval(result: Result) -> str:
+    """Of the accuracy, with 95 % confidence, such as "74.64 to 76.33 %"."""
+    low, high = metrics.wilson_interval(correct(result), result["num_examples"])
+    return f"{100 * low:.2f} to {percent(high)}"
+
+
+def comparable(result: Result, other: Result) -> bool:
+    """Whether both are of the same images, as far as they tell."""
+    return all(result[name] == other[name] for name in ("dataset", "split", "num_examples"))
+
+
+def difference(result: Result, reference: Result) -> str:
+    """Of the accuracies in percentage points, and its standard error as if they were of different images."""
+    variances = [r["accuracy"] * (1 - r["accuracy"]) / r["num_examples"] for r in (result, reference)]
+    points = 100 * (result["accuracy"] - reference["accuracy"])
+    sign = "\u2212" if points < 0 else "+"
+    return f"{sign}{abs(points):.2f} ± {100 * math.sqrt(sum(variances)):.2f}"
+
+
+def epochs(log: Log) -> str:
+    return number(round(log.epochs, 2)) if log.splits else NOTHING
+
+
+def training_rate(log: Log) -> str:
+    """Images per second, the median of the log's lines."""
+    rate = log.train and log.train.median("images_per_second")
+    return NOTHING if rate is None else f"{rate:,.0f}"

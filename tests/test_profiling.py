@@ -1,0 +1,184 @@
+"""Traces of training steps: they hold the steps that were asked for, whole, and training does not notice."""
+
+import dataclasses
+from collections import Counter
+
+import jax
+import pytest
+from conftest import FILES, assert_same_run, make_state, make_tiny_config
+from processes import CONFIG, run
+from stops import stop_at, stopped
+
+from cifar_flax import train
+from cifar_flax.errors import UserError
+from cifar_flax.profiling import ProfileConfig, Profiled
+
+
+def read(path):
+    """The steps that one process's trace names, and how many operations each run of a training call has in it."""
+    steps, operations = [], Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            stats = dict(event.stats)
+            if event.name == "train":
+                steps.append(stats["step_num"])
+            if stats.get("hlo_module") == "jit_train_steps":
+                operations[stats["run_id"]] += 1
+    return sorted(steps), list(operations.values())
+
+
+def traces(folder):
+    """In the order in which they were taken."""
+    return sorted((folder / "profile").rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+
+
+def assert_whole(path, expected):
+    """The device has done all of these steps while the trace was taken, and nothing of others."""
+    steps, operations = read(path)
+    assert steps == list(expected)
+    assert len(operations) == len(steps)
+    assert len(set(operations)) == 1
+
+
+def test_the_trace_holds_its_steps_and_changes_nothing(tiny_config, straight, tmp_path, capsys):
+    tiny_config.profile.steps = (10, 20)
+    train.train(tiny_config, tmp_path / "run")
+    (path,) = traces(tmp_path / "run")
+    assert_whole(path, range(10, 21))
+    assert f"steps 10 to 20 will be traced, into {tmp_path / 'run' / 'profile'}\n" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"profile"}
+    assert_same_run(make_tiny_config(), straight[0], tmp_path / "run")
+
+
+def test_a_stopped_run_leaves_its_trace_and_goes_on_with_the_next(tiny_config, straight, tmp_path, monkeypatch, capsys):
+    tiny_config.profile.steps = (10, 20)
+    with monkeypatch.context() as patch:
+        stop_at(patch, train.Run, "_read", lambda run, step, values: step == 14)
+        stopped(tiny_config, tmp_path / "run")
+    (first,) = traces(tmp_path / "run")
+    assert_whole(first, range(10, 15))
+    with monkeypatch.context() as patch:
+        stop_at(patch, train.Run, "_read", lambda run, step, values: step == 22)
+        stopped(tiny_config, tmp_path / "run")
+    (_, second) = traces(tmp_path / "run")
+    assert_whole(second, range(15, 21))
+    assert "steps 15 to 20 will be traced" in capsys.readouterr().out
+    train.train(tiny_config, tmp_path / "run")
+    assert len(traces(tmp_path / "run")) == 2
+    assert "profile.steps=(10, 20): these steps are done; nothing will be traced\n" in capsys.readouterr().out
+    assert_same_run(make_tiny_config(), straight[0], tmp_path / "run")
+
+
+def test_a_run_that_fails_leaves_its_trace(tiny_config, tmp_path):
+    tiny_config.profile.steps = (1, 34)
+    tiny_config.optim.learning_rate = 1e30
+    with pytest.raises(UserError, match="the loss of step"):
+        train.train(tiny_config, tmp_path / "run")
+    (path,) = traces(tmp_path / "run")
+    steps, _ = read(path)
+    assert 2 <= len(steps) < 34
+    with jax.profiler.trace(tmp_path / "another"):  # nothing is left running
+        pass
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What a `Profiled` does, in its order."""
+    events = []
+
+    class Annotation:
+        def __init__(self, name, step_num):
+            events.append(f"{name} {step_num}")
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(jax, "block_until_ready", lambda state: events.append(f"wait for {state.step}"))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    monkeypatch.setattr(jax.profiler, "StepTraceAnnotation", Annotation)
+    return events
+
+
+def profiled(tmp_path, steps, *, start=0, per_call=1):
+    return Profiled(
+        lambda state, inputs: (state._replace(step=state.step + per_call), {}),
+        ProfileConfig(steps=steps),
+        tmp_path,
+        start=start,
+        per_call=per_call,
+    )
+
+
+def run_calls(call, start, count):
+    state = make_state(start)
+    for _ in range(count):
+        state, _ = call(state, None)
+
+
+def test_the_device_is_waited_for_on_both_sides(tmp_path, events):
+    """On an accelerator calls return long before they are done."""
+    run_calls(profiled(tmp_path, (2, 3)), 0, 4)
+    assert events == ["train 1", "wait for 1", "start", "train 2", "train 3", "wait for 3", "stop", "train 4"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "traced"),
+    [
+        ((7, 12), 0, [6, 11]),
+        ((6, 10), 0, [6]),
+        ((5, 5), 0, [1]),
+        ((1, 20), 0, [1, 6, 11, 16]),
+        ((7, 12), 10, [11]),
+        ((7, 12), 15, []),
+        ((0, 0), 0, []),
+    ],
+)
+def test_calls_of_many_steps_are_traced_whole(tmp_path, events, steps, start, traced):
+    run_calls(profiled(tmp_path, steps, start=start, per_call=5), start, (20 - start) // 5)
+    found, tracing = [], False
+    for event in events:
+        tracing = event == "start" or (tracing and event != "stop")
+        if tracing and event.startswith("train"):
+            found.append(int(event.split()[1]))
+    assert found == traced
+    assert events.count("start") == events.count("stop") == bool(traced)
+
+
+def test_a_trace_that_cannot_be_written_is_no_end(tmp_path, events, monkeypatch, capsys):
+    def fail():
+        raise jax.errors.JaxRuntimeError("No space\nleft")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", fail)
+    call = profiled(tmp_path, (1, 1))
+    run_calls(call, 0, 2)
+    call.close()
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "the trace could not be written (JaxRuntimeError: No space left)"
+    ]
+
+
+def test_impossible_ranges_are_refused(tiny_config):
+    for steps in ((0, 1), (3, 2), (-2, -1), (1, 0)):
+        with pytest.raises(UserError, match=r"^profile\.steps=.*: must be \(first, last\) with 1 <= first <= last, or"):
+            dataclasses.replace(tiny_config, profile=ProfileConfig(steps=steps)).validate()
+    for steps in ((0, 0), (1, 1), (2, 34)):
+        dataclasses.replace(tiny_config, profile=ProfileConfig(steps=steps)).validate()
+    tiny_config.profile.steps = (2, 35)
+    with pytest.raises(UserError, match=r"^profile\.steps=\(2, 35\): must end within the 34 steps of the run"):
+        train.Trainer(tiny_config)
+
+
+@pytest.mark.slow
+def test_every_process_writes_its_own(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    run(tmp_path, [1, 1], "--config", "config.py", "--workdir=two", "--config.profile.steps=(3, 5)")
+    assert {path.relative_to(tmp_path / "two" / "profile").parts[0] for path in traces(tmp_path / "two")} == {
+        "process_0",
+        "process_1",
+    }
+    for path in traces(tmp_path / "two"):
+        assert_whole(path, (3, 4, 5))
