@@ -86,7 +86,8 @@ MOMENTS = {
     "removal": in_removal,
     "last step": lambda: after(train.Run, "_read", lambda run, step, values: step == 34),
     "end": lambda: before(evaluate, "evaluate"),
-    "result": lambda: before(evaluate, "write_result"),
+    "result": lambda: before(evaluate, "write_json"),
+    "report": lambda: before(evaluate, "write_report"),
 }
 
 if __name__ == "__main__":

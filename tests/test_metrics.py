@@ -83,3 +83,18 @@ def test_a_network_without_numbers_hits_nothing():
 def test_absent_classes_divide_by_nothing():
     result = evaluate(LOGITS, np.zeros(300, np.int32))
     assert result["per_class"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "low", "high"),
+    [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (5, 10, 0.2366, 0.7634), (7550, 10_000, 0.74647, 0.76333), (0, 0, 0, 1)],
+)
+def test_wilsons_interval(correct, count, low, high):
+    assert metrics.wilson_interval(correct, count) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilsons_interval_holds_the_probability_nineteen_times_in_twenty():
+    rng = np.random.default_rng(0)
+    for probability in (0.1, 0.5, 0.94):
+        intervals = [metrics.wilson_interval(int(k), 200) for k in rng.binomial(200, probability, 4000)]
+        assert 0.93 < np.mean([low <= probability <= high for low, high in intervals]) < 0.97

@@ -106,7 +106,7 @@ def test_what_was_skipped_or_not_logged_is_a_gap(tmp_path):
     (pieces,) = pages.curves(chart)
     found = [np.round(10 * x).astype(int).tolist() for x, _ in pieces]
     assert found == [[1, 2, 3], [5], [7, 8, 9, 10]]
-    assert [path.text for path in chart.all("path", class_="skipped")] == ["5 steps skipped", "1 steps skipped"]
+    assert [path.text for path in chart.all("path", class_="skipped")] == ["skipped steps: 5", "skipped steps: 1"]
     assert "6 steps were left out" in page.text
     assert "2 of 10 lines of the log have no train loss" in page.text
 
@@ -145,7 +145,7 @@ def test_spikes_of_a_long_run_stay():
             kept = (np.nanmin(left), np.nanmax(left), left[0], left[-1])
             there = there[~np.isnan(there)]
             assert kept == (there.min(), there.max(), there[0], there[-1])
-    np.testing.assert_array_equal(charts.thin(x[:500], y[:500])[1][:2], y[:2])
+    np.testing.assert_array_equal(charts.thin(x[::100], y[::100])[1], y[::100])  # few enough
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path, capsys, release):
     Add a folder for each release that changes what a checkpoint or a config is; never change one that is there.
     """
     shutil.copytree(REPOSITORY / "tests" / "fixtures" / f"run-{release}", tmp_path / "run")
-    command = cli.parse(["--mode=eval", f"--workdir={tmp_path / 'run'}"], ("train", "eval"))
+    command = cli.parse(["--mode=eval", f"--workdir={tmp_path / 'run'}"])
     result = evaluate.evaluate(command.config, command.workdir)
     assert (result["step"], result["loss"]) == (29, pytest.approx(2.2060029365647007, rel=1e-4))
     train.train(command.config, tmp_path / "run")

@@ -242,7 +242,7 @@ def _skipped(line: Line, x: Scale, y: Scale) -> list[Markup]:
     there = line.y > 0
     for column in np.unique(across[there]):
         steps = line.y[there & (across == column)].sum()
-        title = element("title", f"{steps:,.0f} steps skipped")
+        title = element("title", f"skipped steps: {steps:,.0f}")
         corner = f"M{coordinate(column - 3.5)} {coordinate(y.start)}h7l-3.5 -7z"
         parts.append(element("path", title, d=corner, class_="skipped"))
     return parts

@@ -43,8 +43,10 @@ class _Run:
 def compare(workdirs: Sequence[Path], output: Path) -> None:
     """Writes a page that shows the runs in `workdirs` side by side, and prints their figures.
 
-    Raises `ConfigError` where there are fewer than two, or one is no run or given twice, and `OSError`.
+    Raises `ConfigError` where there are fewer than two, or one is no run or given twice, or `output` is a folder, and
+    `OSError` where it cannot be written.
     """
+    require(not output.is_dir(), "--output", str(output), "is a folder; name a file")
     runs = _read(workdirs)
     title = f"Comparison of {len(runs)} runs"
     head = [element("h1", title), element("p", _evaluated_on(runs), class_="lead")]
@@ -61,28 +63,29 @@ def compare(workdirs: Sequence[Path], output: Path) -> None:
 def _read(workdirs: Sequence[Path]) -> list[_Run]:
     require(len(workdirs) >= 2, "PATH", " ".join(map(str, workdirs)), "must be at least two folders of runs")
     folders = [workdir.resolve() for workdir in workdirs]
+    for i, workdir in enumerate(workdirs):
+        require(folders[i] not in folders[:i], "PATH", str(workdir), "is given twice")
+        require((workdir / "config.json").exists(), "PATH", str(workdir), "holds no run")
     keys = string.ascii_uppercase if len(folders) <= 26 else [str(i + 1) for i in range(len(folders))]
-    runs = []
-    for i, (key, folder) in enumerate(zip(keys, folders, strict=False)):
-        given = str(workdirs[i])
-        require(folder not in folders[:i], "PATH", given, "is given twice")
-        require((folder / "config.json").exists(), "PATH", given, "holds no run")
-        try:
-            config = files.read_json(folder / "config.json")
-        except ValueError:
-            config = None
-        require(isinstance(config, dict), "PATH", given, "its config.json is damaged")
-        log = read_log(folder / "metrics.jsonl")
-        runs.append(
-            _Run(
-                key=key,
-                name=_name(folder, folders),
-                settings=dict(flat(config)),
-                log=log,
-                result=read_result(workdirs[i]),
-            )
+    return [
+        _Run(
+            key=keys[i],
+            name=_name(folders[i], folders),
+            settings=_settings(workdir),
+            log=read_log(workdir / "metrics.jsonl"),
+            result=read_result(workdir),
         )
-    return runs
+        for i, workdir in enumerate(workdirs)
+    ]
+
+
+def _settings(workdir: Path) -> dict[str, str]:
+    try:
+        config = files.read_json(workdir / "config.json")
+    except ValueError:
+        config = None
+    require(isinstance(config, dict), "PATH", str(workdir), "its config.json is damaged")
+    return dict(flat(config))
 
 
 def _name(folder: Path, folders: Sequence[Path]) -> str:

@@ -10,11 +10,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from cifar_flax.data.cache import Arrays
+from cifar_flax.report.charts import short
 from cifar_flax.report.page import Content, Markup, element, join, note, percent
 
 _MISTAKES = 24
 _CLASSES = 20  # at most so many have their hardest images shown
 _PER_CLASS = 8
+_LETTERS = 28  # of a name below a picture
 _SIDE = 64  # pixels; larger images are made smaller, so that a page of many stays small
 _COLOR_TYPES = {1: 0, 3: 2}  # channels -> the PNG standard's grey, red-green-blue
 
@@ -61,7 +63,7 @@ def mistakes(arrays: Arrays, probabilities: Float[np.ndarray, "n classes"]) -> M
     pictures = []
     for i in shown.tolist():
         true, taken = arrays.class_names[labels[i]], arrays.class_names[predicted[i]]
-        names = (element("b", true), " → ", element("b", taken))
+        names = (element("b", short(true, _LETTERS)), " → ", element("b", short(taken, _LETTERS)))
         caption = join([*names, " ", percent(float(probabilities[i].max()), 1)])
         pictures.append(_Picture(i, f"{true} taken for {taken}", caption))
     which = f"The {len(shown)} of {len(wrong):,} mistakes" if len(wrong) > len(shown) else "All mistakes"
@@ -84,7 +86,9 @@ def hardest(arrays: Arrays, probabilities: Float[np.ndarray, "n classes"]) -> Ma
         pictures = []
         for i in of_class[np.argsort(probabilities[of_class, c], kind="stable")][:_PER_CLASS].tolist():
             taken = arrays.class_names[predicted[i]]
-            answer: tuple[Content, ...] = ("right",) if predicted[i] == c else ("→ ", element("b", taken))
+            answer: tuple[Content, ...] = (
+                ("right",) if predicted[i] == c else ("→ ", element("b", short(taken, _LETTERS)))
+            )
             caption = join([percent(float(probabilities[i, c]), 1), " ", *answer])
             pictures.append(_Picture(i, f"{name} taken for {taken}", caption))
         title = element("h3", name, element("small", f"recall {percent(recall[c], 1)}"))

@@ -166,7 +166,7 @@ def _classes(result: dict[str, Any]) -> Markup:
     rows: list[tuple[Content, ...]] = []
     for size, (name, figures) in zip(sizes, result["per_class"].items(), strict=True):
         bar = element("span", class_="bar", style=f"--share: {100 * figures['f1']:.1f}%")
-        f1 = join([bar, percent(figures["f1"])])
+        f1 = join([bar, element("span", percent(figures["f1"]), class_="share")])
         rows.append((name, f"{size:,}", percent(figures["precision"]), percent(figures["recall"]), f1))
     return table(("class", "images", "precision", "recall", "F1"), rows, label="Figures of each class")
 
