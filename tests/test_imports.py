@@ -45,7 +45,7 @@ ONLY_IN = {
     "tensorboardX": {"writers"},
     "ml_collections": {"cli"},
     "matplotlib": {"report.matrix"},
-    "PIL": {"data.images", "report.pictures"},
+    "PIL": {"data.images"},
     "safetensors": {"export"},
     "sklearn": {"data.sources"},
 }

@@ -2,19 +2,17 @@ import base64
 import io
 import json
 import re
-import struct
 
 import jax.numpy as jnp
 import made_up
 import numpy as np
 import pages
 import pytest
-from conftest import REPOSITORY
 from matplotlib import image
 from PIL import Image
 
 from cifar_flax import metrics
-from cifar_flax.report import charts, diagrams, pictures
+from cifar_flax.report import pictures
 from cifar_flax.report.log import read_log
 from cifar_flax.report.matrix import plot_confusion_matrix
 
@@ -131,53 +129,6 @@ def test_log_that_says_odd_things(tmp_path):
     pages.read(made_up.report(tmp_path, lines=None))
 
 
-def test_spikes_of_a_long_run_stay():
-    x, y = np.arange(100_000) / 300.0, np.random.default_rng(0).normal(0, 1, 100_000)
-    y[[12_345, 54_321]] = 99, -99
-    y[70_000:71_000] = np.nan
-    few_x, few_y = charts.thin(x, y)
-    assert len(few_x) <= 4 * 334
-    for column in range(334):
-        there, left = y[np.floor(x) == column], few_y[np.floor(few_x) == column]
-        if np.isnan(there).all():
-            assert np.isnan(left).all()
-        else:
-            kept = (np.nanmin(left), np.nanmax(left), left[0], left[-1])
-            there = there[~np.isnan(there)]
-            assert kept == (there.min(), there.max(), there[0], there[-1])
-    np.testing.assert_array_equal(charts.thin(x[::100], y[::100])[1], y[::100])  # few enough
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0.31, 0.98, [0.2, 0.4, 0.6, 0.8, 1]),
-        (0.0, 0.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (-3.0, 12.0, [-5, 0, 5, 10, 15]),
-        (0.0, 2e-5, [0, 5e-6, 1e-5, 1.5e-5, 2e-5]),
-    ],
-)
-def test_ticks_are_round(low, high, ticks):
-    assert charts.linear_ticks(low, high) == ticks
-
-
-def test_ticks_take_in_everything():
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        low, high = sorted(rng.normal(0, 1, 2) * 10.0 ** rng.integers(-30, 30, 2))
-        ticks = charts.linear_ticks(low, high)
-        assert 2 <= len(ticks) <= 9
-        margin = 1e-6 * (ticks[-1] - ticks[0])
-        assert ticks[0] <= low + margin
-        assert high - margin <= ticks[-1]
-        low, high = abs(low), abs(low) * 40 + abs(high)
-        ticks = charts.log_ticks(low, high)
-        assert 2 <= len(ticks) <= 9
-        assert ticks[0] <= low * (1 + 1e-9)
-        assert high <= ticks[-1] * (1 + 1e-9)
-
-
 def test_reliability_diagram_has_the_bins(tmp_path):
     result, *rest = made_up.evaluation(count=300)
     page = pages.read(made_up.report(tmp_path, (result, *rest)))
@@ -285,38 +236,3 @@ def test_a_thousand_classes_and_a_long_log_fit(tmp_path):
     assert len(pages.table(page, "Figures of each class")) == 1001
     assert "Of the 1000 classes, the 20 with the lowest recall." in section["hardest"].text
     assert len(list(section["hardest"].all("div", class_="by-class"))) == 20
-
-
-def test_full_matrix_of_many_classes_is_thinned():
-    counts = np.ones((400, 400), np.int64)
-    counts[3, 5] = 9
-    drawn = diagrams.heat_map(counts, [str(i) for i in range(400)])
-    assert drawn.count("M") == diagrams.CELLS + 1  # and the frame
-    assert len(drawn) < 500_000
-
-
-def _contrast(one, other):
-    """Of two colors, as WCAG 2.1 has it."""
-    lights = []
-    for color in (one, other):
-        parts = np.asarray(color) / 255
-        parts = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-        lights.append(float(parts @ (0.2126, 0.7152, 0.0722)))
-    return (max(lights) + 0.05) / (min(lights) + 0.05)
-
-
-@pytest.mark.parametrize("theme", [0, 1])
-def test_text_stands_out(theme):
-    style = (REPOSITORY / "cifar_flax" / "report" / "page.css").read_text()
-    found = re.findall(r"--([\w-]+): #(\w{6});", style.split("@media screen")[theme])
-    colors = {name: np.array(struct.unpack("3B", bytes.fromhex(value))) for name, value in found}
-    assert len(colors) == 15
-    for name, color in colors.items():
-        if name in ("ink", "quiet") or name.startswith("series"):
-            assert _contrast(color, colors["paper"]) >= 4.5, name
-    assert _contrast(colors["ink"], colors["panel"]) >= 4.5
-    for cell in ("hit", "miss"):
-        for depth in np.linspace(0, 1, 50):
-            opacity = diagrams.opaque(depth)
-            mixed = opacity * colors[cell] + (1 - opacity) * colors["paper"]
-            assert _contrast(colors["ink"], mixed) >= 4.5, (cell, depth)
