@@ -41,12 +41,18 @@ def test_figures_equal_scikit_learns():
 def test_calibration_error_is_that_of_the_definition():
     probability = np.asarray(jax.nn.softmax(LOGITS), np.float64)
     confidence, correct = probability.max(axis=1), LOGITS.argmax(axis=1) == LABELS
-    expected = 0.0
+    result, expected = evaluate(LOGITS, LABELS), 0.0
     for low in range(metrics.CALIBRATION_BINS):
         inside = (confidence > low / metrics.CALIBRATION_BINS) & (confidence <= (low + 1) / metrics.CALIBRATION_BINS)
+        found = result["calibration"][low]
+        assert found["count"] == inside.sum()
         if inside.any():
             expected += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
-    assert evaluate(LOGITS, LABELS)["expected_calibration_error"] == pytest.approx(expected, rel=1e-5)
+            assert found["accuracy"] == correct[inside].mean()
+            assert found["confidence"] == pytest.approx(confidence[inside].mean(), rel=1e-5)
+        else:
+            assert found == {"count": 0, "confidence": None, "accuracy": None}
+    assert result["expected_calibration_error"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 299])
@@ -65,6 +71,7 @@ def test_masked_examples_never_count():
     masked = evaluate(garbage, LABELS, mask=mask)
     for name in ("num_examples", "accuracy", "top5_accuracy", "confusion_matrix", "per_class"):
         assert masked[name] == kept[name]
+    assert [row["count"] for row in masked["calibration"]] == [row["count"] for row in kept["calibration"]]
     assert masked["loss"] == pytest.approx(kept["loss"], rel=1e-6)
     assert masked["expected_calibration_error"] == pytest.approx(kept["expected_calibration_error"], rel=1e-5)
 

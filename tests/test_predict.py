@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import make_tiny_config
 from PIL import Image
 
 import cifar_flax
-from cifar_flax import evaluate
+from cifar_flax import cli, evaluate
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
@@ -189,3 +190,12 @@ def test_bytes_of_a_name_that_are_no_text(run, photos, tmp_path, capsys):
 def test_another_output_is_refused_before_anything_is_done(tmp_path, name):
     with pytest.raises(ConfigError, match="--output="):
         predict(make_tiny_config(), tmp_path / "nowhere", [tmp_path], tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["=mirror", " mirror"])
+def test_paths_and_settings_come_in_any_order(run, value):
+    arguments = f"cat.jpg --mode=predict dog.png --config.eval.tta{value} --workdir={run} holiday/"
+    command = cli.parse(arguments.split())
+    assert command.paths == (Path("cat.jpg"), Path("dog.png"), Path("holiday"))
+    assert command.config.eval.tta == "mirror"
+    assert command.output is None
