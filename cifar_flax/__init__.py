@@ -25,4 +25,4 @@ def load(workdir: str | PathLike[str]) -> "Classifier":
     from cifar_flax.trained import restore, saved_config
 
     folder = Path(workdir)
-    return Classifier(restore(saved_config(folder), folder))
+    return Classifier(restore(saved_config(folder, "workdir"), folder, "workdir"))

@@ -1,9 +1,10 @@
 """A trained network that classifies images: what `cifar_flax.load` returns."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,8 +29,12 @@ class Classifier:
         self._task, self._weights, self._eval = trained.task, trained.weights, trained.config.eval
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.image_shape))
+        return f"<Classifier of {shape} images: {len(self.class_names)} classes, {', '.join(self.class_names[:10])}>"
+
     def predict(
-        self, images: UInt8[np.ndarray, "n height width channels"] | Sequence[str | PathLike[str]]
+        self, images: UInt8[Any, "n height width channels"] | Iterable[str | PathLike[str]]
     ) -> Float32[np.ndarray, "n classes"]:
         """The probability of each class, for images of `image_shape` (bytes, 0 to 255) or files of any size and kind.
 
@@ -37,8 +42,7 @@ class Classifier:
 
         Raises `UserError` where the images have another shape or type, or a file cannot be read.
         """
-        if not isinstance(images, np.ndarray):
-            images = self._read(images)
+        images = np.asarray(images) if isinstance(images, np.ndarray | jax.Array) else self._read(images)
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
             what = f"{images.dtype} of shape {images.shape}"
             raise UserError(f"images: {what}; must be uint8 (0 to 255) of shape (n, {str(self.image_shape)[1:]}")
@@ -48,9 +52,11 @@ class Classifier:
             found[start : start + len(some)] = self._probabilities(some)
         return found
 
-    def _read(self, paths: Sequence[str | PathLike[str]]) -> UInt8[np.ndarray, "n height width channels"]:
-        if isinstance(paths, str | PathLike):
-            raise UserError(f"images: {str(paths)!r}; must be an array or a list of files")
+    def _read(self, given: Any) -> UInt8[np.ndarray, "n height width channels"]:
+        some = isinstance(given, Iterable) and not isinstance(given, str | PathLike)
+        paths: list[Any] = list(given) if some else [None]
+        if not all(isinstance(path, str | PathLike) for path in paths):
+            raise UserError("images: must be one array (n, height, width, channels) or a list of files")
         require_pillow()
         pixels = np.empty((len(paths), *self.image_shape), np.uint8)
         with reading():

@@ -36,13 +36,16 @@ examples:
 """
 
 
+_OVERRIDE = r"--?(?:no)?config\.([^=]*)=?(.*)"  # such as --config.seed=1
+
+
 @dataclass(frozen=True, slots=True)
 class _Mode:
     """What belongs to a mode, and what it cannot do without; the options by their names on the command line."""
 
     takes: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    paths: int | None = None  # at least so many; None: takes none
+    paths: int = 0  # at least so many; 0: takes none
 
 
 MODES = {
@@ -55,7 +58,12 @@ MODES = {
 }
 
 
-_WHAT = {"--config": "a config file", "--workdir": "the folder of a run", "--output": "a folder to write to"}
+_WHAT = {
+    "--config": "a config file: --config FILE",
+    "--workdir": "the folder of a run: --workdir=DIR",
+    "--output": "a folder to write to: --output=DIR",
+}
+_PATHS = {"predict": "image files or folders", "compare": "the folders of two runs or more"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +88,14 @@ def parse(argv: Sequence[str]) -> Command:
     given = {f"--{option}": value for option, value in vars(arguments).items() if option != "mode"}
     for option, value in given.items():
         require(not value or option in mode.takes, option, value, f"not used in {name}{_instead(option, mode)}")
+    for argument in rest:
+        if re.match(r"--?[a-zA-Z]", argument) and not re.match(_OVERRIDE, argument):
+            raise ConfigError(f"unknown argument {argument!r} (see --help)")
     for option in mode.needs:
-        require(bool(given[option]), option, given[option], f"{name} needs {_WHAT[option]}")
+        if not given[option]:
+            raise ConfigError(f"{name} needs {_WHAT[option]} (see --help)")
     uses_run = "--workdir" in mode.needs
-    if uses_run:
+    if uses_run or (name == "doctor" and arguments.workdir and not arguments.config):
         config = saved_config(Path(arguments.workdir))
     else:
         config = _load(arguments.config) if arguments.config else Config()
@@ -93,9 +105,10 @@ def parse(argv: Sequence[str]) -> Command:
         others = f"{', '.join(LOCATIONS)}, eval.* and parallel.* can"
         require(not uses_run or may_override(path), path, value, f"cannot be changed in {name}; {others}")
         require(name != "compare", path, value, "not used in compare")
-    if paths and mode.paths is None:
+    if paths and not mode.paths:
         raise ConfigError(f"unknown argument {paths[0]!r} (see --help)")
-    require(len(paths) >= (mode.paths or 0), "PATH", " ".join(paths), f"{name} needs at least {mode.paths}")
+    if len(paths) < mode.paths:
+        raise ConfigError(f"{name} needs {_PATHS[name]} (see --help)")
     return Command(
         mode=name,
         config=config,
@@ -158,7 +171,7 @@ def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, A
     """A copy with the fields set that arguments such as `--config.seed=1` name, path -> new value, other arguments."""
     allowed = {}
     for argument in arguments:
-        if match := re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", argument):
+        if match := re.match(_OVERRIDE, argument):
             allowed[match[1]] = describe_field(config, match[1], match[2] or "")
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # flags may come after other arguments

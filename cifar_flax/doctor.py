@@ -240,7 +240,8 @@ def _unreachable(urls: Iterable[str]) -> list[str]:
 def _start(visit: _Visit) -> Iterator[Finding]:
     """All that a run does before its first step, on the devices, but for the writing."""
     if not (visit.platform and visit.has_data):
-        yield Finding(NOTE, "not tried: the data or the devices are not there yet")
+        missing = "the images have still to be decoded" if visit.platform else "there is no device"
+        yield Finding(NOTE, f"not tried: {missing}")
         return
     with compilation.nothing_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -41,14 +41,14 @@ def export(config: Config, workdir: Path, output: Path) -> None:
     require(not output.exists(), "--output", str(output), "exists already; choose another folder")
     if not installed("safetensors"):
         raise ConfigError("weights cannot be written: safetensors is not installed (pip install safetensors)")
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     trained = restore(config, workdir)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         folder = Path(temporary) / output.name
         folder.mkdir()
-        save_file(tensors(trained), folder / "model.safetensors")
+        (folder / "model.safetensors").write_bytes(save(tensors(trained)))
         (folder / "labels.txt").write_text("".join(f"{name}\n" for name in trained.info.class_names))
         (folder / "model.stablehlo").write_bytes(program(trained))
         checked = _check(trained, folder)

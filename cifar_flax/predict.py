@@ -80,18 +80,27 @@ def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path |
 
 
 def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Found]:
-    """The files among `paths` and, in order of their names, all in and below the folders among them but hidden ones."""
+    """The files among `paths` and, in order of their names, all in and below the folders among them but hidden ones.
+
+    The class of a file is that of the folder right below the one among `paths`, or of this one itself.
+    """
     classes = {name.casefold(): name for name in class_names}
     for path in paths:
         if not path.is_dir():
             yield Found(path)
             continue
+        is_empty = True
         for folder, folders, names in os.walk(path):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 if not name.startswith("."):
-                    below = Path(folder).relative_to(path).parts
-                    yield Found(Path(folder) / name, classes.get(below[0].casefold()) if below else None)
+                    is_empty, below = False, Path(folder).relative_to(path).parts[:1]
+                    labels = [
+                        classes[one.casefold()] for one in (*below, path.resolve().name) if one.casefold() in classes
+                    ]
+                    yield Found(Path(folder) / name, labels[0] if labels else None)
+        if is_empty:
+            yield Found(path)  # to be told
 
 
 def classify(model: Classifier, found: Sequence[Found]) -> Iterator[Prediction]:
@@ -150,7 +159,7 @@ def _csv(about: dict[str, Any], predictions: Sequence[Prediction], class_names: 
     for prediction in predictions:
         row = _fields(prediction, class_names)
         named = [row.get(name) for name in ("file", "class", "probability", "label", "error")]
-        writer.writerow([*named, *row.get("probabilities", {}).values()])
+        writer.writerow([*named, *row.get("probabilities", dict.fromkeys(class_names)).values()])
     return text.getvalue().encode(errors="surrogateescape")  # names of files are bytes
 
 
@@ -161,7 +170,7 @@ def _jsonl(about: dict[str, Any], predictions: Sequence[Prediction], class_names
 def _json(about: dict[str, Any], predictions: Sequence[Prediction], class_names: Sequence[str]) -> bytes:
     score = _score(predictions, class_names)
     rows = [_fields(one, class_names) for one in predictions]
-    return json.dumps(about | {"class_names": class_names} | score | {"predictions": rows}, indent=1).encode()
+    return json.dumps(about | {"class_names": class_names} | score | {"predictions": rows}).encode()
 
 
 _FORMATS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}

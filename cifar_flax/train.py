@@ -40,7 +40,7 @@ def train(config: Config, folder: Path, *, summary: bool = False) -> None:
     """
     trainer = Trainer(config)
     if config.train.init_from and not records.saved_steps(folder / workdir.CHECKPOINTS):
-        trainer.initial_state = transfer.begin(config, trainer.task, trainer.initial_state)
+        trainer.initial_state = transfer.begin(config, trainer.info, trainer.task, trainer.initial_state)
     with workdir.opened(folder, config):
         if summary:
             distributed.say(summarize(config.model, trainer.info.image_shape, len(trainer.info.class_names)))

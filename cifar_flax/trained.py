@@ -75,6 +75,8 @@ def restore(config: Config, workdir: Path, field: str = "--workdir") -> Trained:
 
 def _checkpoint_folder(workdir: Path, field: str) -> Path:
     folder = workdir / CHECKPOINTS
+    if not workdir.is_dir():
+        raise ConfigError(f"{field}={str(workdir)!r}: no such folder")
     if not folder.is_dir():
         raise ConfigError(f"{field}={str(workdir)!r}: holds no checkpoint; train one first")
     return folder

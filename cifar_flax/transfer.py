@@ -7,6 +7,7 @@ import jax
 from cifar_flax import averaging, distributed
 from cifar_flax.config import Config
 from cifar_flax.errors import UserError
+from cifar_flax.experiment import DatasetInfo
 from cifar_flax.state import TrainState, named_leaves
 from cifar_flax.steps import Task
 from cifar_flax.trained import restore, saved_config
@@ -14,7 +15,7 @@ from cifar_flax.trained import restore, saved_config
 _FIELD = "train.init_from"
 
 
-def begin(config: Config, task: Task, state: TrainState) -> TrainState:
+def begin(config: Config, info: DatasetInfo, task: Task, state: TrainState) -> TrainState:
     """The first state `state` with the weights that `config.train.init_from` has trained, as far as they fit.
 
     A weight fits where one of the same name, such as "hidden.kernel", has the same shape: a head for another number of
@@ -39,6 +40,8 @@ def begin(config: Config, task: Task, state: TrainState) -> TrainState:
     if not fits & named_leaves(state.params, ".").keys():
         raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights fits this network ({'; '.join(unfit)})")
     distributed.say(f"begins with {len(fits)} of its {len(ours)} weights from {folder}, step {trained.step}")
+    if trained.info.class_names != info.class_names and len(trained.info.class_names) == len(info.class_names):
+        distributed.say(f"  its head is of other classes: {', '.join(trained.info.class_names)}")
     for line in unfit:
         distributed.say(f"  does not match: {line}")
     leaves = [theirs[name] if name in fits else array for name, array in ours.items()]

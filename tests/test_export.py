@@ -116,6 +116,10 @@ def test_one_program_for_any_number_of_images_and_every_platform(folder, straigh
         np.testing.assert_allclose(program.call(images[:count]), expected[:count], rtol=0, atol=export.TOLERANCE)
 
 
+def test_whoever_may_read_one_file_may_read_all(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_what_is_written_of_the_network(folder, straight):
     about = json.loads((folder / "config.json").read_text())
     assert about["model"]["name"] == "cnn"

@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_tiny_config
@@ -90,9 +91,11 @@ def test_any_number_of_images_in_memory(model, evaluation, count):
 
 
 def test_a_notebook_takes_files_too(model, evaluation, photos):
+    np.testing.assert_array_equal(model.predict(jnp.asarray(TEST.images[:3])), model.predict(TEST.images[:3]))
     files = sorted(photos.glob("*/00[0-4].png"), key=lambda path: path.name)
     np.testing.assert_allclose(model.predict(files), evaluation.probabilities[:5], rtol=0, atol=1e-6)
-    assert [model.class_names[i] for i in model.predict(map(str, files) and [str(f) for f in files]).argmax(axis=1)]
+    np.testing.assert_array_equal(model.predict(map(str, files)), model.predict(files))
+    assert "Classifier of 32x32x3 images: 10 classes, 0, 1" in repr(model)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,9 @@ def test_a_notebook_takes_files_too(model, evaluation, photos):
         (np.zeros((2, 32, 32, 3), np.float32), "float32 of shape (2, 32, 32, 3); must be uint8 (0 to 255) of shape"),
         (np.zeros((2, 28, 28, 3), np.uint8), "must be uint8 (0 to 255) of shape (n, 32, 32, 3)"),
         (np.zeros((32, 32, 3), np.uint8), "must be uint8 (0 to 255) of shape (n, 32, 32, 3)"),
-        ("cat.png", "'cat.png'; must be an array or a list of files"),
+        ("cat.png", "must be one array (n, height, width, channels) or a list of files"),
+        (None, "must be one array (n, height, width, channels) or a list of files"),
+        ([np.zeros((32, 32, 3), np.uint8)], "must be one array (n, height, width, channels) or a list of files"),
         (["gone.png"], "gone.png: no such file or directory"),
     ],
 )
@@ -120,6 +125,11 @@ def test_folders_are_walked_in_order_and_classes_found(tmp_path):
     expected = ["in/b.png", "in/Cat/2.png", "in/Cat/deep/1.png", "in/cat/1.png", "in/dogs/1.png", "gone.png"]
     assert names == expected
     assert [one.label for one in found] == [None, "cat", "cat", "cat", None, None]
+    below = list(find([tmp_path / "in" / "Cat", tmp_path / "in" / "b.png"], ("cat", "dog")))
+    assert [one.label for one in below] == ["cat", "cat", None]
+    (tmp_path / "dog" / "cat").mkdir(parents=True)
+    (tmp_path / "dog" / "cat" / "1.png").touch()
+    assert [one.label for one in find([tmp_path / "dog"], ("cat", "dog"))] == ["cat"]
 
 
 @pytest.fixture
@@ -131,16 +141,18 @@ def mixed(tmp_path, photos):
         (folder / name).write_bytes(next(photos.glob(f"*/{source[2:]}")).read_bytes())
     (folder / "a.txt").write_text("no picture")
     (folder / "c\x1b[2J.png").write_bytes(b"")
+    (tmp_path / "nothing" / "in" / "it").mkdir(parents=True)
     return folder
 
 
 def test_what_cannot_be_read_is_told_and_the_rest_classified(run, mixed, tmp_path, capsys, evaluation):
     with pytest.raises(UserError) as caught:
-        predict(saved_config(run), run, [mixed, tmp_path / "gone.png"], None)
-    assert (caught.value.exit_code, str(caught.value)) == (1, "3 of 5 files could not be classified")
+        predict(saved_config(run), run, [mixed, tmp_path / "gone.png", tmp_path / "nothing"], None)
+    assert (caught.value.exit_code, str(caught.value)) == (1, "4 of 6 files could not be classified")
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["file", "class", "probability", "runners-up"]
-    assert len(lines) == 5
+    assert len(lines) == 6
+    assert "not classified: a folder without files" in lines[5]
     for line, reason in ((lines[0], "not an image"), (lines[2], "empty"), (lines[4], "no such file or directory")):
         assert f"not classified: {reason}" in line
     for line, row in ((lines[1], evaluation.probabilities[0]), (lines[3], evaluation.probabilities[1])):
@@ -162,6 +174,7 @@ def test_tables_for_programs(run, mixed, tmp_path, capsys):
         content = output.read_text()
         if kind == "csv":
             rows[kind] = list(csv.DictReader(content.splitlines()))
+            assert {len(row) for row in csv.reader(content.splitlines())} == {5 + 10}
         elif kind == "json":
             rows[kind] = json.loads(content)["predictions"]
         else:

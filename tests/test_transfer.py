@@ -17,7 +17,7 @@ from cifar_flax.train import Trainer, train
 
 def begun(config):
     trainer = Trainer(config)
-    return trainer.initial_state, transfer.begin(config, trainer.task, trainer.initial_state)
+    return trainer.initial_state, transfer.begin(config, trainer.info, trainer.task, trainer.initial_state)
 
 
 def config_from(run, **changes):
@@ -45,7 +45,7 @@ def test_a_new_head_where_the_number_of_classes_differs(straight, monkeypatch, c
     info = dataclasses.replace(trainer.info, class_names=trainer.info.class_names[:7])
     task, init = experiment.build(config, info)
     fresh = init(config.seed, None)
-    first = transfer.begin(config, task, fresh)
+    first = transfer.begin(config, info, task, fresh)
     assert_equal(first.params["head"], fresh.params["head"])
     assert first.params["head"]["kernel"].shape == (16, 7)
     for name in ("conv", "hidden"):
@@ -55,6 +55,14 @@ def test_a_new_head_where_the_number_of_classes_differs(straight, monkeypatch, c
         "does not match: head.bias: (10,) there, (7,) here",
         "does not match: head.kernel: (16, 10) there, (16, 7) here",
     ]
+
+
+def test_other_classes_of_the_same_number_are_told(straight, capsys):
+    config = config_from(straight[0])
+    trainer = Trainer(config)
+    info = dataclasses.replace(trainer.info, class_names=tuple("abcdefghij"))
+    transfer.begin(config, info, trainer.task, trainer.initial_state)
+    assert "its head is of other classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
 
 
 def test_what_the_evaluation_uses_is_what_is_taken(tmp_path):
@@ -83,9 +91,9 @@ def test_another_network_is_refused_with_the_difference(straight):
     assert first.params["hidden"]["kernel"].shape[1] == 24
 
 
-@pytest.mark.parametrize("folder", ["nowhere", "."])
-def test_a_folder_without_a_run_is_refused_before_anything_is_written(tmp_path, folder):
-    with pytest.raises(ConfigError, match=r"^train.init_from='.*': holds no checkpoint"):
+@pytest.mark.parametrize(("folder", "reason"), [("nowhere", "no such folder"), (".", "holds no checkpoint")])
+def test_a_folder_without_a_run_is_refused_before_anything_is_written(tmp_path, folder, reason):
+    with pytest.raises(ConfigError, match=rf"^train.init_from='.*': {reason}"):
         train(config_from(tmp_path / folder), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -53,6 +53,8 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
 
     try:
         found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode):
+            raise UserError("a folder without files")
         if not stat.S_ISREG(found.st_mode):
             raise UserError("not a file")
         if not found.st_size:

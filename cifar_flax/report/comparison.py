@@ -43,10 +43,11 @@ class _Run:
 def compare(workdirs: Sequence[Path], output: Path) -> None:
     """Writes a page that shows the runs in `workdirs` side by side, and prints their figures.
 
-    Raises `ConfigError` where there are fewer than two, or one is no run or given twice, or `output` is a folder, and
+    Raises `ConfigError` where there are fewer than two, or one is no run or given twice, or `output` is no page, and
     `OSError` where it cannot be written.
     """
     require(not output.is_dir(), "--output", str(output), "is a folder; name a file")
+    require(output.suffix in (".html", ".htm"), "--output", str(output), "must end with .html")
     runs = _read(workdirs)
     title = f"Comparison of {len(runs)} runs"
     head = [element("h1", title), element("p", _evaluated_on(runs), class_="lead")]
