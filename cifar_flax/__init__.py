@@ -22,7 +22,7 @@ def load(workdir: str | PathLike[str]) -> "Classifier":
     from pathlib import Path
 
     from cifar_flax.classifier import Classifier
-    from cifar_flax.trained import restore, saved_config
+    from cifar_flax.restore import restore, saved_config
 
     folder = Path(workdir)
     return Classifier(restore(saved_config(folder, "workdir"), folder, "workdir"))

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from cifar_flax import steps
-from cifar_flax.data.images import read_image, reading, require_pillow
+from cifar_flax.data.images import read_image, reading
 from cifar_flax.errors import UserError
-from cifar_flax.trained import Trained
+from cifar_flax.restore import RestoredRun
+from cifar_flax.training import steps
 
 
 class Classifier:
@@ -22,11 +22,11 @@ class Classifier:
     `class_names` are those of the data set that it was trained on, `image_shape` is (height, width, channels).
     """
 
-    def __init__(self, trained: Trained):
-        self.class_names = trained.info.class_names
-        self.image_shape = trained.info.image_shape
-        self.batch_size = trained.task.layout.round_up(trained.config.eval.batch_size)  # the most images at a time
-        self._task, self._weights, self._eval = trained.task, trained.weights, trained.config.eval
+    def __init__(self, run: RestoredRun):
+        self.class_names = run.info.class_names
+        self.image_shape = run.info.image_shape
+        self.batch_size = run.task.layout.round_up(run.config.eval.batch_size)  # the most images at a time
+        self._task, self._weights, self._eval = run.task, run.weights, run.config.eval
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
     def __repr__(self) -> str:
@@ -57,7 +57,6 @@ class Classifier:
         paths: list[Any] = list(given) if some else [None]
         if not all(isinstance(path, str | PathLike) for path in paths):
             raise UserError("images: must be one array (n, height, width, channels) or a list of files")
-        require_pillow()
         pixels = np.empty((len(paths), *self.image_shape), np.uint8)
         with reading():
             for place, path in enumerate(paths):
@@ -73,7 +72,7 @@ class Classifier:
         size = layout.round_up(min(1 << (len(images) - 1).bit_length(), self.batch_size))
         padded = np.zeros((size, *self.image_shape), np.uint8)
         padded[: len(images)] = images
-        batch = layout.split(padded)
+        batch = layout.shard_batch(padded)
         if size not in self._compiled:
             step = functools.partial(steps.predict_step, self._task, tta=self._eval.tta, tta_below=self._eval.tta_below)
             self._compiled[size] = layout.compile(step, self._weights, batch)

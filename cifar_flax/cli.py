@@ -1,189 +1,122 @@
-"""The command line: arguments -> what to do, with every mistake as one line."""
+"""The command line of `python main.py`, `python -m cifar_flax` and `cifar-flax`: from its start to its exit code.
 
-import argparse
+Imports nothing heavy before the installed packages have been checked.
+"""
+
+import contextlib
+import io
 import re
-import runpy
-import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+import signal
+import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from absl import flags
-from ml_collections import config_flags
+from cifar_flax import packages
+from cifar_flax.errors import UserError
+from cifar_flax.runtime import allocator
 
-from cifar_flax.config import LOCATIONS, Config, describe_field, may_override
-from cifar_flax.errors import ConfigError, require
-from cifar_flax.trained import saved_config
-
-_USAGE = "main.py [--mode=MODE] [options] [PATH ...]"
-_DESCRIPTION = """
-Trains small-image classifiers, and serves what was trained.
-
-modes:
-  train     a run, from its newest checkpoint if there is one; needs --config (this is the default)
-  eval      counts the test split again, and writes the run's eval.json and report.html; needs --workdir
-  predict   classifies the image files, and those in the folders, that PATH names; needs --workdir
-  compare   the runs in the folders that PATH names, side by side on one page
-  export    the network for other programs: safetensors, StableHLO; needs --workdir and --output
-  doctor    what would keep a run from starting here
-"""
-_EXAMPLES = """
-examples:
-  python main.py --config configs/default.py --config.train.epochs=30 --workdir=runs/longer
-  python main.py --mode=eval --workdir=runs/longer
-  python main.py --mode=predict --workdir=runs/longer holiday/ cat.jpg
-"""
+if TYPE_CHECKING:
+    from cifar_flax.arguments import Command
 
 
-_OVERRIDE = r"--?(?:no)?config\.([^=]*)=?(.*)"  # such as --config.seed=1
+def entry_point() -> NoReturn:
+    """Run the command line of this process and exit."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of imports; signals.py takes over
+    allocator.keep_freed_memory()  # starts the process again, so before the imports that take their time
+    error = check_installation()
+    if error is not None:
+        sys.exit(_report_installation(error))
+    from cifar_flax.runtime import processes
+
+    processes.run(main)
 
 
-@dataclass(frozen=True, slots=True)
-class _Mode:
-    """What belongs to a mode, and what it cannot do without; the options by their names on the command line."""
-
-    takes: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    paths: int = 0  # at least so many; 0: takes none
-
-
-MODES = {
-    "train": _Mode(takes=("--config", "--workdir", "--summary"), needs=("--config",)),
-    "eval": _Mode(takes=("--workdir",), needs=("--workdir",)),
-    "predict": _Mode(takes=("--workdir", "--output"), needs=("--workdir",), paths=1),
-    "compare": _Mode(takes=("--output",), paths=2),
-    "export": _Mode(takes=("--workdir", "--output"), needs=("--workdir", "--output")),
-    "doctor": _Mode(takes=("--config", "--workdir")),
-}
-
-
-_WHAT = {
-    "--config": "a config file: --config FILE",
-    "--workdir": "the folder of a run: --workdir=DIR",
-    "--output": "a folder to write to: --output=DIR",
-}
-_PATHS = {"predict": "image files or folders", "compare": "the folders of two runs or more"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    mode: str
-    config: Config  # the file's, or the one saved in the workdir, with the fields that flags set
-    workdir: Path
-    paths: tuple[Path, ...]
-    output: Path | None
-    summary: bool
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
-
-
-def parse(argv: Sequence[str]) -> Command:
-    """Reads the arguments after the program's name; raises `ConfigError` for the first that is not allowed."""
-    arguments, rest = _parser().parse_known_args(argv)
-    name, mode = arguments.mode, MODES[arguments.mode]
-    given = {f"--{option}": value for option, value in vars(arguments).items() if option != "mode"}
-    for option, value in given.items():
-        require(not value or option in mode.takes, option, value, f"not used in {name}{_instead(option, mode)}")
-    for argument in rest:
-        if re.match(r"--?[a-zA-Z]", argument) and not re.match(_OVERRIDE, argument):
-            raise ConfigError(f"unknown argument {argument!r} (see --help)")
-    for option in mode.needs:
-        if not given[option]:
-            raise ConfigError(f"{name} needs {_WHAT[option]} (see --help)")
-    uses_run = "--workdir" in mode.needs
-    if uses_run or (name == "doctor" and arguments.workdir and not arguments.config):
-        config = saved_config(Path(arguments.workdir))
-    else:
-        config = _load(arguments.config) if arguments.config else Config()
-    config, changed, paths = _override(config, rest)
-    config.validate()
-    for path, value in changed.items():
-        others = f"{', '.join(LOCATIONS)}, eval.* and parallel.* can"
-        require(not uses_run or may_override(path), path, value, f"cannot be changed in {name}; {others}")
-        require(name != "compare", path, value, "not used in compare")
-    if paths and not mode.paths:
-        raise ConfigError(f"unknown argument {paths[0]!r} (see --help)")
-    if len(paths) < mode.paths:
-        raise ConfigError(f"{name} needs {_PATHS[name]} (see --help)")
-    return Command(
-        mode=name,
-        config=config,
-        workdir=Path(arguments.workdir or f"runs/{Path(arguments.config or name).stem}"),
-        paths=tuple(map(Path, paths)),
-        output=Path(arguments.output) if arguments.output else None,
-        summary=arguments.summary,
-    )
-
-
-def _instead(option: str, mode: _Mode) -> str:
-    saved = option == "--config" and "--workdir" in mode.needs
-    return ": the config saved with the checkpoint is; name the run's folder by --workdir" if saved else ""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="main.py",
-        usage=_USAGE,
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--mode", choices=tuple(MODES), default="train", help=argparse.SUPPRESS)
-    run = parser.add_argument_group("which run")
-    run.add_argument(
-        "--config", metavar="FILE", help="train, doctor: the config file; --config.FIELD=VALUE sets a field"
-    )
-    run.add_argument("--workdir", metavar="DIR", help="where the run lives (train: runs/<name of the config file>)")
-    results = parser.add_argument_group("results")
-    results.add_argument("--summary", action="store_true", help="train: print the network's layers first")
-    results.add_argument(
-        "--output",
-        metavar="PATH",
-        help="predict: a .csv, .json or .jsonl file; compare: the page (comparison.html); export: a folder",
-    )
-    return parser
-
-
-def _load(path: str) -> Config:
-    """What the `get_config` of a Python file returns."""
-    require(Path(path).is_file(), "--config", path, "no such file")
+def check_installation() -> UserError | None:
+    """Import what every mode needs; return the error, with the version that is needed, if that is impossible."""
     try:
-        config = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # whatever the file does wrong
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if str(error) == "'get_config'":
-            reason = "it defines no get_config()"
-        raise ConfigError(f"--config={path!r}: {f'line {line}: ' if line else ''}{reason}") from error
-    require(
-        isinstance(config, Config), "--config", path, f"get_config() returns a {type(config).__name__}, not a Config"
-    )
-    return config
+        packages.require(packages.REQUIRED)
+        from cifar_flax import arguments  # noqa: F401  # and with it JAX, Flax, Optax and Orbax
+    except UserError as error:
+        return error
+    except Exception as error:  # whatever packages do that were built for others than those which are installed
+        name = packages.culprit(error)
+        if name is None:
+            raise
+        return packages.broken(name, error)
+    return None
 
 
-def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, Any], list[str]]:
-    """A copy with the fields set that arguments such as `--config.seed=1` name, path -> new value, other arguments."""
-    allowed = {}
-    for argument in arguments:
-        if match := re.match(_OVERRIDE, argument):
-            allowed[match[1]] = describe_field(config, match[1], match[2] or "")
-    values = flags.FlagValues()
-    values.set_gnu_getopt(True)  # flags may come after other arguments
+def _report_installation(error: UserError) -> int:
+    if re.search(r"--?mode[= ]doctor\b", " ".join(sys.argv)):
+        from cifar_flax.modes.doctor import examine_installation
+
+        examine_installation(error)
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def main() -> int:
+    """Do what the arguments of this process say; return the exit code, after one line for a user's mistake."""
+    from cifar_flax import arguments
+    from cifar_flax.runtime import compilation, devices, processes, signals
+
+    def fail(line: str, code: int) -> int:
+        with contextlib.suppress(OSError):  # of nobody who reads it
+            print(f"{processes.label()}{line}", file=sys.stderr)
+        return code
+
+    compilation.keep_programs()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once, and keeps it if the run is killed
     try:
-        config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=["", *arguments])
-        rest = values(["main.py", *arguments])[1:]
-    except flags.IllegalFlagValueError as error:
-        match = re.match(r"flag --config\.([^=]*)=(.*?): ", str(error), re.DOTALL)
-        if match is None or match[1] not in allowed:
-            raise ConfigError(" ".join(str(error).split())) from error
-        raise ConfigError(f"{match[1]}={match[2]!r}: must be {allowed[match[1]]}") from error
-    except flags.Error as error:
-        raise ConfigError(f"{' '.join(str(error).split())} (see --help)") from error
-    flag: Any = values["config"]
-    return flag.value, config_flags.get_override_values(flag), rest
+        command = arguments.parse(sys.argv[1:])
+        if command.mode in ("train", "eval"):  # the others are of one process
+            processes.start(command.config.parallel)
+        if command.mode not in ("compare", "doctor"):
+            devices.all_devices()  # the first use of JAX says what is wrong with it
+        with signals.signals_end_the_process():
+            _run(command)
+    except UserError as error:
+        return fail(f"error: {error}", error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        return fail(f"error: {error}", 1)
+    except signals.Stopped as stopped:
+        return fail(str(stopped), stopped.exit_code)
+    except Exception as error:
+        lost = processes.lost_peer(error)
+        if lost is None:
+            raise
+        return fail(f"error: {lost}", lost.exit_code)
+    return 0
+
+
+def _run(command: "Command") -> None:
+    """Run the mode. Each imports its own: `predict` starts faster without the training loop."""
+    config, workdir = command.config, command.workdir
+    match command.mode:
+        case "train":
+            from cifar_flax.modes.train import train
+
+            train(config, workdir, summary=command.summary)
+        case "eval":
+            from cifar_flax.modes.evaluate import evaluate
+
+            evaluate(config, workdir)
+        case "predict":
+            from cifar_flax.modes.predict import predict
+
+            predict(config, workdir, command.paths, command.output)
+        case "compare":
+            from cifar_flax.modes.compare import compare
+
+            compare(command.paths, command.output or Path("comparison.html"))
+        case "export":
+            from cifar_flax.modes.export import export
+
+            assert command.output is not None
+            export(config, workdir, command.output)
+        case "doctor":
+            from cifar_flax.modes.doctor import doctor
+
+            doctor(config, workdir)

@@ -9,14 +9,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cifar_flax import models
-from cifar_flax.averaging import AveragingConfig
-from cifar_flax.checkpoint import CheckpointConfig
+from cifar_flax.checkpoints.manager import CheckpointConfig
 from cifar_flax.data.augment import VIEWS, AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, require
-from cifar_flax.optim import GroupConfig, OptimConfig
-from cifar_flax.parallel import ParallelConfig
-from cifar_flax.profiling import ProfileConfig
+from cifar_flax.models import AirbenchConfig, CNNConfig, ResNetConfig
+from cifar_flax.runtime.devices import ParallelConfig
+from cifar_flax.training.averaging import AveragingConfig
+from cifar_flax.training.optimizers import GroupConfig, OptimConfig
+from cifar_flax.training.profiling import ProfileConfig
+
+# What a config file imports.
+__all__ = [
+    "AirbenchConfig",
+    "AugmentConfig",
+    "AveragingConfig",
+    "CNNConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "GroupConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ProfileConfig",
+    "ResNetConfig",
+    "TrainConfig",
+]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,7 +86,7 @@ class Config:
     max_skipped: int = 10  # steps left out in a row that stop the run all the same
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    model: models.ModelConfig = field(default_factory=models.CNNConfig)
+    model: models.ModelConfig = field(default_factory=CNNConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and that tell whether they are what was written."""
+"""Atomic writes of files and folders, checksums, file locks, and the user's cache folder."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,19 +31,41 @@ def replace(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which is renamed to `folder` at the end of the block; removed if the block raises.
+
+    Raises `OSError` that names `folder` if it exists already. Readers never see a part of it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's folders are closed to others
+        publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Rename the complete folder `partial` to `folder`, durably."""
+    partial.rename(folder)
+    sync_folder(folder.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     replace(path, json.dumps(value, indent=1).encode())
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """As `write_json`, with a checksum of `content` inside."""
-    write_json(path, content | {_SEAL: _digest(content)})
+    write_json(path, content | {_SEAL: json_checksum(content)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """What `write_sealed` was given; raises `OSError` or `ValueError` where it cannot be read or is something else."""
     content = read_json(path)
-    if not isinstance(content, dict) or content.pop(_SEAL, None) != _digest(content):
+    if not isinstance(content, dict) or content.pop(_SEAL, None) != json_checksum(content):
         raise ValueError(f"{path.name} does not match its checksum")
     return content
 
@@ -55,7 +78,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path.name} is nested too deeply") from error
 
 
-def _digest(content: dict[str, Any]) -> str:
+def json_checksum(content: Any) -> str:
+    """Return the SHA-256 of `content` (of JSON), whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,3 +158,8 @@ def lock_holder(path: Path) -> str | None:
     except (ImportError, OSError):
         pass
     return None
+
+
+def user_cache() -> Path:
+    """Return this project's folder in the user's cache folder; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_flax"

@@ -1,46 +1,161 @@
-"""Whether the packages that are installed will do."""
+"""The packages that this one needs: which are installed, in which versions, and whether they work.
 
+Imports nothing but the standard library, so that it can report a package that is missing, too old or broken.
+"""
+
+import importlib
 import importlib.metadata
+import importlib.util
+import platform
 import re
-from collections.abc import Iterable
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
-from cifar_flax.environment import installed_version
-from cifar_flax.errors import UserError
+import cifar_flax
+from cifar_flax.errors import UserError, one_line
 
-# The oldest version of each, as in requirements.txt: of what every run needs, and of what some do.
-NEEDED = {
-    "jax": "0.10",
-    "flax": "0.12.6",
-    "optax": "0.2.6",
-    "orbax-checkpoint": "0.12",
-    "numpy": "2.0",
-    "ml-collections": "1.1",
-    "absl-py": "2.1",
-    "jaxtyping": "0.3.2",
+PYTHONS = ((3, 11), (3, 14))  # the oldest and the newest that are supported
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    module: str  # the module that is imported
+    oldest: str  # the oldest version that works, as in pyproject.toml
+    used_for: str = ""  # what does not work without it; "": nothing works
+
+
+# Name in the package index -> what this project asks of it. The first ones are needed by every run.
+PACKAGES = {
+    "jax": Package("jax", "0.10"),
+    "flax": Package("flax", "0.12.6"),
+    "optax": Package("optax", "0.2.6"),
+    "orbax-checkpoint": Package("orbax.checkpoint", "0.12"),
+    "numpy": Package("numpy", "2.0"),
+    "ml-collections": Package("ml_collections", "1.1"),
+    "absl-py": Package("absl", "2.1"),
+    "jaxtyping": Package("jaxtyping", "0.3.2"),
+    "filelock": Package("filelock", "3.12"),
+    "tensorflow": Package("tensorflow", "2.20", "data.pipeline=streaming and preparing TFDS data sets"),
+    "tensorflow-datasets": Package("tensorflow_datasets", "4.9.9", "preparing TFDS data sets"),
+    "scikit-learn": Package("sklearn.datasets", "1.6", "data.name=digits"),
+    "matplotlib": Package("matplotlib.pyplot", "3.9", "confusion_matrix.png"),
+    "tensorboardX": Package("tensorboardX", "2.6.2", "TensorBoard events"),
+    "tqdm": Package("tqdm", "4.66", "the progress bar"),
+    "pillow": Package("PIL.Image", "10.1", "--mode=predict"),
+    "safetensors": Package("safetensors.numpy", "0.5", "--mode=export"),
 }
-NEEDED_BY_SOME = {"tensorflow": "2.20", "tensorflow-datasets": "4.9.9", "scikit-learn": "1.6"}
+_TENSORFLOWS = ("tensorflow", "tensorflow-cpu", "tensorflow-macos", "tf-nightly")  # one module, several packages
+REQUIRED = tuple(name for name, package in PACKAGES.items() if not package.used_for)
+OPTIONAL = tuple(name for name in PACKAGES if name not in REQUIRED)
 
 
-def version(package: str) -> str | None:
-    """The one installed; None where there is none."""
-    if package == "tensorflow":  # comes under several names
-        package = next(iter(importlib.metadata.packages_distributions().get(package, ())), package)
-    return installed_version(package)
+def version(name: str) -> str | None:
+    """Return the installed version of the distribution `name`, or None if it is not installed."""
+    for each in _TENSORFLOWS if name == "tensorflow" else (name,):
+        try:
+            return importlib.metadata.version(each)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
-def require(packages: Iterable[str]) -> None:
-    """Raises `UserError` that names those which are missing or too old."""
-    oldest, wanting = NEEDED | NEEDED_BY_SOME, []
-    for package in packages:
-        found = version(package)
-        if found is None:
-            wanting.append(f"{package} is missing")
-        elif numbers(found) < numbers(oldest[package]):
-            wanting.append(f"{package} {found} is older than {oldest[package]}")
-    if wanting:
-        raise UserError(f"{', '.join(wanting)} (pip install -U -r requirements.txt)")
+def versions() -> dict[str, str]:
+    """Return name -> version of this package, of Python, of jaxlib and of the installed ones of `PACKAGES`."""
+    found = {"cifar_flax": cifar_flax.__version__, "python": platform.python_version()}
+    return found | {name: installed for name in ("jaxlib", *PACKAGES) if (installed := version(name))}
+
+
+def installed(name: str) -> bool:
+    """Return whether the package `name` of `PACKAGES` is there; it is not imported."""
+    return has_module(PACKAGES[name].module.partition(".")[0])
+
+
+def has_module(module: str) -> bool:
+    """Return whether the top-level `module` is there; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # it is in sys.modules, without a spec: somebody hides it
+        return False
+
+
+def fault(name: str) -> str | None:
+    """Return why the package `name` cannot be used, if it is missing or too old; None if its version will do."""
+    wanted, found = PACKAGES[name].oldest, version(name)
+    if not installed(name):
+        where = f", but does not exist for Python {sys.version_info[0]}.{sys.version_info[1]}" if _too_new(name) else ""
+        return f"{name} is not installed; {name}>={wanted} is needed{where}"
+    if found is not None and numbers(found) < numbers(wanted):
+        return f"{name} {found} is too old; {name}>={wanted} is needed"
+    return None
+
+
+def _too_new(name: str) -> bool:
+    return name.startswith("tensorflow") and sys.version_info >= (3, 14)
+
+
+def require(names: Iterable[str], purpose: str = "") -> None:
+    """Raise `UserError` that lists those of `names` that are missing or too old, and what they are needed for."""
+    faults = {name: reason for name in names if (reason := fault(name))}
+    if faults:
+        raise UserError(f"{purpose}{': ' if purpose else ''}{'; '.join(faults.values())} ({_advice(faults)})")
+
+
+def load(name: str) -> ModuleType:
+    """Import and return the module of the optional package `name`.
+
+    Raises `UserError`, with the version that is needed, if it is missing, too old or cannot be imported.
+    """
+    package = PACKAGES[name]
+    require([name], package.used_for)
+    try:
+        return importlib.import_module(package.module)
+    except Exception as error:  # whatever a package does that was built for others than those which are installed
+        raise broken(name, error) from error
+
+
+def culprit(error: Exception) -> str | None:
+    """Return the package whose import has raised `error`, or None if it is none of `PACKAGES`."""
+    modules = [str(error.name)] if isinstance(error, ModuleNotFoundError) else []
+    frames = traceback.extract_tb(error.__traceback__)
+    modules += [part for frame in reversed(frames) for part in Path(frame.filename).parts]
+    by_module = {package.module.partition(".")[0]: name for name, package in PACKAGES.items()} | {"jaxlib": "jax"}
+    return next(
+        (by_module[module.partition(".")[0]] for module in modules if module.partition(".")[0] in by_module), None
+    )
+
+
+def broken(name: str, error: Exception) -> UserError:
+    """Return the error to raise if importing the package `name` has raised `error`."""
+    reason = f"{name} {version(name)} cannot be imported ({one_line(error)}); {name}>={PACKAGES[name].oldest} is needed"
+    return UserError(f"{reason} ({_advice([name])})")
+
+
+def _advice(names: Iterable[str]) -> str:
+    wanted = [f'"{name}>={PACKAGES[name].oldest}"' for name in names]
+    return f"pip install -U {' '.join(wanted)}"
 
 
 def numbers(version: str) -> list[int]:
-    """Those that a version consists of, to be compared."""
-    return [int(number) for number in re.findall(r"\d+", version)]
+    """Return the numbers of a version, for comparisons; those of a pre-release are left out."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return [int(number) for number in match[0].split(".")] if match else []
+
+
+@contextmanager
+def without(module: str) -> Iterator[None]:
+    """Make imports of `module` fail inside the block, unless it has been imported already.
+
+    Libraries try such imports for the sake of users who might pass them that module's objects.
+    """
+    there = module in sys.modules
+    sys.modules.setdefault(module, None)  # type: ignore[arg-type]  # a module that is None cannot be imported
+    try:
+        yield
+    finally:
+        if not there:
+            del sys.modules[module]

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cifar_flax import config as configs
-from cifar_flax import distributed, files
+from cifar_flax import files
+from cifar_flax.checkpoints.metadata import CHECKPOINTS, DamagedError, read_metadata, saved_steps
 from cifar_flax.config import Config
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.records import DamagedError, read_record, saved_steps
+from cifar_flax.runtime import processes
 
-CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
 _LOCK = ".lock"
 
@@ -25,13 +25,13 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
     field = f"--workdir={str(workdir)!r}"
     with contextlib.ExitStack() as stack:
         try:
-            if distributed.is_main():
+            if processes.is_main():
                 workdir.mkdir(parents=True, exist_ok=True)
                 _lock(stack, workdir, field)
             _require_same(workdir, config, field)
-            if distributed.is_main():
+            if processes.is_main():
                 files.write_json(workdir / _CONFIG, configs.to_dict(config))
-            distributed.wait_for_all()
+            processes.wait_for_all()
             if not (workdir / _CONFIG).exists():
                 raise UserError(f"{field}: must be one folder for all processes; process 0 has made another")
         except OSError as error:
@@ -81,7 +81,7 @@ def _saved(workdir: Path, field: str) -> tuple[Config | None, str]:
     steps = saved_steps(checkpoints)
     for step in reversed(steps):
         with contextlib.suppress(DamagedError):  # restoring will say so
-            return configs.from_dict(read_record(checkpoints, step)["config"]), "the checkpoint"
+            return configs.from_dict(read_metadata(checkpoints, step)["config"]), "the checkpoint"
     log, path = workdir / "metrics.jsonl", workdir / _CONFIG
     if not log.exists() or not log.stat().st_size:
         return None, ""

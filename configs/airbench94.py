@@ -10,11 +10,16 @@ Source: `airbench94_muon.py` of the repository KellerJordan/cifar10-airbench. Th
 here it is the mean: SGD's learning rates are times the batch size, and its weight decays divided by it.
 """
 
-from cifar_flax.config import Config, EvalConfig, TrainConfig
-from cifar_flax.data.augment import AugmentConfig
-from cifar_flax.data.sources import DataConfig
-from cifar_flax.models import AirbenchConfig
-from cifar_flax.optim import GroupConfig, OptimConfig
+from cifar_flax.config import (
+    AirbenchConfig,
+    AugmentConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    GroupConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 BATCH = 2000
 DECAY = 2e-6  # of each group, over its learning rate

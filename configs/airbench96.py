@@ -9,12 +9,17 @@ Source: `legacy/airbench96.py` of the repository KellerJordan/cifar10-airbench. 
 batch, here it is the mean: learning rates are times the batch size, and weight decays divided by it.
 """
 
-from cifar_flax.averaging import AveragingConfig
-from cifar_flax.config import Config, EvalConfig, TrainConfig
-from cifar_flax.data.augment import AugmentConfig
-from cifar_flax.data.sources import DataConfig
-from cifar_flax.models import AirbenchConfig
-from cifar_flax.optim import GroupConfig, OptimConfig
+from cifar_flax.config import (
+    AirbenchConfig,
+    AugmentConfig,
+    AveragingConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    GroupConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 STEPS_PER_EPOCH = 48  # of 1,024 images; the last 848 are left out
 MOMENTUM = 0.85

@@ -7,11 +7,7 @@ Time:     3 min 9 s (seed 0), compilation and evaluations included
 Memory:   1.6 GiB at its peak, 1.4 GiB once everything is decoded and compiled (seeds 0 and 1, Zen 4)
 """
 
-from cifar_flax.config import Config, TrainConfig
-from cifar_flax.data.augment import AugmentConfig
-from cifar_flax.data.sources import DataConfig
-from cifar_flax.models import CNNConfig
-from cifar_flax.optim import OptimConfig
+from cifar_flax.config import AugmentConfig, CNNConfig, Config, DataConfig, OptimConfig, TrainConfig
 
 
 def get_config() -> Config:

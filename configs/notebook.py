@@ -14,11 +14,7 @@ running averages trail the weights: with statistics measured afresh on 10,000 tr
 68.2, 69.1 and 68.4 %.
 """
 
-from cifar_flax.config import Config, TrainConfig
-from cifar_flax.data.augment import AugmentConfig
-from cifar_flax.data.sources import DataConfig
-from cifar_flax.models import CNNConfig
-from cifar_flax.optim import OptimConfig
+from cifar_flax.config import AugmentConfig, CNNConfig, Config, DataConfig, OptimConfig, TrainConfig
 
 
 def get_config() -> Config:

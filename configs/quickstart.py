@@ -6,10 +6,7 @@ Accuracy: 98.50 % (mean of seeds 0, 1, 2; standard deviation 0.16)
 Time:     20 s, compilation and evaluation included; 12 to 14 s once compiled programs are kept
 """
 
-from cifar_flax.config import Config, TrainConfig
-from cifar_flax.data.augment import AugmentConfig
-from cifar_flax.data.sources import DataConfig
-from cifar_flax.optim import OptimConfig
+from cifar_flax.config import AugmentConfig, Config, DataConfig, OptimConfig, TrainConfig
 
 
 def get_config() -> Config:

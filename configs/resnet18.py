@@ -6,11 +6,7 @@ Accuracy: not measured; 95 % is what it is known for
 Time:     not measured
 """
 
-from cifar_flax.config import Config, EvalConfig, TrainConfig
-from cifar_flax.data.augment import AugmentConfig
-from cifar_flax.data.sources import DataConfig
-from cifar_flax.models import ResNetConfig
-from cifar_flax.optim import OptimConfig
+from cifar_flax.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, ResNetConfig, TrainConfig
 
 
 def get_config() -> Config:

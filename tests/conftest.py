@@ -21,14 +21,15 @@ jax.config.update("jax_disable_most_optimizations", True)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
-from cifar_flax import checkpoint
+from cifar_flax.checkpoints import manager
 from cifar_flax.config import Config, EvalConfig, TrainConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.models import CNNConfig
-from cifar_flax.optim import OptimConfig
-from cifar_flax.state import TrainState
-from cifar_flax.train import Trainer, train
+from cifar_flax.modes.train import train
+from cifar_flax.training.optimizers import OptimConfig
+from cifar_flax.training.state import TrainState
+from cifar_flax.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -95,7 +96,7 @@ def open_checkpoints(tmp_path):
     opened = []
 
     def open_them(**fields):
-        opened.append(checkpoint.Checkpoints(tmp_path / "checkpoints", checkpoint.CheckpointConfig(**fields)))
+        opened.append(manager.Checkpoints(tmp_path / "checkpoints", manager.CheckpointConfig(**fields)))
         return opened[-1]
 
     yield open_them
@@ -123,7 +124,7 @@ def read_metrics(workdir):
 
 def final_state(config, workdir):
     trainer = Trainer(config)
-    with checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
+    with manager.Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
         return checkpoints.restore(checkpoints.newest_step(), trainer.initial_state)
 
 

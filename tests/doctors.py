@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from cifar_flax import compilation, doctor
 from cifar_flax.errors import UserError
+from cifar_flax.modes import doctor
+from cifar_flax.runtime import compilation
 
 
 def examine(config, folder):

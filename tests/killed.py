@@ -14,11 +14,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import sklearn.datasets  # noqa: F401  # where the digits come from
 
-import main
-from cifar_flax import evaluate, files, metrics, train
-from cifar_flax.checkpoint import Checkpoints
+from cifar_flax import cli, files
+from cifar_flax.checkpoints.manager import Checkpoints
 from cifar_flax.data import sources
-from cifar_flax.writers import MetricsWriter
+from cifar_flax.modes import evaluate, train
+from cifar_flax.telemetry.metrics_log import MetricsWriter
+from cifar_flax.training import loop, metrics, trainer
 
 
 def kill():
@@ -74,18 +75,18 @@ def in_removal():
 MOMENTS = {
     "start": lambda: before(sources, "load"),
     "config.json": lambda: before(os, "replace"),
-    "compilation": lambda: before(train.Trainer, "compile"),
-    "step": lambda: before(train.Run, "_read", lambda run, step, values: step == 5),
+    "compilation": lambda: before(trainer.Trainer, "compile"),
+    "step": lambda: before(loop.TrainingLoop, "_read", lambda run, step, values: step == 5),
     "line": in_a_line,
     "evaluation": lambda: before(metrics, "add", lambda total, sums: total is not None),
     "writing": lambda: before(Checkpoints, "_finish"),  # Orbax has begun it in the background
     "written": lambda: before(files, "write_sealed"),
     "sealed": lambda: after(files, "write_sealed"),
     "saved": lambda: before(Checkpoints, "_remove_old"),
-    "later step": lambda: before(train.Run, "_read", lambda run, step, values: step == 18),
+    "later step": lambda: before(loop.TrainingLoop, "_read", lambda run, step, values: step == 18),
     "removal": in_removal,
-    "last step": lambda: after(train.Run, "_read", lambda run, step, values: step == 34),
-    "end": lambda: before(evaluate, "evaluate"),
+    "last step": lambda: after(loop.TrainingLoop, "_read", lambda run, step, values: step == 34),
+    "end": lambda: before(train, "evaluate"),
     "result": lambda: before(evaluate, "write_json"),
     "report": lambda: before(evaluate, "write_report"),
 }
@@ -96,7 +97,7 @@ if __name__ == "__main__":
         child = os.fork()
         if not child:
             arrange()
-            os._exit(main.main())
+            os._exit(cli.main())
         _, status = os.waitpid(child, 0)
         print(f"{moment}: {os.waitstatus_to_exitcode(status)}", flush=True)
-    sys.exit(main.main())
+    sys.exit(cli.main())

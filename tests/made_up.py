@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_flax import metrics
 from cifar_flax.data.cache import Arrays
 from cifar_flax.report.run import write_report
+from cifar_flax.training import metrics
 
 HOSTILE = ("<script>alert(1)</script>", "\"'><img src=x onerror=alert(2)>", "</title></svg><b>&amp;", "a'b\"c & d")
 MADE_BY = {"command": "python main.py --config 'a file.py'", "hardware": "2 cores; 1 GPU", "versions": {"jax": "0.10"}}

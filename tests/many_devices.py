@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 from conftest import make_tiny_config
 
-from cifar_flax import evaluate, experiment, steps
-from cifar_flax.checkpoint import CheckpointConfig, Checkpoints
+from cifar_flax.checkpoints.manager import CheckpointConfig, Checkpoints
 from cifar_flax.config import Config, TrainConfig
 from cifar_flax.data import order, resident
 from cifar_flax.data.augment import AugmentConfig
-from cifar_flax.data.batches import Positions, evaluation_positions, gather
+from cifar_flax.data.batches import Indices, evaluation_indices, gather
 from cifar_flax.data.cache import Arrays
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import ConfigError
-from cifar_flax.experiment import DatasetInfo
 from cifar_flax.models import AirbenchConfig
-from cifar_flax.optim import OptimConfig
-from cifar_flax.parallel import ParallelConfig
-from cifar_flax.train import Trainer
+from cifar_flax.runtime.devices import ParallelConfig
+from cifar_flax.training import evaluator, steps
+from cifar_flax.training.optimizers import OptimConfig
+from cifar_flax.training.setup import setup
+from cifar_flax.training.trainer import Trainer
 
 jax.config.update("jax_disable_most_optimizations", False)  # what XLA makes of the collectives is a part of this
 
@@ -55,25 +56,27 @@ def make_config(backend="auto", **settings):
 
 
 def build(backend, devices, **settings):
-    task, init = experiment.build(make_config(backend, **settings), INFO, jax.devices()[:devices])
+    task, init = setup(make_config(backend, **settings), INFO, jax.devices()[:devices])
     return task, init(0, None)
 
 
 def batches(start=0):
-    index, epoch = order.positions(0, EXAMPLES, BATCH, start, COUNT)
+    index, epoch = order.indices(0, EXAMPLES, BATCH, start, COUNT)
     for row, of in zip(index, epoch, strict=True):
-        yield gather(IMAGES.images, IMAGES.labels, Positions(row, of, row >= 0))
+        yield gather(IMAGES.images, IMAGES.labels, Indices(row, of, row >= 0))
 
 
 def compile_step(task, state, step=steps.train_step):
-    return task.layout.compile(functools.partial(step, task), state, task.layout.split(next(batches())), donate=True)
+    return task.layout.compile(
+        functools.partial(step, task), state, task.layout.shard_batch(next(batches())), donate=True
+    )
 
 
 def run(task, state, start=0):
     """The last state, and the losses of the steps before it."""
     step, losses = compile_step(task, state), []
     for batch in batches(start):
-        state, values = step(state, task.layout.split(batch))
+        state, values = step(state, task.layout.shard_batch(batch))
         losses.append(float(values["loss"]))
     return state, np.array(losses)
 
@@ -146,7 +149,7 @@ def test_without_their_mean_batch_statistics_are_those_of_a_part(whole):
     # The running mean is the mean over the devices, which is that of the whole batch for the first step.
     means = []
     for task, state in (build("shard_map", 8, sync_batchnorm=False), build("jit", 1)):
-        state, _ = compile_step(task, state)(state, task.layout.split(next(batches())))
+        state, _ = compile_step(task, state)(state, task.layout.shard_batch(next(batches())))
         means.append(state.batch_stats["norm"]["mean"])
     np.testing.assert_allclose(*means, rtol=1e-5)
 
@@ -156,11 +159,11 @@ def test_what_no_step_changes_stays_to_the_bit_on_three_devices():
     config = make_config("shard_map", sync_batchnorm=False)
     config.model = AirbenchConfig(widths=(4, 8, 8))
     config.train.batch_size = 63
-    task, init = experiment.build(config, INFO, jax.devices()[:3])
+    task, init = setup(config, INFO, jax.devices()[:3])
     state = init(0, IMAGES.images[:600])
     kernel = np.asarray(state.batch_stats["whitening"]["kernel"])
     index = EXAMPLES[:63]
-    batch = task.layout.split(gather(IMAGES.images, IMAGES.labels, Positions(index, 0 * index, index >= 0)))
+    batch = task.layout.shard_batch(gather(IMAGES.images, IMAGES.labels, Indices(index, 0 * index, index >= 0)))
     step = task.layout.compile(functools.partial(steps.train_step, task), state, batch, donate=True)
     for _ in range(3):
         state, _ = step(state, batch)
@@ -198,7 +201,7 @@ def test_the_state_gives_its_memory_away(backend, devices):
     task, state = build(backend, devices)
     addresses = {shard.data.unsafe_buffer_pointer() for shard in state.params["hidden"]["kernel"].addressable_shards}
     step = compile_step(task, state)
-    after, _ = step(state, task.layout.split(next(batches())))
+    after, _ = step(state, task.layout.shard_batch(next(batches())))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     kernel = after.params["hidden"]["kernel"]
     assert {shard.data.unsafe_buffer_pointer() for shard in kernel.addressable_shards} == addresses
@@ -211,7 +214,7 @@ def test_the_state_gives_its_memory_away(backend, devices):
 def test_evaluation_counts_the_same_on_any_devices(backend, devices, on_device):
     """500 images a batch, which neither 3 nor 8 divide; several views for some of them."""
     (one, state), (several, spread) = build("jit", 1), build(backend, devices)
-    (everything,) = evaluation_positions(EXAMPLES, SIZE)
+    (everything,) = evaluation_indices(EXAMPLES, SIZE)
     batch = jax.device_put(gather(IMAGES.images, IMAGES.labels, everything))
     logits = steps._logits(one, (state.params, state.batch_stats), batch.image, "none")
     confidence = np.sort(jax.nn.softmax(logits).max(axis=-1))
@@ -219,8 +222,8 @@ def test_evaluation_counts_the_same_on_any_devices(backend, devices, on_device):
     results = []
     for task, of in ((one, state), (several, spread)):
         arrays = resident.put(IMAGES, task.layout) if on_device else IMAGES
-        evaluator = evaluate.Evaluator(task, arrays, EXAMPLES, 500, tta="mirror", tta_below=below)
-        results.append(evaluator(of))
+        evaluate = evaluator.Evaluator(task, arrays, EXAMPLES, 500, tta="mirror", tta_below=below)
+        results.append(evaluate(of))
     first, second = (result.summary for result in results)
     assert first["num_examples"] == SIZE
     assert first["confusion_matrix"] == second["confusion_matrix"]
@@ -234,7 +237,7 @@ def test_a_checkpoint_moves_between_layouts(whole, tmp_path, saved_on, restored_
     task, state = build(*saved_on)
     step = compile_step(task, state)
     for batch, _ in zip(batches(), range(COUNT // 2), strict=False):
-        state, _ = step(state, task.layout.split(batch))
+        state, _ = step(state, task.layout.shard_batch(batch))
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     checkpoints.save(state, {}, None)
     checkpoints.wait()
@@ -251,10 +254,10 @@ def test_a_loop_on_the_devices_is_the_steps_one_by_one(whole):
     for backend in ("shard_map", "pmap"):
         task, state = build(backend, 4)
         arrays = resident.put(IMAGES, task.layout)
-        (positions,) = resident.training_positions(
+        (positions,) = resident.training_indices(
             EXAMPLES, batch_size=BATCH, steps_per_call=COUNT, seed=0, start=0, stop=COUNT, drop_last=False
         )
-        inputs = task.layout.split(positions, batch_axis=1)
+        inputs = task.layout.shard_batch(positions, batch_axis=1)
         split = arrays.images, arrays.labels
         program = functools.partial(steps.train_steps, task)
         call = task.layout.compile(program, state, inputs, *split, batch_axis=1, donate=True)

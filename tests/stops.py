@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from cifar_flax import train
-from cifar_flax.lifecycle import Stopped, signals_end_the_process
+from cifar_flax.modes import train
+from cifar_flax.runtime.signals import Stopped, signals_end_the_process
 
 
 def stop_at(monkeypatch, owner, name, when):

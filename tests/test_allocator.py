@@ -5,11 +5,11 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax.allocator import SETTINGS, _has_glibc
+from cifar_flax.runtime.allocator import SETTINGS, _has_glibc
 
 pytestmark = pytest.mark.skipif(not _has_glibc(), reason="sets glibc's allocator")
 
-KEEP = "from cifar_flax.allocator import keep_freed_memory; keep_freed_memory()\n"
+KEEP = "from cifar_flax.runtime.allocator import keep_freed_memory; keep_freed_memory()\n"
 # Both print how many buffers the kernel had to supply. PR_SET_THP_DISABLE: count small pages, whatever its default is.
 START = """
 import ctypes, resource, threading

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_flax import averaging
-from cifar_flax.averaging import AveragingConfig
 from cifar_flax.errors import ConfigError
+from cifar_flax.training import averaging
+from cifar_flax.training.averaging import AveragingConfig
 
 TOTAL = 12
 

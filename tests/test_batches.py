@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cifar_flax.data import order, resident, streaming
-from cifar_flax.data.batches import GROUP, Batch, InputTimer, Positions, evaluation_positions, gather, to_device
+from cifar_flax.data.batches import GROUP, Batch, Indices, InputTimer, evaluation_indices, gather, to_device
 from cifar_flax.data.cache import Arrays
-from cifar_flax.parallel import ParallelConfig, make_layout
+from cifar_flax.runtime.devices import ParallelConfig, make_layout
 
 FIELDS = ("image", "label", "index", "epoch", "mask")
 
@@ -30,12 +30,12 @@ def test_pipelines_agree_byte_for_byte(start, steps_per_call, drop_last):
     examples = np.arange(5, 30, dtype=np.int32)
     arguments = {"batch_size": 8, "seed": 7, "start": start, "stop": 12, "drop_last": drop_last}
     streamed = list(streaming.training_batches(arrays, examples, **arguments))
-    calls = list(resident.training_positions(examples, steps_per_call=steps_per_call, **arguments))
+    calls = list(resident.training_indices(examples, steps_per_call=steps_per_call, **arguments))
     on_device, compiled = resident.put(arrays, make_layout(ParallelConfig())), jax.jit(gather)
     assert {call.index.shape for call in calls} == {(steps_per_call, 8)}
-    rows = [Positions(*row) for call in calls for row in zip(call.index, call.epoch, call.mask, strict=True)]
+    rows = [Indices(*row) for call in calls for row in zip(call.index, call.epoch, call.mask, strict=True)]
     gathered = [compiled(on_device.images, on_device.labels, row) for row in rows]
-    index, epoch = order.positions(7, examples, 8, start, 12, drop_last)
+    index, epoch = order.indices(7, examples, 8, start, 12, drop_last)
     assert len(streamed) == len(gathered) == 12 - start
     for step, batches in enumerate(zip(streamed, gathered, strict=True)):
         expected = Batch(
@@ -54,7 +54,7 @@ def test_a_host_reads_its_rows_alone(rows):
     arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 9, "drop_last": False}
     for whole, part in (
         (streaming.training_batches(arrays, examples, **arguments, rows=of) for of in (slice(None), rows)),
-        (resident.training_positions(examples, steps_per_call=1, **arguments, rows=of) for of in (slice(None), rows)),
+        (resident.training_indices(examples, steps_per_call=1, **arguments, rows=of) for of in (slice(None), rows)),
     ):
         for batch, share in zip(whole, part, strict=True):
             here = rows if isinstance(batch, Batch) else (slice(None), rows)
@@ -78,11 +78,11 @@ def test_batches_depend_on_neither_prefetching_nor_hosts(size, drop_last, seed, 
     examples = np.arange(size, dtype=np.int32)
     start = data.draw(st.integers(0, 5))
     arguments = {"batch_size": batch_size, "seed": seed, "start": start, "stop": start + 6, "drop_last": drop_last}
-    alone = list(resident.training_positions(examples, steps_per_call=1, **arguments))
+    alone = list(resident.training_indices(examples, steps_per_call=1, **arguments))
     shares = []
     for host in range(hosts):
         rows = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
-        own = resident.training_positions(examples, steps_per_call=1, **arguments, rows=rows)
+        own = resident.training_indices(examples, steps_per_call=1, **arguments, rows=rows)
         shares.append(list(to_device(own, lambda positions: positions, group)))
     assert len(alone) == 6
     for whole, *parts in zip(alone, *shares, strict=True):
@@ -103,7 +103,7 @@ def test_streamed_batches_do_not_depend_on_the_depth_of_prefetching(monkeypatch,
 
 
 def evaluation_batches(arrays, examples, batch_size):
-    for positions in evaluation_positions(examples, batch_size):
+    for positions in evaluation_indices(examples, batch_size):
         yield gather(arrays.images, arrays.labels, positions)
 
 

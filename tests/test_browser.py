@@ -9,7 +9,7 @@ import pages
 import pytest
 from PIL import Image
 
-from cifar_flax.report.comparison import compare
+from cifar_flax.modes.compare import compare
 
 pytestmark = [
     pytest.mark.slow,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax.report import charts, diagrams
+from cifar_flax.report import charts, confusion
 
 
 def test_spikes_of_a_long_run_stay():
@@ -58,8 +58,8 @@ def test_ticks_take_in_everything():
 def test_full_matrix_of_many_classes_is_thinned():
     counts = np.ones((400, 400), np.int64)
     counts[3, 5] = 9
-    drawn = diagrams.heat_map(counts, [str(i) for i in range(400)])
-    assert drawn.count("M") == diagrams.CELLS + 1  # and the frame
+    drawn = confusion.heat_map(counts, [str(i) for i in range(400)])
+    assert drawn.count("M") == confusion.CELLS + 1  # and the frame
     assert len(drawn) < 500_000
 
 
@@ -85,6 +85,6 @@ def test_text_stands_out(theme):
     assert _contrast(colors["ink"], colors["panel"]) >= 4.5
     for cell in ("hit", "miss"):
         for depth in np.linspace(0, 1, 50):
-            opacity = diagrams.opaque(depth)
+            opacity = confusion.opaque(depth)
             mixed = opacity * colors[cell] + (1 - opacity) * colors["paper"]
             assert _contrast(colors["ink"], mixed) >= 4.5, (cell, depth)

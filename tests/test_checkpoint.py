@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cifar_flax import files
-from cifar_flax.checkpoint import CheckpointConfig, Checkpoints, kept
+from cifar_flax.checkpoints.manager import CheckpointConfig, Checkpoints, steps_to_keep
 from cifar_flax.errors import UserError
 
 
@@ -103,7 +103,7 @@ ACCURACIES = st.dictionaries(st.integers(1, 50), st.none() | st.just(math.nan) |
 
 @given(ACCURACIES, st.integers(1, 5), st.integers(0, 5))
 def test_what_is_kept(accuracies, newest, best):
-    found = kept(accuracies, newest, best)
+    found = steps_to_keep(accuracies, newest, best)
     last = sorted(accuracies)[-newest:]
     assert set(last) <= found <= set(accuracies)
     judged = [step for step, value in accuracies.items() if value is not None and not math.isnan(value)]

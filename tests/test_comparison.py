@@ -6,7 +6,7 @@ import pages
 import pytest
 
 from cifar_flax.errors import ConfigError
-from cifar_flax.report.comparison import compare
+from cifar_flax.modes.compare import compare
 
 
 def plain(text):

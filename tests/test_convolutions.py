@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_flax import compilation
 from cifar_flax.models import layers
+from cifar_flax.runtime import compilation
 
 
 def normal(seed, *shape):

@@ -9,12 +9,13 @@ import optax
 import pytest
 from conftest import final_state, read_metrics
 
-from cifar_flax import steps
 from cifar_flax.errors import UserError
-from cifar_flax.loop import Divergence
 from cifar_flax.models import CNNConfig
-from cifar_flax.optim import OptimConfig
-from cifar_flax.train import Trainer, train
+from cifar_flax.modes.train import train
+from cifar_flax.training import steps
+from cifar_flax.training.guard import NonFiniteGuard
+from cifar_flax.training.optimizers import OptimConfig
+from cifar_flax.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_steps_left_out_change_nothing(tiny_config, tmp_path, poison, settings):
     }
     assert [line["loss"] is None for line in lines] == [line["skipped_steps"] > 0 for line in lines]
     json.dumps(lines, allow_nan=False)
-    from cifar_flax.checkpoint import Checkpoints
+    from cifar_flax.checkpoints.manager import Checkpoints
 
     with Checkpoints(tmp_path / "run" / "checkpoints", tiny_config.checkpoint, read_only=True) as checkpoints:
         before, after = (checkpoints.restore(step, trainer.initial_state) for step in (11, 22))
@@ -155,13 +156,13 @@ def test_the_count_in_a_row_goes_on_where_a_run_was_stopped():
             "learning_rate": np.full(len(finite), np.float32(0.1)),
         }
 
-    first = Divergence(4)
+    first = NonFiniteGuard(4)
     first.check(1, values(True, False, False))
     assert (first.loss, first.skipped) == (1.0, 2)
-    second = Divergence(4, first.loss, first.skipped)
+    second = NonFiniteGuard(4, first.loss, first.skipped)
     second.check(4, values(False))
     with pytest.raises(UserError, match="the loss of step 5 is nan"):
         second.check(5, values(False))
-    third = Divergence(4, first.loss, first.skipped)
+    third = NonFiniteGuard(4, first.loss, first.skipped)
     third.check(4, values(True, False, False, False))  # one that is finite begins the count anew
     assert third.skipped == 3

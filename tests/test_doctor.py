@@ -8,9 +8,13 @@ import pytest
 from conftest import REPOSITORY
 from doctors import disk_with, everything, examine, leave_out_what_compiles, one
 
-from cifar_flax import allocator, compilation, doctor, nvidia, packages, records, workdir
 from cifar_flax import config as configs
-from cifar_flax.environment import installed_version
+from cifar_flax import packages, workdir
+from cifar_flax.checkpoints import metadata
+from cifar_flax.diagnosis import nvidia
+from cifar_flax.modes import doctor
+from cifar_flax.packages import installed_version
+from cifar_flax.runtime import allocator, compilation
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def begin(folder, config):
     with workdir.opened(folder, config):
         path = folder / "checkpoints" / "34"
         path.mkdir(parents=True)
-        records.write_record(path, {"step": 34, "config": configs.to_dict(config)})
+        metadata.write_metadata(path, {"step": 34, "config": configs.to_dict(config)})
 
 
 def test_a_run_that_can_start(tiny_config, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from doctors import disk_with, everything, examine, leave_out_what_compiles, one
 
+from cifar_flax import files
 from cifar_flax.data import cache, sources
 
 
@@ -20,7 +21,7 @@ def visit(tiny_config, tmp_path, monkeypatch):
 def store(split, count=200, folder="squares/1.0.0"):
     labels = np.arange(count, dtype=np.int32) % 2
     return cache.store(
-        cache.default_dir() / folder / split,
+        files.user_cache() / folder / split,
         [(np.zeros((count, 32, 32, 3), np.uint8), labels)],
         num_examples=count,
         image_shape=(32, 32, 3),
@@ -35,7 +36,7 @@ def test_decoded_data(tiny_config, tmp_path):
         store(split)
     found, reasons = examine(tiny_config, tmp_path / "run")
     assert reasons is None
-    assert one(found, "ok data") == f"ok data squares: train and test decoded and intact in {cache.default_dir()}"
+    assert one(found, "ok data") == f"ok data squares: train and test decoded and intact in {files.user_cache()}"
     assert [finding.split()[0] for finding in found if "start" in finding] == ["ok"]
 
 
@@ -43,7 +44,7 @@ def test_damaged_data_are_told_and_left_alone(visit, tiny_config, tmp_path, monk
     tiny_config.data.name = "squares"
     for split in ("train", "test"):
         store(split)
-    (cache.default_dir() / "squares" / "1.0.0" / "test" / "labels.npy").write_bytes(b"")
+    (files.user_cache() / "squares" / "1.0.0" / "test" / "labels.npy").write_bytes(b"")
     monkeypatch.setattr(sources, "installed", lambda module: module != "tensorflow_datasets")
     before = everything(tmp_path)
     found, reasons = visit()

@@ -15,15 +15,17 @@ from conftest import REPOSITORY, make_tiny_config
 from safetensors.numpy import load_file
 from test_main import PREPARED
 
-from cifar_flax import evaluate, export, exported
-from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.export import program, run_program
 from cifar_flax.models import AirbenchConfig, ResNetConfig
-from cifar_flax.optim import OptimConfig
-from cifar_flax.train import train
-from cifar_flax.trained import restore, saved_config
+from cifar_flax.modes import export
+from cifar_flax.modes.train import train
+from cifar_flax.restore import restore, saved_config
+from cifar_flax.training import evaluator
+from cifar_flax.training.averaging import AveragingConfig
+from cifar_flax.training.optimizers import OptimConfig
 
 INDEPENDENT = REPOSITORY / "tests" / "independent.py"
 RECIPES = {
@@ -35,7 +37,7 @@ RECIPES = {
 }
 
 
-def run_program(script, folder, images, tmp_path):
+def run_script(script, folder, images, tmp_path):
     """A copy of `script`, in a process where importing this package fails."""
     script = shutil.copy(script, tmp_path)
     fake = tmp_path / "fake" / "cifar_flax"
@@ -53,7 +55,7 @@ def probabilities(run):
     config = saved_config(run)
     trained = restore(config, run)
     arrays = sources.load(config.data, config.data.eval_split)
-    return arrays.images, evaluate.final_evaluator(config, trained.task, arrays)(trained.state).probabilities
+    return arrays.images, evaluator.final_evaluator(config, trained.task, arrays)(trained.state).probabilities
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +92,12 @@ def test_programs_agree_with_evaluation(trained_runs, name, tmp_path, capsys):
     assert [path.name for path in output.parent.iterdir()] == ["export"]
     assert "run by another process on the 355 images of the test split: the same classes" in capsys.readouterr().out
     images, expected = probabilities(run)
-    found = run_program(exported.__file__, output, images, tmp_path)
+    found = run_script(run_program.__file__, output, images, tmp_path)
     np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
     np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)
     if "below" in str(RECIPES[name]):
         return  # the independent program knows of the views of all images alone
-    found = run_program(INDEPENDENT, output, images, tmp_path)
+    found = run_script(INDEPENDENT, output, images, tmp_path)
     np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
     np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)
 
@@ -140,10 +142,10 @@ def test_a_program_that_disagrees_is_not_written(straight, tmp_path, monkeypatch
         always_the_first = jax.jit(lambda x: jax.nn.one_hot(jnp.zeros(x.shape[0], int), 10))
         return bytes(jax.export.export(always_the_first)(shape).serialize())
 
-    monkeypatch.setattr(export, "program", wrong)
+    monkeypatch.setattr(program, "stablehlo", wrong)
     with pytest.raises(UserError, match=r"is not written: of 355 test images it classifies \d+ as evaluation does"):
         export.export(saved_config(straight[0]), straight[0], tmp_path / "export")
-    monkeypatch.setattr(export, "program", lambda trained: b"no program")
+    monkeypatch.setattr(program, "stablehlo", lambda trained: b"no program")
     with pytest.raises(UserError, match="is not written: another process cannot run it"):
         export.export(saved_config(straight[0]), straight[0], tmp_path / "export")
     assert not list(tmp_path.iterdir())
@@ -167,7 +169,7 @@ def test_all_test_images_of_cifar10(tmp_path):
     export.export(saved_config(tmp_path / "run"), tmp_path / "run", tmp_path / "export")
     images, expected = probabilities(tmp_path / "run")
     assert len(expected) == 10_000
-    for script in (exported.__file__, INDEPENDENT):
-        found = run_program(script, tmp_path / "export", images, tmp_path)
+    for script in (run_program.__file__, INDEPENDENT):
+        found = run_script(script, tmp_path / "export", images, tmp_path)
         np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
         np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
+from cifar_flax import packages
 from cifar_flax.data import cache
 
-NEEDED = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "absl-py", "jaxtyping")
+NEEDED = packages.REQUIRED
 CONFIG = """
 from cifar_flax.config import Config, TrainConfig
 from cifar_flax.data.sources import DataConfig
@@ -57,7 +58,7 @@ def site(tmp_path_factory):
 
 def start(site, tmp_path, *arguments):
     """`main.py` in a Python that sees the standard library and `site`."""
-    code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; import main; sys.exit(main.main())"
+    code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; from cifar_flax import cli; cli.entry_point()"
     command = [sys.executable, "-I", "-S", "-c", code, *arguments]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
@@ -97,11 +98,17 @@ def test_training_and_evaluation_from_the_cache_of_decoded_arrays(site, tmp_path
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "eval.json").read_bytes() == trained
     for arguments, message in (
-        (("--mode=predict", "photo.png"), "image files cannot be read: Pillow is not installed (pip install pillow)"),
-        (("--mode=export", "--output=exported"), "weights cannot be written: safetensors is not installed"),
+        (
+            ("--mode=predict", "photo.png"),
+            "image files cannot be read: pillow is not installed; pillow>=10.1 is needed (pip install -U",
+        ),
+        (
+            ("--mode=export", "--output=exported"),
+            "--mode=export: safetensors is not installed; safetensors>=0.5 is needed (pip install -U",
+        ),
     ):
         done = start(site, tmp_path, *arguments, "--workdir=run")
-        assert (done.returncode, done.stdout) == (2, "")
+        assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"error: {message}")
         assert len(done.stderr.splitlines()) == 1
 
@@ -110,11 +117,15 @@ def test_training_and_evaluation_from_the_cache_of_decoded_arrays(site, tmp_path
     ("arguments", "code", "message"),
     [
         ("", 1, "data.name='squares': its train split is not in the cache"),
-        ("--config.data.name=digits", 2, "data.name='digits': needs scikit-learn, which is not installed"),
+        (
+            "--config.data.name=digits",
+            1,
+            "data.name=digits: scikit-learn is not installed; scikit-learn>=1.6 is needed",
+        ),
         (
             "--config.data.pipeline=streaming --config.train.steps_per_call=1",
-            2,
-            "data.pipeline='streaming': needs TensorFlow, which is not installed; resident does without",
+            1,
+            "data.pipeline='streaming' (resident needs no TensorFlow): tensorflow is not installed",
         ),
     ],
 )
@@ -126,7 +137,8 @@ def test_what_is_missing_is_told_in_a_line(site, tmp_path, config_file, argument
 
 
 def test_a_package_without_which_nothing_goes_is_named(site, tmp_path):
-    code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; sys.modules['optax'] = None; import main"
+    hide = "sys.modules['optax'] = None; from cifar_flax import cli; cli.entry_point()"
+    code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; {hide}"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: optax is not installed (pip install -r requirements.txt)\n"
+    assert done.stderr == 'error: optax is not installed; optax>=0.2.6 is needed (pip install -U "optax>=0.2.6")\n'

@@ -17,12 +17,13 @@ from PIL import Image
 from test_archive import NAMES, RECORDS, official, small_files, write_tar  # noqa: F401  (a fixture is among them)
 
 from cifar_flax import config as configs
-from cifar_flax import files, records
+from cifar_flax import files
+from cifar_flax.checkpoints import metadata
 from cifar_flax.config import Config
 from cifar_flax.data import archive, cache
 from cifar_flax.data.images import FORMATS, read_image, reading
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.writers import _written_until
+from cifar_flax.telemetry.metrics_log import _written_until
 
 VALUES = (None, True, -1, 0, 2**70, 1e308, float("nan"), "", "x", "\ud800", [], {}, [[]], {"name": "cnn"}, "../..")
 
@@ -138,7 +139,7 @@ def test_record_of_a_checkpoint(tmp_path):
         rng = random.Random(case)
         path.write_bytes(json.dumps(changed(sealed, rng)).encode() if case % 2 else damaged(intact, rng))
         try:
-            assert records.read_record(tmp_path, 3) == json.loads(json.dumps(record)), case
+            assert metadata.read_metadata(tmp_path, 3) == json.loads(json.dumps(record)), case
             loaded += 1
         except UserError as error:
             messages.append(str(error))

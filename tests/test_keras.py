@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_flax import optim, state, steps
-from cifar_flax.averaging import AveragingConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.batches import Batch
 from cifar_flax.models import CNNConfig
-from cifar_flax.parallel import ParallelConfig, make_layout
+from cifar_flax.runtime.devices import ParallelConfig, make_layout
+from cifar_flax.training import optimizers, state, steps
+from cifar_flax.training.averaging import AveragingConfig
 
 BATCH = 32
 EPS = 1e-12
@@ -28,15 +28,15 @@ def test_the_same_weights_and_batches_train_alike():
 
     from benchmarks import keras_notebook
 
-    config = optim.OptimConfig(name="adam", learning_rate=1e-3, eps=EPS)
-    optimizer = optim.make_optimizer(config, 100, 10)
+    config = optimizers.OptimConfig(name="adam", learning_rate=1e-3, eps=EPS)
+    optimizer = optimizers.make_optimizer(config, 100, 10)
     network = CNNConfig(conv_dropout=0.0, hidden_dropout=0.0)
     graphdef, init = state.create(network, (32, 32, 3), 10, optimizer, AveragingConfig(), platform="cpu")
     train_state = init(jnp.uint32(0), None)
     task = steps.Task(
         graphdef=graphdef,
         optimizer=optimizer,
-        schedule=optim.make_schedule(config, 100, 10),
+        schedule=optimizers.make_schedule(config, 100, 10),
         mean=(0.0,) * 3,
         std=(255.0,) * 3,
         augment=AugmentConfig(),

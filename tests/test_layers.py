@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from cifar_flax.models import layers, pooling
+from cifar_flax.models import layers
+from cifar_flax.models.cpu import pooling, threefry
 
 
 def normal(seed, *shape):
@@ -19,15 +20,15 @@ def test_max_pool_equals_reduce_window(size, window):
         dims = (1, window, window, 1)
         return lax.reduce_window(x, -jnp.inf, lax.max, dims, dims, "VALID")
 
-    np.testing.assert_array_equal(pooling.max_pool(x, window), reference(x))
+    np.testing.assert_array_equal(layers.max_pool(x, window), reference(x))
     weight = normal(1, *reference(x).shape)
-    pools = (lambda x: pooling.max_pool(x, window), reference)
+    pools = (lambda x: layers.max_pool(x, window), reference)
     gradients = [jax.grad(lambda x, pool=pool: jnp.sum(pool(x) * weight))(x) for pool in pools]
     np.testing.assert_allclose(*gradients, rtol=1e-6)
 
 
 def test_max_pool_of_equal_values_keeps_the_gradient_whole():
-    gradient = jax.grad(lambda x: jnp.sum(pooling.max_pool(x)))(jnp.ones((1, 4, 4, 1)))
+    gradient = jax.grad(lambda x: jnp.sum(layers.max_pool(x)))(jnp.ones((1, 4, 4, 1)))
     np.testing.assert_array_equal(gradient, np.full((1, 4, 4, 1), 0.25))
 
 
@@ -63,7 +64,7 @@ def test_dropout_mask_belongs_to_the_example():
 def test_random_words_are_those_of_jax(count):
     keys = jax.random.split(jax.random.key(7, impl="threefry2x32"), 5)
     expected = jax.vmap(lambda key: jax.random.bits(key, (count,), jnp.uint32))(keys)
-    np.testing.assert_array_equal(layers.random_words(keys, count), expected)
+    np.testing.assert_array_equal(threefry.random_words(keys, count), expected)
 
 
 def test_dropout_of_rate_zero_changes_nothing():

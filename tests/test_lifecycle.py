@@ -12,8 +12,8 @@ import time
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax import lifecycle
-from cifar_flax.lifecycle import Stopped, deferred, signals_end_the_process
+from cifar_flax.runtime import signals
+from cifar_flax.runtime.signals import Stopped, deferred, signals_end_the_process
 
 CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
@@ -112,11 +112,11 @@ def test_previous_handlers_are_restored():
         seen.append(number)
 
     seen = []
-    before = {number: signal.signal(number, mine) for number in lifecycle.SIGNALS}
+    before = {number: signal.signal(number, mine) for number in signals.SIGNALS}
     try:
         with signals_end_the_process():
-            assert all(signal.getsignal(number) is not mine for number in lifecycle.SIGNALS)
-        assert all(signal.getsignal(number) is mine for number in lifecycle.SIGNALS)
+            assert all(signal.getsignal(number) is not mine for number in signals.SIGNALS)
+        assert all(signal.getsignal(number) is mine for number in signals.SIGNALS)
         assert signal.set_wakeup_fd(-1) == -1
         send(signal.SIGTERM)
         assert seen == [signal.SIGTERM]
@@ -165,7 +165,7 @@ def test_a_busy_main_thread_holds_nothing_up(number, code, block, signals):
     """The second signal ends the process at once; the first, where there is nothing to save, soon."""
     program = (
         "import contextlib, hashlib\n"
-        "from cifar_flax.lifecycle import deferred, signals_end_the_process\n"
+        "from cifar_flax.runtime.signals import deferred, signals_end_the_process\n"
         f"with signals_end_the_process(), {block}:\n"
         "    print('busy', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"  # minutes, and no handler runs: as when XLA compiles
@@ -182,4 +182,4 @@ def test_a_busy_main_thread_holds_nothing_up(number, code, block, signals):
             process.send_signal(number)
             time.sleep(0.1)
         assert process.wait(timeout=30) == code
-        assert time.monotonic() - begin < (2 if signals == 2 else lifecycle._GRACE + 2)
+        assert time.monotonic() - begin < (2 if signals == 2 else signals._GRACE + 2)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import NOT_TIMES, final_state, make_tiny_config, read_metrics
 
-from cifar_flax.data.batches import GROUP, Batch, Positions
+from cifar_flax.data.batches import GROUP, Batch, Indices
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.loop import READ_LAG, run_calls
-from cifar_flax.train import Trainer, train
+from cifar_flax.modes.train import train
+from cifar_flax.training.loop import READ_LAG, run_calls
+from cifar_flax.training.trainer import Trainer
 
 
 def test_metrics_are_read_late():
@@ -47,7 +48,7 @@ def test_transfer_guard_watches_the_loop(tiny_config):
     trainer = Trainer(tiny_config)
     place = np.zeros((1, 128), np.int32)
     call = trainer.compile(trainer.initial_state)
-    inputs = iter([Positions(place, place, place == 0)])
+    inputs = iter([Indices(place, place, place == 0)])
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         run_calls(call, trainer.initial_state, inputs, range(1, 2), lambda step, values: None)
 

@@ -12,9 +12,9 @@ import fake_tfds  # noqa: F401  registers the data sets
 import pytest
 from conftest import REPOSITORY
 
-import main
-from cifar_flax import cli, lifecycle
+from cifar_flax import arguments, cli
 from cifar_flax.data import sources
+from cifar_flax.runtime import signals
 
 DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
 CIFAR = str(REPOSITORY / "configs" / "default.py")
@@ -152,7 +152,7 @@ def test_bad_input_is_one_line_and_touches_nothing(folder, monkeypatch, capsys, 
         argv.append(f"--workdir={folder / 'run'}")
     monkeypatch.setattr(sys, "argv", ["main.py", *argv])
     before = snapshot(folder)
-    assert main.main() == code
+    assert cli.main() == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -164,11 +164,11 @@ def test_help_is_one_screen(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as caught:
-        main.main()
+        cli.main()
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 40
-    for mode in cli.MODES:
+    for mode in arguments.MODES:
         assert f"\n  {mode} " in text
     assert text.count("  python main.py ") == 3
 
@@ -230,7 +230,7 @@ def loaded_tensorflow(tmp_path, *arguments):
     """Runs `main.py` and returns which parts of TensorFlow it imported."""
     code = (
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nsys.argv = ['main.py', *{list(arguments)!r}]\n"
-        "import main\nassert main.main() == 0\n"
+        "from cifar_flax import cli\nassert cli.main() == 0\n"
         "print(sorted(name for name in sys.modules if name in ('tensorflow', 'tensorflow_datasets')))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -256,15 +256,15 @@ def test_second_start_imports_no_tfds(tmp_path):
 def test_interruption_and_full_disk_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main.py", "--config", DIGITS])
     for error, code, message in (
-        (lifecycle.Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
+        (signals.Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
         (OSError(28, "No space left on device", "eval.json"), 1, "No space left on device: 'eval.json'"),
     ):
 
         def fail(command, error=error):
             raise error
 
-        monkeypatch.setattr(main, "run", fail)
-        assert main.main() == code
+        monkeypatch.setattr(cli, "_run", fail)
+        assert cli.main() == code
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax.allocator import SETTINGS
 from cifar_flax.data import cache
+from cifar_flax.runtime.allocator import SETTINGS
 
 CONFIG = """
 from cifar_flax.config import Config, TrainConfig
@@ -28,7 +28,7 @@ def get_config():
 # Runs main.py and prints the resident pages at each evaluation: one at the end of each epoch.
 WATCHED = """
 import sys
-import main
+from cifar_flax import cli
 from cifar_flax.evaluate import Evaluator
 
 call = Evaluator.__call__
@@ -38,7 +38,7 @@ def watched(self, state, *stopping):
     return call(self, state, *stopping)
 
 Evaluator.__call__ = watched
-sys.exit(main.main())
+sys.exit(cli.main())
 """
 
 

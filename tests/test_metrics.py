@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 
-from cifar_flax import metrics
+from cifar_flax.training import metrics
 
 CLASSES = tuple("abcdefg")
 RNG = np.random.default_rng(0)

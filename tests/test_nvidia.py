@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cifar_flax import nvidia
+from cifar_flax.diagnosis import nvidia
 
 
 @pytest.fixture

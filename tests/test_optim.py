@@ -9,9 +9,16 @@ import optax
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax import optim
 from cifar_flax.errors import ConfigError
-from cifar_flax.optim import GROUPS, GroupConfig, OptimConfig, make_optimizer, make_schedule, orthogonalize
+from cifar_flax.training import optimizers
+from cifar_flax.training.optimizers import (
+    GROUPS,
+    GroupConfig,
+    OptimConfig,
+    make_optimizer,
+    make_schedule,
+    orthogonalize,
+)
 
 PARAMS = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
 
@@ -195,7 +202,7 @@ def test_three_steps_bring_singular_values_near_one():
 
 def test_muon_is_the_recipes(monkeypatch):
     """Three steps beside the recipe written out in NumPy, kernel by kernel: two of one shape, one of another."""
-    monkeypatch.setattr(optim, "MUON_DTYPE", jnp.float32)
+    monkeypatch.setattr(optimizers, "MUON_DTYPE", jnp.float32)
     shapes = {"a": (3, 3, 2, 4), "b": (3, 3, 2, 4), "c": (1, 1, 2, 5)}  # the last has more filters than inputs
     rng = np.random.default_rng(0)
     params = {name: {"kernel": rng.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}

@@ -20,7 +20,7 @@ def test_the_order_of_a_run_is_pinned():
     """Of CIFAR-10's size, across the end of an epoch, with and without `drop_last`, as NumPy 2.4 gives it."""
     examples = np.arange(50_000, dtype=np.int32)
     for drop_last, expected in ((False, "62c213999cffe8f7"), (True, "50cb10fbf790f913")):
-        index, epoch = order.positions(7, examples, 256, 190, 400, drop_last)
+        index, epoch = order.indices(7, examples, 256, 190, 400, drop_last)
         digest = hashlib.sha256(index.astype("<i4").tobytes() + epoch.astype("<i4").tobytes()).hexdigest()
         assert digest[:16] == expected
 
@@ -41,7 +41,7 @@ def runs(draw):
 def test_every_epoch_holds_every_example_once(run, seed):
     examples, batch_size, epochs = run
     steps = order.total_steps(epochs, len(examples), batch_size)
-    index, epoch = order.positions(seed, examples, batch_size, 0, steps)
+    index, epoch = order.indices(seed, examples, batch_size, 0, steps)
     assert index.shape == epoch.shape == (steps, batch_size)
     assert (np.diff(epoch.ravel()) >= 0).all()
     for e in range(int(index.size // len(examples))):
@@ -55,7 +55,7 @@ def test_every_epoch_holds_every_example_once(run, seed):
 def test_no_epoch_that_drops_its_rest_holds_an_example_twice(run, seed):
     examples, batch_size, epochs = run
     steps = order.total_steps(epochs, len(examples), batch_size, drop_last=True)
-    index, epoch = order.positions(seed, examples, batch_size, 0, steps, drop_last=True)
+    index, epoch = order.indices(seed, examples, batch_size, 0, steps, drop_last=True)
     whole = len(examples) // batch_size
     assert (epoch == (np.arange(steps) // whole)[:, None]).all()
     for e in range(-(-steps // whole)):
@@ -69,8 +69,8 @@ def test_starting_late_gives_the_tail(run, seed, drop_last, data):
     examples, batch_size, epochs = run
     steps = order.total_steps(epochs, len(examples), batch_size, drop_last)
     start = data.draw(st.integers(0, steps))
-    whole = order.positions(seed, examples, batch_size, 0, steps, drop_last)
-    late = order.positions(seed, examples, batch_size, start, steps, drop_last)
+    whole = order.indices(seed, examples, batch_size, 0, steps, drop_last)
+    late = order.indices(seed, examples, batch_size, start, steps, drop_last)
     for all_of_it, tail in zip(whole, late, strict=True):
         np.testing.assert_array_equal(all_of_it[start:], tail)
 
@@ -81,13 +81,13 @@ def test_epochs_may_end_with_their_last_whole_batch(size, batch_size):
     per_epoch = size // batch_size
     steps = order.total_steps(3, size, batch_size, drop_last=True)
     assert steps == 3 * per_epoch
-    index, epoch = order.positions(5, examples, batch_size, 0, steps, drop_last=True)
+    index, epoch = order.indices(5, examples, batch_size, 0, steps, drop_last=True)
     assert epoch.tolist() == [[e] * batch_size for e in range(3) for _ in range(per_epoch)]
     for e in range(3):
         shown = index[epoch == e].tolist()
         assert shown == examples[order.permutation(5, e, size)][: per_epoch * batch_size].tolist()
         assert len(set(shown)) == order.epoch_images(size, batch_size, drop_last=True)
-    late = order.positions(5, examples, batch_size, steps - 1, steps, drop_last=True)
+    late = order.indices(5, examples, batch_size, steps - 1, steps, drop_last=True)
     np.testing.assert_array_equal(late[0], index[-1:])
 
 

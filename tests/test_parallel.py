@@ -9,12 +9,13 @@ import jax
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax import evaluate, experiment, steps
-from cifar_flax.cli import parse
-from cifar_flax.data.batches import empty_batch, empty_positions
+from cifar_flax.arguments import parse
+from cifar_flax.data.batches import empty_batch, empty_indices
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import ConfigError
-from cifar_flax.experiment import DatasetInfo
-from cifar_flax.parallel import ParallelConfig
+from cifar_flax.runtime.devices import ParallelConfig
+from cifar_flax.training import evaluator, steps
+from cifar_flax.training.setup import setup
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 
@@ -41,20 +42,20 @@ def test_accelerators_are_given_both_steps_of_every_config(path, backend):
         mean=(125.0,) * 3,
         std=(60.0,) * 3,
     )
-    task, init = experiment.build(config, info, platform="cuda")
+    task, init = setup(config, info, platform="cuda")
     state = jax.eval_shape(lambda: init(0, None))
     layout, train, test = task.layout, config.train, config.eval
     if config.data.pipeline == "resident":
-        program, batch_axis, inputs = steps.train_steps, 1, empty_positions(train.steps_per_call, train.batch_size)
+        program, batch_axis, inputs = steps.train_steps, 1, empty_indices(train.steps_per_call, train.batch_size)
         shared = jax.ShapeDtypeStruct((50_000, 32, 32, 3), "uint8"), jax.ShapeDtypeStruct((50_000,), "int32")
-        of_test = empty_positions(test.batch_size)
+        of_test = empty_indices(test.batch_size)
     else:
         program, batch_axis, inputs = steps.train_step, 0, empty_batch(train.batch_size, info.image_shape)
         shared, of_test = (), empty_batch(test.batch_size, info.image_shape)
     step = functools.partial(program, task)
-    training = layout.spread(step, shared=len(shared), batch_axis=batch_axis, donate=True)
-    step = evaluate.on_inputs(functools.partial(steps.eval_step, task, tta=test.tta))
-    evaluation = layout.spread(step, shared=len(shared))
+    training = layout.parallelize(step, shared=len(shared), batch_axis=batch_axis, donate=True)
+    step = evaluator.on_inputs(functools.partial(steps.eval_step, task, tta=test.tta))
+    evaluation = layout.parallelize(step, shared=len(shared))
     weights = state.params, state.batch_stats
     for function, arguments in ((training, (state, inputs, *shared)), (evaluation, (weights, of_test, *shared))):
         traced = function.trace(*arguments)

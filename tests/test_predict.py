@@ -12,12 +12,12 @@ from conftest import make_tiny_config
 from PIL import Image
 
 import cifar_flax
-from cifar_flax import cli, evaluate
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.predict import find, predict
-from cifar_flax.trained import restore, saved_config
+from cifar_flax.modes.predict import find, predict
+from cifar_flax.restore import restore, saved_config
+from cifar_flax.training import evaluator
 
 TEST = sources.load(DataConfig(name="digits"), "test")
 COUNT = len(TEST.labels)
@@ -32,7 +32,7 @@ def run(straight):
 def evaluation(run):
     config = make_tiny_config()
     trained = restore(config, run)
-    return evaluate.final_evaluator(config, trained.task, TEST)(trained.state)
+    return evaluator.final_evaluator(config, trained.task, TEST)(trained.state)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_test_time_augmentation_is_that_of_evaluation(run, evaluation, photos, t
     config = make_tiny_config()
     config.eval = dataclasses.replace(config.eval, **settings)
     trained = restore(config, run)
-    expected = evaluate.final_evaluator(config, trained.task, TEST)(trained.state).probabilities
+    expected = evaluator.final_evaluator(config, trained.task, TEST)(trained.state).probabilities
     found = rows_by_place(predicted(run, [photos], tmp_path / "p.json", **settings))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert np.abs(found - evaluation.probabilities).max() > 0.01
@@ -208,7 +208,7 @@ def test_another_output_is_refused_before_anything_is_done(tmp_path, name):
 @pytest.mark.parametrize("value", ["=mirror", " mirror"])
 def test_paths_and_settings_come_in_any_order(run, value):
     arguments = f"cat.jpg --mode=predict dog.png --config.eval.tta{value} --workdir={run} holiday/"
-    command = cli.parse(arguments.split())
+    command = arguments.parse(arguments.split())
     assert command.paths == (Path("cat.jpg"), Path("dog.png"), Path("holiday"))
     assert command.config.eval.tta == "mirror"
     assert command.output is None

@@ -13,8 +13,12 @@ from processes import CONFIG, end, environment, reference, run, start, start_all
 from processes import assert_same_run as assert_alike
 from stops import saved, stop_at, stopped
 
-from cifar_flax import files, lifecycle, loop, metrics, records, train
-from cifar_flax.averaging import AveragingConfig
+from cifar_flax import files
+from cifar_flax.checkpoints import metadata
+from cifar_flax.modes import train
+from cifar_flax.runtime import signals
+from cifar_flax.training import loop, metrics
+from cifar_flax.training.averaging import AveragingConfig
 
 ARGUMENTS = ("--config", "config.py")
 
@@ -26,9 +30,9 @@ def folder(tmp_path):
 
 
 STOPS = {
-    "in a step": (train.Run, "_read", lambda run, step, values: step == 6, 6),
-    "in the step before a line": (train.Run, "_read", lambda run, step, values: step == 15, 15),
-    "in the last step": (train.Run, "_read", lambda run, step, values: step == 34, 34),
+    "in a step": (loop.TrainingLoop, "_read", lambda run, step, values: step == 6, 6),
+    "in the step before a line": (loop.TrainingLoop, "_read", lambda run, step, values: step == 15, 15),
+    "in the last step": (loop.TrainingLoop, "_read", lambda run, step, values: step == 34, 34),
     "in an evaluation": (metrics, "add", lambda total, sums: total is not None, 12),
     "in a save": (files, "write_sealed", lambda path, content: True, 12),
 }
@@ -51,9 +55,9 @@ def test_a_signal_stops_within_the_step_and_nothing_is_lost(tiny_config, straigh
 def test_what_an_accelerator_has_been_given_is_finished(tiny_config, straight, tmp_path, monkeypatch):
     """Steps of milliseconds: two more are on their way when one is read."""
     assert [loop.read_lag(*run) for run in (("gpu", 1), ("tpu", 1), ("gpu", 2), ("cpu", 1))] == [2, 2, 0, 0]
-    monkeypatch.setattr(train, "read_lag", lambda platform, steps_per_call: loop.READ_LAG)
+    monkeypatch.setattr(loop, "read_lag", lambda platform, steps_per_call: loop.READ_LAG)
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Run, "_read", lambda run, step, values: step == 6)
+        stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step == 6)
         stopped(tiny_config, tmp_path / "run")
     assert saved(tmp_path / "run") == [6 + loop.READ_LAG]
     train.train(tiny_config, tmp_path / "run")
@@ -64,7 +68,7 @@ def test_a_run_stopped_again_and_again_is_the_same_run(tiny_config, straight, tm
     """At every third step, and in every evaluation."""
     for step in range(3, 34, 3):
         with monkeypatch.context() as patch:
-            stop_at(patch, train.Run, "_read", lambda run, now, values, step=step: now >= step)
+            stop_at(patch, loop.TrainingLoop, "_read", lambda run, now, values, step=step: now >= step)
             stop_at(patch, metrics, "add", lambda total, sums: total is not None)
             stopped(tiny_config, tmp_path / "run")
     train.train(tiny_config, tmp_path / "run")
@@ -79,7 +83,7 @@ def test_a_call_of_many_steps_is_the_last_one(tiny_config, tmp_path, monkeypatch
     tiny_config.checkpoint.every_epochs = tiny_config.eval.every_epochs = 3
     train.train(tiny_config, tmp_path / "straight")
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Run, "_read", lambda run, step, values: step == 11)
+        stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step == 11)
         stopped(tiny_config, tmp_path / "run")
     assert saved(tmp_path / "run") == [11]
     train.train(tiny_config, tmp_path / "run")
@@ -101,7 +105,7 @@ def test_best_checkpoints_survive_a_stop_in_their_evaluation(tiny_config, tmp_pa
     folders = [tmp_path / name / "checkpoints" for name in ("straight", "run")]
     assert saved(tmp_path / "straight") == saved(tmp_path / "run")
     for step in saved(tmp_path / "run"):
-        one, other = (records.read_record(folder, step) for folder in folders)
+        one, other = (metadata.read_metadata(folder, step) for folder in folders)
         assert one["accuracy"] == other["accuracy"]
 
 
@@ -152,7 +156,7 @@ def test_the_loop_never_compiles(tiny_config, tmp_path, monkeypatch):
 
     def note(name, *arguments, **settings):
         if "backend_compile" in name:
-            compiled.append(lifecycle._deferring)
+            compiled.append(signals._deferring)
 
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(note)

@@ -9,9 +9,10 @@ from conftest import FILES, assert_same_run, make_state, make_tiny_config
 from processes import CONFIG, run
 from stops import stop_at, stopped
 
-from cifar_flax import train
 from cifar_flax.errors import UserError
-from cifar_flax.profiling import ProfileConfig, Profiled
+from cifar_flax.modes import train
+from cifar_flax.training import loop, trainer
+from cifar_flax.training.profiling import ProfileConfig, Profiled
 
 
 def read(path):
@@ -53,12 +54,12 @@ def test_the_trace_holds_its_steps_and_changes_nothing(tiny_config, straight, tm
 def test_a_stopped_run_leaves_its_trace_and_goes_on_with_the_next(tiny_config, straight, tmp_path, monkeypatch, capsys):
     tiny_config.profile.steps = (10, 20)
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Run, "_read", lambda run, step, values: step == 14)
+        stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step == 14)
         stopped(tiny_config, tmp_path / "run")
     (first,) = traces(tmp_path / "run")
     assert_whole(first, range(10, 15))
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Run, "_read", lambda run, step, values: step == 22)
+        stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step == 22)
         stopped(tiny_config, tmp_path / "run")
     (_, second) = traces(tmp_path / "run")
     assert_whole(second, range(15, 21))
@@ -169,7 +170,7 @@ def test_impossible_ranges_are_refused(tiny_config):
         dataclasses.replace(tiny_config, profile=ProfileConfig(steps=steps)).validate()
     tiny_config.profile.steps = (2, 35)
     with pytest.raises(UserError, match=r"^profile\.steps=\(2, 35\): must end within the 34 steps of the run"):
-        train.Trainer(tiny_config)
+        trainer.Trainer(tiny_config)
 
 
 @pytest.mark.slow

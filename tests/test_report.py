@@ -11,17 +11,16 @@ import pytest
 from matplotlib import image
 from PIL import Image
 
-from cifar_flax import metrics
-from cifar_flax.report import pictures
+from cifar_flax.report import confusion, pictures
 from cifar_flax.report.log import read_log
-from cifar_flax.report.matrix import plot_confusion_matrix
+from cifar_flax.training import metrics
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_confusion_matrix_is_drawn(tmp_path, classes):
     result, _, _ = made_up.evaluation(classes)
     path = tmp_path / "matrix.png"
-    plot_confusion_matrix(path, result)
+    confusion.plot(path, result)
     pixels = image.imread(path)
     assert min(pixels.shape[:2]) > 300
     assert pixels[..., :3].std() > 0.01  # not an empty page

@@ -15,8 +15,10 @@ from killed import MOMENTS
 from processes import CONFIG, end, environment, start, wait_for_checkpoint
 from stops import saved, stop_at, stopped
 
-from cifar_flax import cli, evaluate, files, train
+from cifar_flax import arguments, files
 from cifar_flax.errors import UserError
+from cifar_flax.modes import evaluate, train
+from cifar_flax.training import loop
 
 ARGUMENTS = ("--config", "config.py")
 
@@ -86,7 +88,7 @@ def test_a_run_is_not_begun_anew_where_all_is_damaged(tiny_config, straight, tmp
 
 def test_harmless_changes_pass_and_change_nothing(tiny_config, straight, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Run, "_read", lambda run, step, values: step == 13)
+        stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step == 13)
         stopped(tiny_config, tmp_path / "run")
     tiny_config.train.log_every = 7
     tiny_config.checkpoint.keep = 5
@@ -116,7 +118,7 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path, capsys, release):
     Add a folder for each release that changes what a checkpoint or a config is; never change one that is there.
     """
     shutil.copytree(REPOSITORY / "tests" / "fixtures" / f"run-{release}", tmp_path / "run")
-    command = cli.parse(["--mode=eval", f"--workdir={tmp_path / 'run'}"])
+    command = arguments.parse(["--mode=eval", f"--workdir={tmp_path / 'run'}"])
     result = evaluate.evaluate(command.config, command.workdir)
     assert (result["step"], result["loss"]) == (29, pytest.approx(2.2060029365647007, rel=1e-4))
     train.train(command.config, tmp_path / "run")
@@ -154,5 +156,5 @@ def test_a_second_run_in_the_same_folder_is_refused(folder, tiny_config, monkeyp
     process.kill()
     end([process])
     tiny_config.train.epochs, tiny_config.optim.warmup_epochs = 200, 0
-    stop_at(monkeypatch, train.Run, "_read", lambda run, step, values: True)
+    stop_at(monkeypatch, loop.TrainingLoop, "_read", lambda run, step, values: True)
     stopped(tiny_config, folder / "run")  # a dead one holds nothing

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax.data import cache, sources
+from cifar_flax import files
+from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
 
@@ -86,7 +87,7 @@ def test_second_start_needs_neither_tensorflow_nor_tfds(tmp_path):
 def test_damaged_cache_is_rebuilt_with_a_warning():
     config = DataConfig(name="fake_color")
     before = np.array(sources.load(config, "test").images)
-    path = cache.default_dir() / "fake_color" / "1.0.0" / "test" / "images.npy"
+    path = files.user_cache() / "fake_color" / "1.0.0" / "test" / "images.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""The speedrun benchmark: its figures, its rule, its file, and a PyTorch script that runs in turn with ours."""
+"""The speedrun benchmark: its metrics, its rule, its file, and a PyTorch script that runs alternately with ours."""
 
 import json
 import sys
@@ -12,7 +12,8 @@ import pytest
 from conftest import REPOSITORY
 
 from benchmarks import report, speedrun
-from benchmarks.peers import original
+from benchmarks.baselines import original
+from cifar_flax import arguments
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.models import CNNConfig
@@ -21,7 +22,7 @@ from cifar_flax.models.summary import forward_flops
 DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
 FIELDS = ("train.epochs=1", "model.width=4", "model.hidden=16", "optim.warmup_epochs=0")
 TINY = [f"--config.{field}" for field in FIELDS]
-# Loops and prints as the scripts do; its runs are worth what the one before was and a tenth.
+# Loops and prints as the original scripts do; each run is more accurate by 0.1 than the one before.
 SCRIPT = """
 import sys
 import torch
@@ -64,7 +65,7 @@ def own_results(tmp_path, monkeypatch):
     monkeypatch.setattr(speedrun, "RESULTS", tmp_path / "results")
 
 
-def test_every_seed_is_a_run_of_its_own(tmp_path, monkeypatch, capsys):
+def test_every_seed_is_a_separate_run(tmp_path, monkeypatch, capsys):
     assert start(monkeypatch, "--trials=3", "--config.seed=5", "--config.eval.tta=mirror") == 0
     (path,) = (tmp_path / "results").iterdir()
     assert path.name == "speedrun_quickstart_cpu.json"
@@ -91,21 +92,20 @@ def test_every_seed_is_a_run_of_its_own(tmp_path, monkeypatch, capsys):
         assert part in out
 
 
-def test_a_run_is_what_main_trains(tmp_path, monkeypatch):
+def test_a_run_equals_that_of_main(tmp_path, monkeypatch):
     """The same accuracy as by training to a checkpoint, restoring it and evaluating it."""
-    from cifar_flax import cli
-    from cifar_flax.train import train
+    from cifar_flax.modes.train import train
 
     assert start(monkeypatch, "--trials=1") == 0
     (path,) = (tmp_path / "results").iterdir()
-    train(cli.parse(["--config", DIGITS, *TINY]).config, tmp_path / "run")
+    train(arguments.parse(["--config", DIGITS, *TINY]).config, tmp_path / "run")
     expected = json.loads((tmp_path / "run" / "eval.json").read_text())["accuracy"]
     assert json.loads(path.read_text())["ours"]["trials"][0]["accuracy"] == expected
 
 
-def test_the_clock_runs_for_what_the_rule_says(monkeypatch):
-    """From before the first weights and the order of the examples to after the evaluation; nothing compiles in it."""
-    runner = speedrun.Runner(speedrun.cli.parse(["--config", DIGITS, *TINY]).config)
+def test_the_clock_covers_what_the_rule_times(monkeypatch):
+    """From before the initial weights and shuffling to after the evaluation; nothing compiles in between."""
+    compiled_run = speedrun.Speedrun(speedrun.arguments.parse(["--config", DIGITS, *TINY]).config)
     events, clock = [], speedrun.time.perf_counter
 
     def watch(owner, name, what):
@@ -113,13 +113,13 @@ def test_the_clock_runs_for_what_the_rule_says(monkeypatch):
         monkeypatch.setattr(owner, name, lambda *arguments: events.append(what) or call(*arguments))
 
     for name in ("init", "inputs"):
-        watch(runner._trainer, name, name)
+        watch(compiled_run._trainer, name, name)
     for name, what in (("_train_call", "train"), ("_evaluator", "evaluate")):
-        watch(runner, name, what)
+        watch(compiled_run, name, what)
     monkeypatch.setattr(speedrun.time, "perf_counter", lambda: events.append("clock") or clock())
     compiled = []
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *arguments, **settings: compiled.append(arguments))
-    runner.run(0)
+    compiled_run.run(0)
     order = [what for what, again in zip(events, [None, *events], strict=False) if what != again]
     assert [what for what in order if what != "clock"] == ["inputs", "init", "train", "evaluate"]
     assert order[0] == order[-1] == "clock"
@@ -128,24 +128,24 @@ def test_the_clock_runs_for_what_the_rule_says(monkeypatch):
 
 def test_intervals_are_students():
     """Of four values 1, 2, 3, 4: t is 3.182 for three degrees of freedom."""
-    figures = report.mean_of([1.0, 2.0, 3.0, 4.0])
-    assert figures["mean"] == 2.5
-    assert figures["deviation"] == pytest.approx(1.2910, abs=1e-4)
-    assert figures["interval"] == pytest.approx(3.1824 * 1.2910 / 2, abs=1e-3)
-    assert report.mean_of([3.0]) == {"mean": 3.0, "deviation": None, "interval": None}
+    metrics = report.mean_of([1.0, 2.0, 3.0, 4.0])
+    assert metrics["mean"] == 2.5
+    assert metrics["std"] == pytest.approx(1.2910, abs=1e-4)
+    assert metrics["interval"] == pytest.approx(3.1824 * 1.2910 / 2, abs=1e-3)
+    assert report.mean_of([3.0]) == {"mean": 3.0, "std": None, "interval": None}
 
 
-def test_a_peer_runs_in_turn_with_ours(tmp_path, monkeypatch, capsys):
+def test_a_baseline_runs_alternately_with_ours(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    assert start(monkeypatch, "--trials=3", f"--peer={script}", "--out=out.json") == 0
+    assert start(monkeypatch, "--trials=3", f"--baseline={script}", "--out=out.json") == 0
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["peer"]["script"] == "script.py"
-    its = [(trial["accuracy"], trial["seconds"]) for trial in result["peer"]["trials"]]
-    assert its == [(0.2, 2.0), (0.3, 4.0), (0.4, 8.0)]  # its first run is for warming up
+    assert result["baseline"]["script"] == "script.py"
+    its = [(trial["accuracy"], trial["seconds"]) for trial in result["baseline"]["trials"]]
+    assert its == [(0.2, 2.0), (0.3, 4.0), (0.4, 8.0)]  # the first run is a warm-up
     ratios = [trial["seconds"] / seconds for trial, (_, seconds) in zip(result["ours"]["trials"], its, strict=True)]
-    assert result["time_ratio"] == {"median": np.median(ratios), "least": min(ratios), "most": max(ratios)}
+    assert result["time_ratio"] == {"median": np.median(ratios), "min": min(ratios), "max": max(ratios)}
     mean = np.mean([trial["accuracy"] for trial in result["ours"]["trials"]])
     difference = result["accuracy_difference"]
     assert difference["mean"] == pytest.approx(mean - 0.3)
@@ -157,8 +157,8 @@ def test_a_peer_runs_in_turn_with_ours(tmp_path, monkeypatch, capsys):
     assert "our time over its" in out
 
 
-def test_a_peer_waits_for_its_turn(tmp_path, monkeypatch):
-    """Without torch: what runs the script, but for the writing of its data."""
+def test_a_baseline_waits_for_its_turn(tmp_path, monkeypatch):
+    """The process that runs the script, with a fake torch that writes no data."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     script = tmp_path / "script.py"
@@ -172,12 +172,12 @@ def test_a_peer_waits_for_its_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
     splits = {split: sources.load(DataConfig(name="digits"), split) for split in ("train", "test")}
     counts = []
-    with original.start(script, splits) as peer:
+    with original.start(script, splits) as baseline:
         (folder,) = Path(tempfile.gettempdir()).glob("*/cifar10")
         for run in range(3):
             time.sleep(0.2)
-            counts.append(len((folder.parent / "runs").read_text()) - 1)  # but for its own warm-up
-            assert peer.run() == {"accuracy": pytest.approx(0.1 * (run + 1)), "seconds": 2.0**run}
+            counts.append(len((folder.parent / "runs").read_text()) - 1)  # without its own warm-up
+            assert baseline.run() == {"accuracy": pytest.approx(0.1 * (run + 1)), "seconds": 2.0**run}
     assert counts == [0, 1, 2]
 
 
@@ -197,38 +197,43 @@ FAKE_TORCH = "load = save = tensor = lambda *arguments, **settings: None\nint64 
         ),
     ],
 )
-def test_a_peer_that_fails_is_one_line(tmp_path, monkeypatch, capsys, as_if_torch_were_there, torch, script, message):
+def test_a_failing_baseline_is_reported_in_one_line(
+    tmp_path, monkeypatch, capsys, as_if_torch_were_there, torch, script, message
+):
     (tmp_path / "torch.py").write_text(torch)
     (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
-    assert start(monkeypatch, "--trials=1", f"--peer={tmp_path / 'script.py'}") == 1
+    assert start(monkeypatch, "--trials=1", f"--baseline={tmp_path / 'script.py'}") == 1
     assert capsys.readouterr().err == f"error: {tmp_path / 'script.py'} {message}\n"
 
 
 def test_an_interrupted_benchmark_keeps_its_runs(tmp_path, monkeypatch, capsys):
-    run = speedrun.Runner.run
+    run = speedrun.Speedrun.run
 
     def interrupted(self, seed):
         if seed == 1:
             raise KeyboardInterrupt
         return run(self, seed)
 
-    monkeypatch.setattr(speedrun.Runner, "run", interrupted)
+    monkeypatch.setattr(speedrun.Speedrun, "run", interrupted)
     assert start(monkeypatch, "--trials=3", "--out=out.json") == 130
-    assert "interrupted; every run that was finished has been written\n" in capsys.readouterr().err
+    assert "interrupted; all finished runs are written\n" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "out.json").read_text())["ours"]["trials"]) == 1
 
 
 @pytest.fixture
 def as_if_torch_were_there(monkeypatch):
-    monkeypatch.setattr(speedrun, "installed", lambda name: True)
+    monkeypatch.setattr(speedrun, "has_module", lambda name: True)
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--peer=nowhere.py", "--peer='nowhere.py': no such file"),
-        ("--peer=.", "--peer='.': is a folder: name a script in it (known for airbench94, airbench95, airbench96)"),
+        ("--baseline=nowhere.py", "--baseline='nowhere.py': no such file"),
+        (
+            "--baseline=.",
+            "--baseline='.': is a folder: name a script in it (known for airbench94, airbench95, airbench96)",
+        ),
         ("--config.seed=x", "seed='x': must be a whole number"),
         ("--config.seed=4294967290", "--trials=10: leads above the seed 4294967295"),
         ("--out=/", "--out='/': is a folder"),
@@ -239,7 +244,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys, as_if_torch_were_there, argu
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_a_checkout_holds_the_original_of_a_config(tmp_path, monkeypatch, as_if_torch_were_there):
+def test_a_checkout_contains_the_original_of_a_config(tmp_path, monkeypatch, as_if_torch_were_there):
     monkeypatch.setattr("os.environ", {})
     for name, script in speedrun.ORIGINALS.items():
         (tmp_path / script).parent.mkdir(exist_ok=True)
@@ -247,7 +252,7 @@ def test_a_checkout_holds_the_original_of_a_config(tmp_path, monkeypatch, as_if_
         assert speedrun.original_of(tmp_path, name) == tmp_path / script
 
 
-def test_without_torch_there_is_no_peer(monkeypatch, capsys):
-    monkeypatch.setattr(speedrun, "installed", lambda name: False)
-    assert start(monkeypatch, "--peer=script.py") == 2
-    assert capsys.readouterr().err == "error: --peer='script.py': needs PyTorch, which is not installed\n"
+def test_a_baseline_needs_torch(monkeypatch, capsys):
+    monkeypatch.setattr(speedrun, "has_module", lambda name: False)
+    assert start(monkeypatch, "--baseline=script.py") == 2
+    assert capsys.readouterr().err == "error: --baseline='script.py': needs PyTorch, which is not installed\n"

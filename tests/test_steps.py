@@ -7,21 +7,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cifar_flax import experiment, metrics, models, steps
-from cifar_flax.averaging import AveragingConfig
+from cifar_flax import models
 from cifar_flax.data import sources
 from cifar_flax.data.augment import AugmentConfig, normalize
-from cifar_flax.data.batches import Batch, Positions
-from cifar_flax.experiment import DatasetInfo
+from cifar_flax.data.batches import Batch, Indices
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.models import CNNConfig
-from cifar_flax.state import root_keys
+from cifar_flax.training import metrics, steps
+from cifar_flax.training.averaging import AveragingConfig
+from cifar_flax.training.setup import setup
+from cifar_flax.training.state import root_keys
 
 
 @pytest.fixture
-def setup(tiny_config):
+def prepared(tiny_config):
     arrays = sources.load(tiny_config.data, "train")
     info = DatasetInfo.of(arrays, np.arange(len(arrays.labels), dtype=np.int32), "standard")
-    task, init = experiment.build(tiny_config, info)
+    task, init = setup(tiny_config, info)
     state = init(tiny_config.seed, None)
     index = np.arange(64, dtype=np.int32)
     batch = Batch(arrays.images[:64], arrays.labels[:64], index, np.zeros_like(index), np.ones(64, bool))
@@ -32,8 +34,8 @@ def take(batch, order):
     return jax.tree.map(lambda x: x[order], batch)
 
 
-def test_training_learns(setup):
-    task, state, batch = setup
+def test_training_learns(prepared):
+    task, state, batch = prepared
     step = jax.jit(functools.partial(steps.train_step, task))
     losses = []
     for _ in range(30):
@@ -43,9 +45,9 @@ def test_training_learns(setup):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_result_does_not_depend_on_the_order_within_the_batch(setup):
+def test_result_does_not_depend_on_the_order_within_the_batch(prepared):
     """Random bits, dropout and augmentation included, belong to the example and not to its place."""
-    task, state, batch = setup
+    task, state, batch = prepared
     step = jax.jit(functools.partial(steps.train_step, task))
     order = np.random.default_rng(0).permutation(64)
     (one, a), (other, b) = step(state, batch), step(state, take(batch, order))
@@ -63,9 +65,9 @@ def test_random_bits_change_with_epoch_example_and_seed():
     assert len(seen) == 3 * 4 * 5
 
 
-def test_the_step_uses_epoch_and_seed(setup):
+def test_the_step_uses_epoch_and_seed(prepared):
     """The same images are augmented and dropped out differently in another epoch and in another run."""
-    task, state, batch = setup
+    task, state, batch = prepared
     step = jax.jit(functools.partial(steps.train_step, task))
 
     def loss(seed, epoch):
@@ -76,8 +78,8 @@ def test_the_step_uses_epoch_and_seed(setup):
     assert loss(0, 0) == loss(0, 0)
 
 
-def test_weights_and_examples_have_keys_of_their_own(tiny_config, setup):
-    _, state, _ = setup
+def test_weights_and_examples_have_keys_of_their_own(tiny_config, prepared):
+    _, state, _ = prepared
     weights, examples = root_keys(state.seed)
     assert not np.array_equal(jax.random.key_data(weights), jax.random.key_data(examples))
     network = models.build(tiny_config.model, (32, 32, 3), 10, platform="cpu", rngs=nnx.Rngs(weights))
@@ -87,9 +89,9 @@ def test_weights_and_examples_have_keys_of_their_own(tiny_config, setup):
     np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))
 
 
-def test_reported_figures_are_the_definitions(setup):
+def test_reported_figures_are_the_definitions(prepared):
     """With no augmentation and no dropout, they follow from the logits on the batch statistics."""
-    task, state, batch = setup
+    task, state, batch = prepared
     task = dataclasses.replace(task, augment=AugmentConfig(), label_smoothing=0.3, graphdef=without_dropout())
     model = nnx.merge(task.graphdef, state.params, state.batch_stats)
     keys = steps.example_keys(state.seed, batch.epoch, batch.index)
@@ -107,8 +109,8 @@ def without_dropout():
     return nnx.graphdef(models.build(config, (32, 32, 3), 10, platform="cpu", rngs=nnx.Rngs(0)))
 
 
-def test_padding_changes_no_evaluation(setup):
-    task, state, batch = setup
+def test_padding_changes_no_evaluation(prepared):
+    task, state, batch = prepared
     step = jax.jit(functools.partial(steps.eval_step, task))
     garbage = jax.random.randint(jax.random.key(0), (64, 32, 32, 3), 0, 256).astype(jnp.uint8)
     mask = np.arange(64) < 40
@@ -127,9 +129,9 @@ def test_padding_changes_no_evaluation(setup):
     assert metrics.summarize(whole, names)["num_examples"] == 40
 
 
-def test_a_loop_on_the_device_is_the_steps_one_by_one(setup):
+def test_a_loop_on_the_device_is_the_steps_one_by_one(prepared):
     """Cutout, alternating flips and Lookahead too, over the end of an epoch."""
-    task, state, batch = setup
+    task, state, batch = prepared
     task = dataclasses.replace(
         task,
         augment=AugmentConfig(flip="alternating", crop_padding=2, cutout=8),
@@ -139,7 +141,7 @@ def test_a_loop_on_the_device_is_the_steps_one_by_one(setup):
     index = np.random.default_rng(0).integers(0, 64, (4, 32)).astype(np.int32)
     epoch = np.repeat(np.array([[0], [0], [1], [1]], np.int32), 32, axis=1)
     looped, values = jax.jit(functools.partial(steps.train_steps, task))(
-        state, Positions(index, epoch, index >= 0), batch.image, batch.label
+        state, Indices(index, epoch, index >= 0), batch.image, batch.label
     )
     step = jax.jit(functools.partial(steps.train_step, task))
     for number in range(4):
@@ -151,9 +153,9 @@ def test_a_loop_on_the_device_is_the_steps_one_by_one(setup):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), looped.average, state.average)
 
 
-def test_flips_alternate_between_epochs_in_the_step(setup, monkeypatch):
+def test_flips_alternate_between_epochs_in_the_step(prepared, monkeypatch):
     """The step hands `augment` the keys of epoch 0: without them each epoch would flip by chance."""
-    task, state, batch = setup
+    task, state, batch = prepared
     task = dataclasses.replace(task, augment=AugmentConfig(flip="alternating"))
     seen = []
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cifar_flax import models
 from cifar_flax.models import AirbenchConfig, CNNConfig, ResNetConfig, summary
-from cifar_flax.train import train
+from cifar_flax.modes.train import train
 
 CIFAR = (32, 32, 3)
 SIZES = [(CNNConfig(), 3_693_002), (AirbenchConfig(), 1_971_352), (ResNetConfig(), 11_173_962)]

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from conftest import FILES, NOT_TIMES, final_state, read_metrics
 
-from cifar_flax import cli, evaluate
-from cifar_flax.averaging import AveragingConfig
+from cifar_flax import arguments
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.models import AirbenchConfig, CNNConfig, ResNetConfig
-from cifar_flax.optim import GROUPS, GroupConfig, OptimConfig
-from cifar_flax.train import Trainer, train
-from cifar_flax.trained import saved_config
+from cifar_flax.modes import evaluate
+from cifar_flax.modes.train import train
+from cifar_flax.restore import saved_config
+from cifar_flax.training import evaluator
+from cifar_flax.training.averaging import AveragingConfig
+from cifar_flax.training.optimizers import GROUPS, GroupConfig, OptimConfig
+from cifar_flax.training.trainer import Trainer
 
 FIELDS = {*NOT_TIMES, "images_per_second", "input_wait_fraction"}
 TRAIN_FIELDS = {*FIELDS, "skipped_steps", "checkpoint_blocked_seconds"}
@@ -76,7 +79,7 @@ def test_evaluation_repeats_the_same_numbers_to_the_bit(straight, finished, caps
 @pytest.mark.parametrize("batch_size", [1, 64, 355, 1000])
 def test_evaluation_counts_each_example_once_for_any_batch_size(finished, batch_size):
     expected = json.loads((finished / "eval.json").read_text())
-    command = cli.parse(["--mode=eval", f"--workdir={finished}", f"--config.eval.batch_size={batch_size}"])
+    command = arguments.parse(["--mode=eval", f"--workdir={finished}", f"--config.eval.batch_size={batch_size}"])
     result = evaluate.evaluate(command.config, command.workdir)
     assert result["num_examples"] == 355
     assert result["confusion_matrix"] == expected["confusion_matrix"]
@@ -86,7 +89,7 @@ def test_evaluation_counts_each_example_once_for_any_batch_size(finished, batch_
 @pytest.mark.parametrize("field", ["seed=1", "optim.learning_rate=1.0", "data.name='cifar10'", "train.batch_size=1"])
 def test_evaluation_takes_no_other_field(finished, field):
     with pytest.raises(ConfigError, match=f"^{re.escape(field)}: cannot be changed in eval; data.data_dir, "):
-        cli.parse(["--mode=eval", f"--workdir={finished}", f"--config.{field}".replace("'", "")])
+        arguments.parse(["--mode=eval", f"--workdir={finished}", f"--config.{field}".replace("'", "")])
 
 
 def test_finished_run_says_so_and_evaluates(tiny_config, finished, capsys):
@@ -151,13 +154,13 @@ def test_best_checkpoint_is_judged_on_held_out_examples(tiny_config, workdir, mo
     tiny_config.checkpoint.keep = 1
     tiny_config.eval.checkpoint = "best"
     tiny_config.train.epochs = 4
-    figures, evaluated = iter([0.2, 0.9, 0.3, 0.4, 0.5]), evaluate.Evaluator.__call__
+    figures, evaluated = iter([0.2, 0.9, 0.3, 0.4, 0.5]), evaluator.Evaluator.__call__
 
     def scored(evaluator, state, *stopping):
         evaluation = evaluated(evaluator, state, *stopping)
         return dataclasses.replace(evaluation, summary=evaluation.summary | {"accuracy": next(figures)})
 
-    monkeypatch.setattr(evaluate.Evaluator, "__call__", scored)
+    monkeypatch.setattr(evaluator.Evaluator, "__call__", scored)
     train(tiny_config, workdir)
     curve = {r["step"]: r["accuracy"] for r in read_metrics(workdir) if r["split"] == "validation"}
     assert list(curve.values()) == [0.2, 0.9, 0.3, 0.4]
@@ -277,7 +280,7 @@ def test_the_final_evaluation_is_augmented_and_says_so(finished, capsys):
         (["tta=mirror", "tta_below=0.5"], "test-time augmentation mirror where the top probability is below 0.5\n"),
     ):
         flags = [f"--config.eval.{setting}" for setting in settings]
-        command = cli.parse(["--mode=eval", f"--workdir={finished}", *flags])
+        command = arguments.parse(["--mode=eval", f"--workdir={finished}", *flags])
         result = evaluate.evaluate(command.config, command.workdir)
         assert json.loads((finished / "eval.json").read_text()) == result
         assert (result["tta"], result["tta_below"]) == (command.config.eval.tta, command.config.eval.tta_below)
@@ -299,5 +302,5 @@ def test_a_config_that_averages_ends_with_its_average(tiny_config, workdir):
     assert json.loads((workdir / "eval.json").read_text())["loss"] == of_average["loss"]
     plain = dataclasses.replace(trainer.task, averaging=AveragingConfig())
     test = sources.load(tiny_config.data, "test")
-    of_weights = evaluate.Evaluator(plain, test, evaluate.all_examples(test), 100)(state).summary
+    of_weights = evaluator.Evaluator(plain, test, evaluator.all_examples(test), 100)(state).summary
     assert of_weights["loss"] != of_average["loss"]

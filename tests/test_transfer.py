@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 from conftest import final_state, make_tiny_config, read_metrics
 
-from cifar_flax import averaging, experiment, transfer
-from cifar_flax.averaging import AveragingConfig
+from cifar_flax import restore
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.models import AirbenchConfig, CNNConfig
-from cifar_flax.train import Trainer, train
+from cifar_flax.modes.train import train
+from cifar_flax.training import averaging
+from cifar_flax.training.averaging import AveragingConfig
+from cifar_flax.training.setup import setup
+from cifar_flax.training.trainer import Trainer
 
 
 def begun(config):
     trainer = Trainer(config)
-    return trainer.initial_state, transfer.begin(config, trainer.info, trainer.task, trainer.initial_state)
+    return trainer.initial_state, restore.init_from(config, trainer.info, trainer.task, trainer.initial_state)
 
 
 def config_from(run, **changes):
@@ -43,9 +46,9 @@ def test_a_new_head_where_the_number_of_classes_differs(straight, monkeypatch, c
     trained, config = final_state(make_tiny_config(), run), config_from(run)
     trainer = Trainer(config)
     info = dataclasses.replace(trainer.info, class_names=trainer.info.class_names[:7])
-    task, init = experiment.build(config, info)
+    task, init = setup(config, info)
     fresh = init(config.seed, None)
-    first = transfer.begin(config, info, task, fresh)
+    first = restore.init_from(config, info, task, fresh)
     assert_equal(first.params["head"], fresh.params["head"])
     assert first.params["head"]["kernel"].shape == (16, 7)
     for name in ("conv", "hidden"):
@@ -61,7 +64,7 @@ def test_other_classes_of_the_same_number_are_told(straight, capsys):
     config = config_from(straight[0])
     trainer = Trainer(config)
     info = dataclasses.replace(trainer.info, class_names=tuple("abcdefghij"))
-    transfer.begin(config, info, trainer.task, trainer.initial_state)
+    restore.init_from(config, info, trainer.task, trainer.initial_state)
     assert "its head is of other classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
 
 

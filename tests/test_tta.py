@@ -10,12 +10,14 @@ import pytest
 from conftest import make_tiny_config
 from flax import nnx
 
-from cifar_flax import evaluate, metrics, steps
 from cifar_flax.data import resident, sources
 from cifar_flax.data.augment import VIEWS, normalize, views
 from cifar_flax.data.batches import Batch
 from cifar_flax.errors import ConfigError
-from cifar_flax.train import Trainer
+from cifar_flax.training import evaluator as evaluator_module
+from cifar_flax.training import metrics, steps
+from cifar_flax.training.evaluator import Evaluator, all_examples
+from cifar_flax.training.trainer import Trainer
 
 TEST = sources.load(make_tiny_config().data, "test")
 COUNT = len(TEST.labels)
@@ -52,7 +54,7 @@ def summary_of(logits):
 
 
 def evaluator(trained, **settings):
-    return evaluate.Evaluator(trained[0], TEST, evaluate.all_examples(TEST), **{"batch_size": 100} | settings)
+    return Evaluator(trained[0], TEST, all_examples(TEST), **{"batch_size": 100} | settings)
 
 
 @pytest.mark.parametrize("tta", VIEWS)
@@ -89,7 +91,7 @@ def test_all_and_none_may_be_unsure(trained, below, like):
 
 def test_views_are_computed_for_the_unsure_alone(trained, confidence, monkeypatch):
     """What the option is for: the second pass takes no others."""
-    passes, positions_of = [], evaluate.evaluation_positions
+    passes, positions_of = [], evaluator_module.evaluation_indices
 
     def watched(examples, batch_size):
         passes.append(examples.tolist())
@@ -98,7 +100,7 @@ def test_views_are_computed_for_the_unsure_alone(trained, confidence, monkeypatc
     below = float(np.median(confidence))
     partly = evaluator(trained, tta="mirror", tta_below=below)
     partly.compile(trained[1])
-    monkeypatch.setattr(evaluate, "evaluation_positions", watched)
+    monkeypatch.setattr(evaluator_module, "evaluation_indices", watched)
     partly(trained[1])
     assert passes == [list(range(COUNT)), np.flatnonzero(confidence < below).tolist()]
     assert 0 < len(passes[1]) < COUNT
@@ -107,9 +109,7 @@ def test_views_are_computed_for_the_unsure_alone(trained, confidence, monkeypatc
 def test_a_split_on_the_device_gives_the_same_and_stays_there(trained):
     task, state = trained
     expected = evaluator(trained, tta="mirror", tta_below=0.5)(state).summary
-    on_device = evaluate.Evaluator(
-        task, resident.put(TEST, task.layout), evaluate.all_examples(TEST), 100, tta="mirror", tta_below=0.5
-    )
+    on_device = Evaluator(task, resident.put(TEST, task.layout), all_examples(TEST), 100, tta="mirror", tta_below=0.5)
     on_device.compile(state)
     with jax.transfer_guard_host_to_device("disallow"):  # but by device_put, as positions come
         assert on_device(state).summary == expected

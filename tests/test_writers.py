@@ -8,7 +8,9 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from cifar_flax.data.tensorflow import tf
-from cifar_flax.writers import MetricsWriter, Progress, write_evaluation_events
+from cifar_flax.telemetry.metrics_log import MetricsWriter
+from cifar_flax.telemetry.progress import Progress
+from cifar_flax.telemetry.tensorboard import write_evaluation_events
 
 
 def record(step, split="train", **figures):
@@ -70,7 +72,7 @@ def test_a_full_disk_is_an_error_of_the_line_that_did_not_fit(tmp_path):
     """tensorboardX's own writer would keep it to itself, and after ten more events wait for ever."""
     writer = MetricsWriter(tmp_path, 0)
     writer.write(record(1))
-    events = writer._events._py_recordio_writer._writer.fileno()
+    events = writer._events._writer._py_recordio_writer._writer.fileno()
     kept = os.dup(events)
     with open("/dev/full", "wb") as full:
         os.dup2(full.fileno(), events)

@@ -34,7 +34,7 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
-class Positions:
+class Indices:
     """What stands at each place of a batch, or of those of several steps; the images are elsewhere."""
 
     index: Int32[Any, "*steps batch"]
@@ -42,31 +42,31 @@ class Positions:
     mask: Bool[Any, "*steps batch"]
 
 
-def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n"], positions: Positions) -> Batch:
+def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n"], positions: Indices) -> Batch:
     """The batch of one step, from a split on the host or, in a compiled program, on the device."""
     index = positions.index
     return Batch(images[index], labels[index], index, positions.epoch, positions.mask)
 
 
-def empty_positions(*shape: int) -> Positions:
+def empty_indices(*shape: int) -> Indices:
     """Positions to compile a call for."""
     zeros = np.zeros(shape, np.int32)
-    return Positions(zeros, zeros, zeros > 0)
+    return Indices(zeros, zeros, zeros > 0)
 
 
 def empty_batch(batch_size: int, image_shape: tuple[int, int, int]) -> Batch:
     """A batch to compile a step for."""
     images, labels = np.zeros((1, *image_shape), np.uint8), np.zeros(1, np.int32)
-    return gather(images, labels, empty_positions(batch_size))
+    return gather(images, labels, empty_indices(batch_size))
 
 
-def evaluation_positions(examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Positions]:
+def evaluation_indices(examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Indices]:
     """Every one of `examples` once, in order; the last batch is filled up with masked repeats of its first example."""
     for start in range(0, len(examples), batch_size):
         index = examples[start : start + batch_size]
         mask = np.arange(batch_size) < len(index)
         index = np.concatenate([index, np.full(batch_size - len(index), index[0], np.int32)])
-        yield Positions(index, np.zeros_like(index), mask)
+        yield Indices(index, np.zeros_like(index), mask)
 
 
 def to_device(batches: Iterable[T], put: Callable[[T], T] = jax.device_put, group: int = GROUP) -> Iterator[T]:

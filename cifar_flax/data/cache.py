@@ -6,7 +6,6 @@ name only when it is complete, by one rename, so readers never see half of one.
 
 import hashlib
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -38,10 +37,6 @@ class Arrays:
     def digest(self) -> str:
         """Tells splits apart: of their labels, in order."""
         return hashlib.sha256(np.asarray(self.labels).tobytes()).hexdigest()
-
-
-def default_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_flax"
 
 
 def newest_version(cache_dir: Path, name: str) -> str | None:
@@ -106,41 +101,28 @@ def store(
     Raises `UserError` where the folder cannot be written or the batches hold another number of examples.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with files.new_folder(folder) as partial:
+            open_array = np.lib.format.open_memmap
+            images = open_array(partial / _FILES[0], mode="w+", dtype=np.uint8, shape=(num_examples, *image_shape))
+            labels = open_array(partial / _FILES[1], mode="w+", dtype=np.int32, shape=(num_examples,))
+            filled = 0
+            for some_images, some_labels in batches:
+                end = filled + len(some_images)
+                if end <= num_examples:
+                    if some_labels.min() < 0 or some_labels.max() >= len(class_names):
+                        raise UserError(f"{dataset}: has labels outside 0 to {len(class_names) - 1}; is it unlabelled?")
+                    images[filled:end], labels[filled:end] = some_images, some_labels
+                filled = end
+            if filled != num_examples:
+                raise UserError(f"{dataset}: {filled} examples decoded where {num_examples} are expected")
+            images.flush()
+            labels.flush()
+            checksums = files.checksums(partial)
+            manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names, "sha256": checksums}
+            files.write_sealed(partial / _MANIFEST, manifest)
     except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {folder.parent}: {error.strerror}") from error
-    try:
-        open_array = np.lib.format.open_memmap
-        images = open_array(partial / _FILES[0], mode="w+", dtype=np.uint8, shape=(num_examples, *image_shape))
-        labels = open_array(partial / _FILES[1], mode="w+", dtype=np.int32, shape=(num_examples,))
-        filled = 0
-        for some_images, some_labels in batches:
-            end = filled + len(some_images)
-            if end <= num_examples:
-                if some_labels.min() < 0 or some_labels.max() >= len(class_names):
-                    raise UserError(f"{dataset}: has labels outside 0 to {len(class_names) - 1}; is it unlabelled?")
-                images[filled:end], labels[filled:end] = some_images, some_labels
-            filled = end
-        if filled != num_examples:
-            raise UserError(f"{dataset}: {filled} examples decoded where {num_examples} are expected")
-        images.flush()
-        labels.flush()
-        manifest = {
-            "format": _FORMAT,
-            "dataset": dataset,
-            "class_names": class_names,
-            "sha256": files.checksums(partial),
-        }
-        files.write_sealed(partial / _MANIFEST, manifest)
-        partial.chmod(0o755)  # mkdtemp's folders are closed to others
-        if not folder.exists():  # another process may have been first, with the same bytes
-            partial.rename(folder)
-    except OSError as error:
-        if not (folder / _MANIFEST).exists():
+        if not (folder / _MANIFEST).exists():  # another process may have been first, with the same bytes
             raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     arrays = load(folder)
     if arrays is None or arrays.dataset != dataset:
         raise UserError(f"data.cache_dir: {folder} cannot be read back as {dataset}")

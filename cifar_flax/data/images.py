@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
-from cifar_flax.errors import ConfigError, UserError, one_line
-from cifar_flax.imports import installed
+from cifar_flax import packages
+from cifar_flax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,17 +23,10 @@ MAX_PIXELS = 100_000_000  # of a file that is read: a few bytes can ask for all 
 Shape = tuple[int, int, int]  # height, width, channels
 
 
-def require_pillow() -> None:
-    """Raises `ConfigError` where what reads image files is not installed."""
-    if not installed("PIL"):
-        raise ConfigError("image files cannot be read: Pillow is not installed (pip install pillow)")
-
-
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
     """Here, files may be read by several threads: Pillow gives no warnings of large ones, which are refused anyway."""
-    from PIL import Image
-
+    Image = packages.load("pillow")
     with warnings.catch_warnings():  # for all threads at once
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # of odd metadata
@@ -49,8 +42,9 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
 
     Raises `UserError`, with the reason alone, where the file is no such picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    import PIL
 
+    Image = packages.load("pillow")
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
@@ -66,7 +60,7 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
             return _resize(_pixels(image, shape[2]), shape)
     except UserError:
         raise
-    except UnidentifiedImageError as error:
+    except PIL.UnidentifiedImageError as error:
         raise UserError(f"not an image of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"too many pixels; the most is {MAX_PIXELS:,}") from error

@@ -35,7 +35,7 @@ def total_steps(epochs: float, num_examples: int, batch_size: int, drop_last: bo
     return math.ceil(epochs * epoch_images(num_examples, batch_size, drop_last) / batch_size)
 
 
-def positions(
+def indices(
     seed: int, examples: Int[np.ndarray, " n"], batch_size: int, start: int, stop: int, drop_last: bool = False
 ) -> tuple[Int[np.ndarray, "steps batch"], Int[np.ndarray, "steps batch"]]:
     """For the steps from `start` up to `stop`: which example and which epoch stand at each place of each batch.

@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from cifar_flax.data import order
-from cifar_flax.data.batches import Positions
+from cifar_flax.data.batches import Indices
 from cifar_flax.data.cache import Arrays
-from cifar_flax.parallel import Layout
+from cifar_flax.runtime.devices import Layout
 
 
 def put(arrays: Arrays, layout: Layout) -> Arrays:
@@ -18,7 +18,7 @@ def put(arrays: Arrays, layout: Layout) -> Arrays:
     return dataclasses.replace(arrays, images=images, labels=labels)
 
 
-def training_positions(
+def training_indices(
     examples: Int32[np.ndarray, " n"],
     *,
     batch_size: int,
@@ -28,7 +28,7 @@ def training_positions(
     stop: int,
     drop_last: bool,
     rows: slice = slice(None),
-) -> Iterator[Positions]:
+) -> Iterator[Indices]:
     """The positions of the steps from `start` up to `stop`, `steps_per_call` at a time, of each batch those in `rows`.
 
     An epoch's order takes the host milliseconds: it is made when it is needed, while the device trains on the one
@@ -37,7 +37,7 @@ def training_positions(
     per_epoch = max(order.epoch_images(len(examples), batch_size, drop_last) // batch_size // steps_per_call, 1)
     for begin in range(start, stop, per_epoch * steps_per_call):
         end = min(begin + per_epoch * steps_per_call, stop)
-        index, epoch = order.positions(seed, examples, batch_size, begin, end, drop_last)
+        index, epoch = order.indices(seed, examples, batch_size, begin, end, drop_last)
         for call in range(0, end - begin, steps_per_call):
             here = slice(call, call + steps_per_call), rows
-            yield Positions(index[here], epoch[here], np.ones(index[here].shape, np.bool_))
+            yield Indices(index[here], epoch[here], np.ones(index[here].shape, np.bool_))

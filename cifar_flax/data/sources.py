@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from cifar_flax import files, packages
 from cifar_flax.data import cache
 from cifar_flax.data.archive import read_archive
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import ConfigError, UserError, one_line, require
-from cifar_flax.imports import installed
 
 PIPELINES = ("streaming", "resident")
 _DECODE_BATCH = 1000  # images
@@ -72,10 +72,7 @@ def _digits(split: str) -> Arrays:
     Every fifth example of each class is in the test split. Source: Alpaydin and Kaynak 1998, "Optical Recognition of
     Handwritten Digits", UCI Machine Learning Repository (its test set).
     """
-    require(installed("sklearn"), "data.name", "digits", "needs scikit-learn, which is not installed")
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = packages.load("scikit-learn").load_digits()
     labels = digits.target.astype(np.int32)
     rank_in_class = np.empty(len(labels), np.int32)
     for label in range(10):
@@ -91,7 +88,7 @@ BUILT_IN = {"digits": _digits}
 
 
 def cache_dir(config: DataConfig) -> Path:
-    return Path(config.cache_dir).expanduser() if config.cache_dir else cache.default_dir()
+    return Path(config.cache_dir).expanduser() if config.cache_dir else files.user_cache()
 
 
 def cache_folder(config: DataConfig, split: str, version: str | None = None) -> Path | None:
@@ -167,13 +164,15 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
 
 
 def require_tfds(config: DataConfig, split: str) -> None:
-    """Raises `UserError` where what makes a split that is not in the cache is not installed."""
-    for module, package in (("tensorflow_datasets", "tensorflow-datasets"), ("tensorflow", "tensorflow")):
-        if not installed(module):
-            raise UserError(
-                f"data.name={config.name!r}: its {split} split is not in the cache {cache_dir(config)}, and {package}, "
-                "which prepares it, is not installed; install it, or name a cache filled elsewhere (data.cache_dir)"
-            )
+    """Raise `UserError` if a package that prepares a split that is not in the cache is missing."""
+    missing = f"data.name={config.name!r}: its {split} split is not in the cache {cache_dir(config)}"
+    packages.require(["tensorflow-datasets", "tensorflow"], f"{missing} (name one that has it: data.cache_dir)")
+
+
+def _tfds() -> Any:
+    from cifar_flax.data import tensorflow  # noqa: F401  # before TFDS, which would import all of TensorFlow
+
+    return packages.load("tensorflow-datasets")
 
 
 def _require_split(config: DataConfig, info: Any, split: str) -> None:
@@ -187,10 +186,7 @@ def _require_split(config: DataConfig, info: Any, split: str) -> None:
 
 
 def _tfds_builder(config: DataConfig) -> Any:
-    from cifar_flax.data import tensorflow  # noqa: F401  # before TFDS, which would import all of TensorFlow
-
-    import tensorflow_datasets as tfds  # isort: skip
-
+    tfds = _tfds()
     data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR", "")  # which TFDS itself reads only on import
     try:
         return tfds.builder(config.name, data_dir=os.path.expanduser(data_dir) or None)
@@ -202,8 +198,7 @@ def _tfds_builder(config: DataConfig) -> Any:
 
 
 def _supervised_keys(config: DataConfig, info: Any) -> tuple[str, str]:
-    import tensorflow_datasets as tfds
-
+    tfds = _tfds()
     keys = info.supervised_keys
     fits = (
         keys is not None
@@ -257,12 +252,10 @@ def _decode(
     builder: Any, split: str, image_key: str, label_key: str, image_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of images and labels, in the order in which TFDS stores them."""
-    import tensorflow_datasets as tfds
-
     from cifar_flax.data.tensorflow import dataset_options, tf
 
     # One file after another: interleaving them would make the order depend on TFDS's defaults.
-    dataset = builder.as_dataset(split=split, read_config=tfds.ReadConfig(interleave_cycle_length=1))
+    dataset = builder.as_dataset(split=split, read_config=_tfds().ReadConfig(interleave_cycle_length=1))
 
     def resize(example: Any) -> tuple[Any, Any]:
         image = example[image_key]

@@ -1,6 +1,7 @@
 """Training batches from host memory, by a `tf.data` graph: order -> gather -> prefetch."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -27,11 +28,11 @@ def training_batches(
     """The batches of the steps from `start` up to `stop`, as NumPy arrays: of each those places that lie in `rows`."""
     images, labels = as_tensor(arrays.images), as_tensor(arrays.labels)
 
-    def gather(index: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def gather(index: Any, epoch: Any) -> tuple[Any, ...]:
         mask = tf.ones_like(index, tf.bool)
         return tf.gather(images, index), tf.gather(labels, index), index, epoch, mask
 
-    index, epoch = order.positions(seed, examples, batch_size, start, stop, drop_last)
+    index, epoch = order.indices(seed, examples, batch_size, start, stop, drop_last)
     dataset = tf.data.Dataset.from_tensor_slices((index[:, rows], epoch[:, rows])).map(gather).prefetch(_PREFETCH)
     options = dataset_options()
     # A gather of a few hundred small images needs one thread; more would take cores from the training step.

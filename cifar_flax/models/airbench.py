@@ -15,8 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
-from cifar_flax.models.layers import DTYPES, BatchNorm, Conv, Network, activation_dtype, conv2d, gelu
-from cifar_flax.models.pooling import max_pool
+from cifar_flax.models.layers import DTYPES, BatchNorm, Conv, Network, activation_dtype, conv2d, gelu, max_pool
 
 _WHITENING_EPS = 5e-4  # added to the eigenvalues: directions that hold nothing but noise stay small
 _UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(fan_in)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float, Key
 
-from cifar_flax.models import winograd
-from cifar_flax.models.pooling import max_over_places, max_pool
+from cifar_flax.models.cpu import patches, winograd
+from cifar_flax.models.cpu.threefry import random_words
 
 # Up to this many input channels, a patch is short enough that copying patches costs less than what XLA's convolution
 # loses on a CPU.
@@ -53,9 +53,9 @@ def conv2d(
         return winograd.conv3x3_max_pool(x, kernel) if pool else winograd.conv3x3(x, kernel)
     if platform == "cpu" and _suits_patches(kernel, padding, stride):
         if not pool:
-            return _patch_conv(x, kernel, stride)
+            return patches.conv(x, kernel, stride)
         if kernel.shape[:2] == (3, 3) and stride == 1:
-            return _patch_conv_max_pool(x, kernel)
+            return patches.conv_max_pool(x, kernel)
     y = lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return max_pool(y) if pool else y
 
@@ -69,29 +69,17 @@ def _suits_patches(kernel: Array, padding: str, stride: int) -> bool:
     return padding == "VALID" and (kernel.shape[2] <= _MAX_PATCH_CHANNELS or stride > 1)
 
 
-def _patch_conv(x: Array, kernel: Array, stride: int) -> Array:
-    k_h, k_w, _, c_out = kernel.shape
-    height, width = x.shape[1] - k_h + 1, x.shape[2] - k_w + 1
-    x = lax.optimization_barrier(x)
-    shifted = [x[:, i : i + height : stride, j : j + width : stride] for i in range(k_h) for j in range(k_w)]
-    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, c_out)
+def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[Array, "batch h_out w_out c"]:
+    """Maximum over disjoint `window` x `window` squares; rows and columns that fill no window are dropped.
 
-
-def _patch_conv_max_pool(x: Array, kernel: Array) -> Array:
-    """4x4 patches times a matrix that gives the four outputs of a square."""
-    batch, height, width, c_in = x.shape
-    rows, columns, c_out = (height - 2) // 2, (width - 2) // 2, kernel.shape[-1]
-    x = lax.optimization_barrier(x)
-    pairs = [
-        x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns].reshape(batch, rows, columns, 2 * c_in)
-        for i in range(4)
-        for j in (0, 2)
-    ]
-    matrix = jnp.stack(
-        [jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)], axis=3
-    )
-    y = jnp.concatenate(pairs, axis=-1).reshape(-1, 16 * c_in) @ matrix.reshape(16 * c_in, 4 * c_out)
-    return max_over_places(y.reshape(batch, rows, columns, 4, c_out))
+    Written as reshape + max because the gradient of XLA's `reduce_window` is several times slower on a CPU. Where a
+    window holds its maximum more than once, the gradient is shared among those places.
+    """
+    batch, height, width, channels = x.shape
+    h_out, w_out = height // window, width // window
+    x = x[:, : h_out * window, : w_out * window]
+    x = x.reshape(batch, h_out, window, w_out * window, channels).max(axis=2)
+    return x.reshape(batch, h_out, w_out, window, channels).max(axis=3)
 
 
 class Conv(nnx.Module):
@@ -186,22 +174,3 @@ def dropout(
     keep = lax.optimization_barrier(octets >= threshold)
     keep = keep.reshape(x.shape[0], -1)[:, :features].reshape(x.shape)
     return jnp.where(keep, x * (256 / (256 - threshold)), jnp.zeros((), x.dtype))
-
-
-def random_words(keys: Key[Array, " batch"], count: int) -> UInt32[Array, "batch count"]:
-    """The bits of `jax.random.bits` for each of the keys, which are Threefry's, all of them in one fusion.
-
-    On a CPU, JAX has the cipher as a loop that writes its state to memory between its rounds.
-
-    Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3": Threefry-2x32 with 20 rounds.
-    """
-    first, second = jnp.split(jax.random.key_data(keys), 2, axis=1)
-    schedule = (first, second, first ^ second ^ jnp.uint32(0x1BD11BDA))
-    x, y = jnp.broadcast_to(first, (len(keys), count)), jnp.arange(count, dtype=jnp.uint32)[None, :] + second
-    for four_rounds in range(5):
-        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[four_rounds % 2]:
-            x = x + y
-            y = (y << rotation | y >> (32 - rotation)) ^ x
-        x = x + schedule[(four_rounds + 1) % 3]
-        y = y + schedule[(four_rounds + 2) % 3] + jnp.uint32(four_rounds + 1)
-    return lax.optimization_barrier(x ^ y)

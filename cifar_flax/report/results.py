@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar_flax import files, metrics
+from cifar_flax import files
 from cifar_flax.errors import require
 from cifar_flax.report.charts import number
 from cifar_flax.report.log import Log
 from cifar_flax.report.page import NOTHING, percent
+from cifar_flax.training import metrics
 
 Result = Mapping[str, Any]  # what eval.json holds
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cifar_flax.data.cache import Arrays
-from cifar_flax.report import charts, diagrams, pictures
+from cifar_flax.report import charts, confusion, pictures, reliability
 from cifar_flax.report.charts import Line
 from cifar_flax.report.log import Log, read_log
 from cifar_flax.report.page import (
@@ -146,13 +146,13 @@ def _confusions(result: dict[str, Any]) -> Markup:
         "Rows are true classes, columns predicted ones. Blue: the share of a class that was recognised. Orange: the "
         f"share taken for another, the strongest {percent(_worst(counts), 1)}."
     )
-    if len(names) > diagrams.FEW_CLASSES:
+    if len(names) > confusion.FEW_CLASSES:
         about += " The classes are in the order of the table below."
-    if np.count_nonzero(counts) > diagrams.CELLS:
-        about += f" The {diagrams.CELLS:,} largest of {np.count_nonzero(counts):,} counts are drawn."
-    matrix = element("div", diagrams.heat_map(counts, names), note(about))
+    if np.count_nonzero(counts) > confusion.CELLS:
+        about += f" The {confusion.CELLS:,} largest of {np.count_nonzero(counts):,} counts are drawn."
+    matrix = element("div", confusion.heat_map(counts, names), note(about))
     list_of_pairs = element("div", element("h3", "Most frequent mistakes"), frequent)
-    return element("div", matrix, list_of_pairs, class_="pair" if len(names) <= diagrams.NARROW else "stack")
+    return element("div", matrix, list_of_pairs, class_="pair" if len(names) <= confusion.NARROW else "stack")
 
 
 def _worst(counts: np.ndarray) -> float:
@@ -189,7 +189,7 @@ def _calibration(result: dict[str, Any]) -> Markup:
         f"probability, on average over the examples in {len(bins)} bins (Guo et al. 2017). The "
         "line across a bar is the share that was right, orange its distance from the probability."
     )
-    diagram = element("div", diagrams.reliability(bins), note(about))
+    diagram = element("div", reliability.diagram(bins), note(about))
     numbers = table(("top probability", "images", "mean", "right"), rows, label="Calibration by top probability")
     return element("div", diagram, numbers, class_="pair")
 

@@ -1,0 +1,6 @@
+"""`python -m cifar_flax` is `python main.py`."""
+
+from cifar_flax.cli import entry_point
+
+if __name__ == "__main__":
+    entry_point()

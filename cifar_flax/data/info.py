@@ -1,0 +1,76 @@
+"""The description of a data set that a trained network carries with it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from cifar_flax.data.cache import Arrays
+from cifar_flax.errors import UserError
+
+_CHUNK = 1000  # images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetInfo:
+    """What a trained network must know of its training data; saved with every checkpoint."""
+
+    name: str  # with its version
+    image_shape: tuple[int, int, int]  # height, width, channels
+    class_names: tuple[str, ...]
+    num_examples: int  # trained on
+    mean: tuple[float, ...]  # per channel, in units of the stored bytes
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, arrays: Arrays, examples: Int32[np.ndarray, " n"], normalization: str) -> "DatasetInfo":
+        """Describes `examples`. Statistics are exact: integers are summed, then divided once."""
+        _, height, width, channels = arrays.images.shape
+        mean, std = (0.0,) * channels, (255.0,) * channels
+        if normalization == "standard":
+            mean, std = _mean_and_std(arrays.images, examples)
+        return cls(
+            name=arrays.dataset,
+            image_shape=(height, width, channels),
+            class_names=arrays.class_names,
+            num_examples=len(examples),
+            mean=mean,
+            std=std,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DatasetInfo":
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def check(self, arrays: Arrays) -> None:
+        """Raises `UserError` if `arrays` cannot be classified by a network trained on this data."""
+        for what, ours, theirs in (
+            ("images of shape", self.image_shape, arrays.images.shape[1:]),
+            ("classes", self.class_names, arrays.class_names),
+        ):
+            if ours != theirs:
+                raise UserError(f"{arrays.dataset} has {what} {theirs}, the checkpoint was trained on {what} {ours}")
+
+
+def _mean_and_std(images: np.ndarray, examples: Int32[np.ndarray, " n"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel, over all pixels of `examples`."""
+    histogram = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(examples), _CHUNK):
+        chunk = images[examples[start : start + _CHUNK]]
+        for channel, counts in enumerate(histogram):
+            counts += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    value, count = np.arange(256), histogram.sum(axis=1)
+    mean = histogram @ value / count
+    variance = histogram @ value**2 / count - mean**2
+    # A channel that never changes carries no information; dividing by 1 keeps it finite.
+    std = np.sqrt(np.where(variance > 0, variance, 1.0))
+    return tuple(mean.tolist()), tuple(std.tolist())

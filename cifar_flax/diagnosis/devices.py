@@ -1,0 +1,81 @@
+"""Checks of the devices, of the cache of compiled programs and of the memory allocator."""
+
+import contextlib
+import logging
+import logging.handlers
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import jax
+
+from cifar_flax.diagnosis import nvidia
+from cifar_flax.diagnosis.finding import Visit
+from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
+from cifar_flax.errors import UserError, one_line
+from cifar_flax.packages import has_module
+from cifar_flax.runtime import allocator, compilation
+from cifar_flax.runtime.devices import all_devices
+from cifar_flax.runtime.environment import machine
+
+
+def devices(visit: Visit) -> Iterator[Finding]:
+    with _told_by_jax() as records:
+        try:
+            found = all_devices()
+        except UserError as error:
+            yield Finding(FAIL, str(error))
+            found = []
+    if found:
+        visit.platform = found[0].platform
+        kinds = Counter(device.device_kind for device in found)
+        names = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        yield Finding(OK, f"{names}; {machine()}")
+    told = " ".join("; ".join(record.getMessage() for record in records).split())
+    if visit.platform in ("", "cpu"):
+        if reason := nvidia.why_unused(told):
+            yield Finding(NOTE, f"NVIDIA GPU: {reason}")
+        elif found and has_module("libtpu") and not os.environ.get("JAX_PLATFORMS"):
+            try:
+                jax.devices("tpu")
+            except RuntimeError as error:
+                yield Finding(NOTE, f"TPU: libtpu is installed, but JAX finds none ({one_line(error)})")
+        elif told:  # such as that there is a TPU, but no libtpu
+            yield Finding(NOTE, told)
+
+
+@contextlib.contextmanager
+def _told_by_jax() -> Iterator[list[logging.LogRecord]]:
+    """What JAX and its plugins warn of while they look for devices, instead of on the screen."""
+    handler, loggers = logging.handlers.BufferingHandler(1000), [logging.getLogger(n) for n in ("jax", "jax_plugins")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield handler.buffer
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def programs(visit: Visit) -> Iterator[Finding]:
+    if not visit.platform:
+        return
+    if reason := compilation.why_not_kept():
+        yield Finding(NOTE, f"compiled at each start: {reason}")
+    else:
+        yield Finding(OK, f"compiled once, and kept in {compilation.programs_folder()}")
+
+
+def memory(visit: Visit) -> Iterator[Finding]:
+    if visit.platform != "cpu":
+        return
+    found = os.environ.get("GLIBC_TUNABLES")
+    if found == allocator.SETTINGS["GLIBC_TUNABLES"]:
+        yield Finding(OK, "glibc malloc keeps freed memory for the next step")
+    else:
+        why = (
+            "an accelerator plugin is installed, or the C library is not glibc"
+            if found is None
+            else "GLIBC_TUNABLES is set"
+        )
+        yield Finding(NOTE, f"glibc malloc is not tuned; CPU steps are about 1.5 times slower: {why}")

@@ -1,0 +1,52 @@
+"""Checks of Python and of the installed packages. Imports nothing but the standard library."""
+
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cifar_flax import packages
+from cifar_flax.errors import UserError
+
+OK, NOTE, FAIL = "ok", "note", "FAIL"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    mark: str  # OK | NOTE | FAIL
+    text: str
+
+
+def python() -> Iterator[Finding]:
+    """Check the version of Python."""
+    oldest, newest = packages.PYTHONS
+    mark = FAIL if sys.version_info[:2] < oldest else NOTE if sys.version_info[:2] > newest else OK
+    supported = "" if mark == OK else f"; {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]} are supported"
+    yield Finding(mark, f"{platform.python_version()}{supported}")
+
+
+def required_packages() -> Iterator[Finding]:
+    """Check the packages that every run needs."""
+    versions = {name: packages.version(name) for name in ("jaxlib", *packages.PACKAGES)}
+    yield Finding(OK, " ".join(f"{name}=={version}" for name, version in versions.items() if version))
+    try:
+        packages.require(packages.REQUIRED)
+    except UserError as error:
+        yield Finding(FAIL, str(error))
+
+
+def optional_packages(needed: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """Check the packages that some runs need: those in `needed` fail, others are noted."""
+    for name in packages.OPTIONAL:
+        if reason := packages.fault(name) or _import_fault(name):
+            yield Finding(FAIL if name in needed else NOTE, f"{reason}, for {packages.PACKAGES[name].used_for}")
+
+
+def _import_fault(name: str) -> str | None:
+    if name.startswith("tensorflow"):  # seconds; a run that needs it reports it
+        return None
+    try:
+        packages.load(name)
+    except UserError as error:
+        return str(error)
+    return None

@@ -1,0 +1,80 @@
+"""--mode=doctor: print what would keep a run from starting here, and why a GPU is not used.
+
+The checks of the installation import nothing that may be missing or broken; the others are imported after them.
+"""
+
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cifar_flax
+from cifar_flax.diagnosis import installation
+from cifar_flax.diagnosis.installation import FAIL, NOTE, Finding
+from cifar_flax.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from cifar_flax.config import Config
+
+Check = Callable[[], Iterator[Finding]]
+
+# Paths stay whole, to be copied.
+_wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False).fill
+
+
+def doctor(config: "Config", workdir: Path) -> None:
+    """Print what a run of `config` in `workdir` would meet; raise `UserError` with the reasons if it would fail."""
+    from cifar_flax.diagnosis import devices, run
+    from cifar_flax.diagnosis.finding import Visit
+
+    needed = ["tensorflow"] if config.data.pipeline == "streaming" else []
+    needed += ["scikit-learn"] if config.data.name == "digits" else []
+    visit = Visit(config, workdir)
+    print(f"cifar_flax {cifar_flax.__version__}: can a run with {config.data.name} start here?")
+    # In the order in which they are printed: a check may need what those before it have found.
+    checks: list[tuple[str, Check]] = [
+        ("python", installation.python),
+        ("packages", installation.required_packages),
+        ("packages", partial(installation.optional_packages, tuple(needed))),
+        ("devices", partial(devices.devices, visit)),
+        # Before others compile: JAX opens the folder once, and reports once what is wrong with it.
+        ("programs", partial(devices.programs, visit)),
+        ("memory", partial(devices.memory, visit)),
+        ("data", partial(run.data, visit)),
+        ("start", partial(run.start, visit)),
+        ("workdir", partial(run.folder, visit)),
+        ("disk", partial(run.disk, visit)),
+    ]
+    reasons = _print(checks)
+    if reasons:
+        raise UserError(f"a run would fail: {'; '.join(reasons)}")
+    print("a run can start")
+
+
+def examine_installation(error: UserError) -> None:
+    """Print the part of `doctor` that works where the packages that every mode needs do not: `error` says why."""
+    print(f"cifar_flax {cifar_flax.__version__}: can a run start here?")
+    found = _print([("python", installation.python), ("packages", installation.required_packages)])
+    if not any(reason.startswith("packages") for reason in found):  # their versions are fine
+        _print([("packages", lambda: iter([Finding(FAIL, str(error))]))])
+
+
+def _print(checks: Iterable[tuple[str, Check]]) -> list[str]:
+    """Print the findings of `checks`; return those that fail."""
+    reasons = []
+    for name, check in checks:
+        for finding in _findings(check):
+            print(_wrap(f"{finding.mark:4}  {name:9} {finding.text}"))
+            if finding.mark == FAIL:
+                reasons.append(f"{name}: {finding.text}")
+    return reasons
+
+
+def _findings(check: Check) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except UserError as error:
+        yield Finding(FAIL, str(error))
+    except Exception as error:  # whatever is odd here is why the doctor has been called
+        yield Finding(NOTE, f"the check itself failed: {one_line(error)}")

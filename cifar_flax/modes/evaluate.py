@@ -1,0 +1,52 @@
+"""--mode=eval: evaluate a checkpoint of a run, and write eval.json and the report."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from cifar_flax.config import Config
+from cifar_flax.data import resident, sources
+from cifar_flax.errors import UserError
+from cifar_flax.files import write_json
+from cifar_flax.report import confusion
+from cifar_flax.report.run import write_report
+from cifar_flax.restore import restore
+from cifar_flax.runtime import processes
+from cifar_flax.telemetry.console import evaluation_table, show
+from cifar_flax.telemetry.tensorboard import write_evaluation_events
+from cifar_flax.training.evaluator import final_evaluator
+
+
+def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
+    """Evaluate the checkpoint that `config.eval.checkpoint` names on `config.data.eval_split`; return eval.json."""
+    run = restore(config, workdir)
+    arrays = sources.load(config.data, config.data.eval_split)
+    run.info.check(arrays)
+    if config.data.pipeline == "resident":
+        arrays = resident.put(arrays, run.task.layout)
+    evaluation = final_evaluator(config, run.task, arrays)(run.state)
+    assert evaluation is not None
+    result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": run.step}
+    if config.eval.tta != "none":
+        result |= {"tta": config.eval.tta, "tta_below": config.eval.tta_below}
+    result |= evaluation.summary
+    if processes.is_main():
+        show(evaluation_table(result))  # first, so that a full disk loses none of it
+        write_json(workdir / "eval.json", result)
+        write_report(workdir, result, run.metadata, arrays, evaluation.probabilities)
+        written = [workdir / "eval.json", workdir / "report.html", *_plot(workdir, result)]
+        show(f"\nwritten: {', '.join(map(str, written))}")
+    return result
+
+
+def _plot(workdir: Path, result: dict[str, Any]) -> list[Path]:
+    """Write the confusion matrix as a PNG and for TensorBoard, and return the PNG; the packages may be missing."""
+    path = workdir / "confusion_matrix.png"
+    try:
+        size = confusion.plot(path, result)
+    except UserError as error:
+        show(f"\nno {path.name} is written: {error}")
+        return []
+    with contextlib.suppress(UserError):  # training has reported that tensorboardX is missing
+        write_evaluation_events(workdir, result, path, size)
+    return [path]

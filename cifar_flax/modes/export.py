@@ -1,0 +1,111 @@
+"""--mode=export: write the network of a run for other programs, checked by a process without this package."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_flax import config as configs
+from cifar_flax import files, packages
+from cifar_flax.config import Config
+from cifar_flax.data import sources
+from cifar_flax.errors import UserError, require
+from cifar_flax.export import program
+from cifar_flax.restore import RestoredRun, restore
+from cifar_flax.telemetry.console import show
+from cifar_flax.training import evaluator
+
+TOLERANCE = 1e-5  # between the probabilities of evaluation and of the exported program
+
+
+def export(config: Config, workdir: Path, output: Path) -> None:
+    """Write the network of `workdir` to the folder `output`, which appears when it is complete and has been checked.
+
+    `model.safetensors` has the weights, `config.json` what else one must know to rebuild the network, `labels.txt` a
+    class per line. `model.stablehlo` is the whole program, as `jax.export` serializes it: from bytes of the shape
+    (n, height, width, channels) to probabilities, normalised and with test-time augmentation as evaluation has it, on
+    each of `PLATFORMS`.
+
+    Another process runs the program on all images of the split that evaluation counts. Raises `UserError` unless it
+    finds the same classes, and probabilities within `TOLERANCE`; `ConfigError` if `output` exists already.
+    """
+    require(not output.exists(), "--output", str(output), "exists already; choose another folder")
+    save = packages.load("safetensors").save
+    run = restore(config, workdir)
+    with files.new_folder(output) as folder:
+        (folder / "model.safetensors").write_bytes(save(program.tensors(run)))
+        (folder / "labels.txt").write_text("".join(f"{name}\n" for name in run.info.class_names))
+        (folder / "model.stablehlo").write_bytes(program.stablehlo(run))
+        checked = _check(run, folder)
+        files.write_json(folder / "config.json", _describe(run, checked))
+    show(_text(output, checked))
+
+
+def _check(run: RestoredRun, folder: Path) -> dict[str, Any]:
+    """What another process finds with the program in `folder`, beside what evaluation does."""
+    config = run.config
+    arrays = sources.load(config.data, config.data.eval_split)
+    run.info.check(arrays)
+    evaluation = evaluator.final_evaluator(config, run.task, arrays)(run.state)
+    assert evaluation is not None
+    found = program.run_in_new_process(folder, arrays.images)
+    expected = evaluation.probabilities
+    same = int(np.sum(found.argmax(axis=1) == expected.argmax(axis=1)))
+    difference = float(np.abs(found - expected).max())
+    if same != len(expected) or not difference <= TOLERANCE:
+        raise UserError(
+            f"the exported program is not written: of {len(expected)} {config.data.eval_split} images it classifies "
+            f"{same} as evaluation does, with probabilities that differ by up to {difference:.2g} "
+            f"({TOLERANCE:g} is allowed)"
+        )
+    return {
+        "dataset": arrays.dataset,
+        "split": config.data.eval_split,
+        "num_examples": len(expected),
+        "accuracy": evaluation.summary["accuracy"],
+        "largest_difference_of_probabilities": difference,
+    }
+
+
+def _describe(run: RestoredRun, checked: Mapping[str, Any]) -> dict[str, Any]:
+    info, config = run.info, run.config
+    return {
+        "format": 1,
+        "model": configs.to_dict(config)["model"],
+        "image": {
+            "shape": info.image_shape,
+            "layout": "height, width, channels; bytes, 0 to 255",
+            "mean": info.mean,
+            "std": info.std,
+            "normalization": "(image - mean) / std, per channel, in float32",
+        },
+        "num_classes": len(info.class_names),
+        "tta": config.eval.tta,
+        "tta_below": config.eval.tta_below,
+        "weights": {
+            "file": "model.safetensors",
+            "layout": "convolutions: height, width, in, out; dense layers: in, out; images: height, width, channels",
+        },
+        "program": {
+            "file": "model.stablehlo",
+            "made_by": "jax.export",
+            "platforms": program.PLATFORMS,
+            "input": ["uint8", ["batch", *info.image_shape]],
+            "output": ["float32", ["batch", len(info.class_names)]],
+        },
+        "step": run.step,
+        "checked": dict(checked),
+        "versions": packages.versions(),
+    }
+
+
+def _text(output: Path, checked: Mapping[str, Any]) -> str:
+    names = sorted(path.name for path in output.iterdir())
+    sizes = "\n".join(f"  {name:18} {(output / name).stat().st_size:12,} bytes" for name in names)
+    return (
+        f"{output}:\n{sizes}\n"
+        f"model.stablehlo, run by another process on the {checked['num_examples']:,} images of the {checked['split']} "
+        f"split: the same classes (accuracy {checked['accuracy']:.2%}), probabilities within "
+        f"{checked['largest_difference_of_probabilities']:.2g}"
+    )

@@ -1,0 +1,133 @@
+"""The confusion matrix: as text, as a PNG and as SVG. Rows are true classes, columns predicted ones."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cifar_flax import packages
+from cifar_flax.report.charts import coordinate, short, svg
+from cifar_flax.report.page import Markup, element, percent, scrolling
+
+FEW_CLASSES = 20  # up to so many, cells have counts and names
+NARROW = 12  # of so many, all can be seen on a phone
+_CELL = 31  # units, of few classes
+_LABELS = 14  # characters of a name beside its row
+_SIDE = 640  # units, of many
+_SHADES = 10
+CELLS = 20_000  # at most so many are drawn, of many classes
+
+
+def text_lines(counts: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of a table for a terminal: rows are true classes, columns predicted ones."""
+    width = max(map(len, [*class_names, "true, predicted:"]))
+    columns = [max(len(name[:6]), len(f"{counts[:, i].max()}")) for i, name in enumerate(class_names)]
+    heads = [f"{name[:6]:>{size}}" for name, size in zip(class_names, columns, strict=True)]
+    yield "  ".join([f"{'true, predicted:':{width}}", *heads])
+    for name, row in zip(class_names, counts, strict=True):
+        yield "  ".join([f"{name:{width}}", *(f"{n:{size}}" for n, size in zip(row, columns, strict=True))])
+
+
+def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
+    """Write the confusion matrix of an evaluation as a PNG, and return its width and height in pixels.
+
+    Raises `UserError` if matplotlib is missing, too old or broken.
+    """
+    pyplot = packages.load("matplotlib")
+    pyplot.switch_backend("Agg")
+    counts, names = np.asarray(result["confusion_matrix"]), list(result["per_class"])
+    fractions = _fractions(counts)
+    size = min(2.5 + 0.5 * len(names), 16)  # inches
+    font = min(10, 400 / len(names))  # points
+    figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
+    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
+    axes.set_yticks(range(len(names)), names, fontsize=font)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(
+        f"{result['dataset']} {result['split']}: {result['accuracy']:.2%} of {result['num_examples']:,} correct"
+    )
+    if len(names) <= FEW_CLASSES:  # more would not be readable
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                color = "white" if fractions[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    width, height = map(int, figure.canvas.get_width_height())
+    pyplot.close(figure)
+    return width, height
+
+
+def _fractions(counts: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:
+    """Return each count as a fraction of its true class (its row)."""
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def heat_map(counts: Int[np.ndarray, "classes classes"], names: Sequence[str]) -> Markup:
+    """Rows are true classes, columns predicted ones: how dark a cell is says which share of its class it holds.
+
+    Mistakes have another color, and are darkest where the share is the largest of all mistakes. Above `FEW_CLASSES`
+    there are neither counts nor names, and of more than `CELLS` cells those of the smallest counts are left out.
+    """
+    shares = _fractions(counts)
+    mistakes = shares * (1 - np.eye(len(counts)))
+    depth = np.where(np.eye(len(counts), dtype=bool), shares, mistakes / max(mistakes.max(), 1e-9))
+    return _few(counts, shares, depth, names) if len(names) <= FEW_CLASSES else _many(counts, depth)
+
+
+def _few(counts: np.ndarray, shares: np.ndarray, depth: np.ndarray, names: Sequence[str]) -> Markup:
+    longest = min(max(map(len, names)), _LABELS)
+    margin = 12 + 6.2 * longest
+    size = margin + _CELL * len(names)
+    parts = []
+    for i, name in enumerate(names):
+        text = short(name, _LABELS)
+        center = coordinate(margin + _CELL * (i + 0.5))
+        row = {"x": coordinate(margin - 6), "y": center, "text_anchor": "end", "dominant_baseline": "central"}
+        up = {"transform": f"translate({center} {coordinate(margin - 6)}) rotate(-90)", "dominant_baseline": "central"}
+        parts += [element("text", text, class_="name", **row), element("text", text, class_="name", **up)]
+    for i, j in np.ndindex(counts.shape):
+        count, opacity = int(counts[i, j]), opaque(float(depth[i, j]))
+        x, y = margin + _CELL * j, margin + _CELL * i
+        title = element("title", f"{names[i]} taken for {names[j]}: {count:,} ({percent(float(shares[i, j]))})")
+        place = {"x": coordinate(x), "y": coordinate(y), "width": _CELL - 1, "height": _CELL - 1}
+        kind = "hit" if i == j else "miss"
+        parts.append(element("rect", title, class_=kind, fill_opacity=f"{opacity:.3g}", **place))
+        if count:
+            middle = {"x": coordinate(x + (_CELL - 1) / 2), "y": coordinate(y + (_CELL - 1) / 2)}
+            parts.append(element("text", str(count), class_="count", dominant_baseline="central", **middle))
+    style = f"max-width: {size * 1.4:.0f}px"
+    if len(names) <= NARROW:
+        return svg(parts, size, size, _WORDS, style=style)
+    return scrolling(
+        svg(parts, size, size, _WORDS, style=f"{style}; min-width: {size * 0.8:.0f}px"), "Confusion matrix"
+    )
+
+
+def _many(counts: np.ndarray, depth: np.ndarray) -> Markup:
+    """One path per shade, of at most `CELLS` cells."""
+    rows, columns = np.nonzero(counts)
+    largest = np.argsort(-counts[rows, columns], kind="stable")[:CELLS]
+    rows, columns = rows[largest], columns[largest]
+    shades = np.ceil(depth[rows, columns] * _SHADES).astype(int)
+    parts = [element("path", d=f"M0 0H{len(counts)}V{len(counts)}H0z", class_="frame")]
+    side = max(1, len(counts) // 250)  # units: of very many classes, a cell of its true size could not be seen
+    for kind, of_kind in (("hit", rows == columns), ("miss", rows != columns)):
+        for shade in np.unique(shades[of_kind]):
+            chosen = of_kind & (shades == shade)
+            cells = zip(columns[chosen].tolist(), rows[chosen].tolist(), strict=True)
+            square = f"h{side}v{side}h{-side}z"
+            path = "".join(f"M{column - side // 2} {row - side // 2}{square}" for column, row in cells)
+            parts.append(element("path", d=path, class_=kind, fill_opacity=f"{opaque(shade / _SHADES):.3g}"))
+    return svg(parts, len(counts), len(counts), _WORDS, style=f"max-width: {_SIDE}px")
+
+
+_WORDS = "Confusion matrix: rows are true classes, columns predicted ones; the table tells the most frequent mistakes"
+
+
+def opaque(depth: float) -> float:
+    """Of a cell of that depth, from 0 to 1: what is there at all can be seen."""
+    return 0.0 if depth <= 0 else 0.08 + 0.92 * float(depth)

@@ -1,0 +1,134 @@
+"""A trained network, from the folder of its run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jaxtyping import PyTree
+
+from cifar_flax import config as configs
+from cifar_flax.checkpoints.manager import Checkpoints
+from cifar_flax.checkpoints.metadata import CHECKPOINTS, Metadata, read_metadata, saved_steps
+from cifar_flax.config import Config
+from cifar_flax.data.info import DatasetInfo
+from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.runtime import processes
+from cifar_flax.runtime.devices import ParallelConfig
+from cifar_flax.runtime.trees import named_leaves
+from cifar_flax.training import averaging
+from cifar_flax.training.setup import setup
+from cifar_flax.training.state import TrainState
+from cifar_flax.training.steps import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoredRun:
+    config: Config
+    info: DatasetInfo
+    task: Task
+    state: TrainState
+    metadata: Metadata  # of the checkpoint
+
+    @property
+    def step(self) -> int:
+        step: int = self.metadata["step"]
+        return step
+
+    @property
+    def weights(self) -> PyTree:
+        """Parameters and batch statistics as they are evaluated."""
+        state = self.state
+        return averaging.evaluated(self.config.averaging, (state.params, state.batch_stats), state.average)
+
+
+def saved_config(workdir: Path, field: str = "--workdir") -> Config:
+    """The config saved with the newest checkpoint of `workdir`; raises `UserError` if there is none.
+
+    But for `parallel`: what is trained is used where that is started. It may be by several processes, so nothing here
+    makes JAX look for devices. `field` is what has named the folder.
+    """
+    folder = _checkpoint_folder(workdir, field)
+    steps = saved_steps(folder)
+    if not steps:
+        raise _no_checkpoint(workdir, field)
+    config = configs.from_dict(read_metadata(folder, steps[-1])["config"])
+    config.parallel = ParallelConfig()
+    return config
+
+
+def restore(config: Config, workdir: Path, field: str = "--workdir") -> RestoredRun:
+    """The checkpoint of `workdir` that `config.eval.checkpoint` names, on the devices of `config.parallel`.
+
+    Raises `UserError` where there is none, or it is not as it was saved.
+    """
+    with Checkpoints(_checkpoint_folder(workdir, field), config.checkpoint, read_only=True) as checkpoints:
+        step = checkpoints.newest_step()
+        if step is None:
+            raise _no_checkpoint(workdir, field)
+        if config.eval.checkpoint == "best":
+            step = checkpoints.best_step()
+            if step is None:
+                raise UserError(f"{field}={str(workdir)!r}: none of its checkpoints has a validation accuracy")
+        metadata = checkpoints.metadata(step)
+        info = DatasetInfo.from_dict(metadata["dataset"])
+        task, init = setup(config, info)
+        state = checkpoints.restore(step, init(config.seed, None))
+    return RestoredRun(config=config, info=info, task=task, state=state, metadata=metadata)
+
+
+def _checkpoint_folder(workdir: Path, field: str) -> Path:
+    folder = workdir / CHECKPOINTS
+    if not workdir.is_dir():
+        raise ConfigError(f"{field}={str(workdir)!r}: no such folder")
+    if not folder.is_dir():
+        raise ConfigError(f"{field}={str(workdir)!r}: holds no checkpoint; train one first")
+    return folder
+
+
+def _no_checkpoint(workdir: Path, field: str) -> UserError:
+    return UserError(f"{field}={str(workdir)!r}: holds no finished checkpoint; train one first")
+
+
+_FIELD = "train.init_from"
+
+
+def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) -> TrainState:
+    """The first state `state` with the weights that `config.train.init_from` has trained, as far as they fit.
+
+    A weight fits where one of the same name, such as "hidden.kernel", has the same shape: a head for another number of
+    classes does not, and stays as it is. So does the optimizer. What does not fit is told, a line for each.
+
+    Raises `ConfigError` where there is no checkpoint, `UserError` where none of its parameters fits.
+    """
+    folder = Path(config.train.init_from)
+    saved = saved_config(folder, _FIELD)
+    saved.parallel = config.parallel
+    run = restore(saved, folder, _FIELD)
+    own = state.params, state.batch_stats
+    ours, theirs = (
+        {name: x for tree in trees for name, x in named_leaves(tree, ".").items()} for trees in (own, run.weights)
+    )
+    fits = {name for name, array in ours.items() if name in theirs and theirs[name].shape == array.shape}
+    unfit = [
+        f"{name}: {_shape(theirs, name)} there, {_shape(ours, name)} here"
+        for name in (ours | theirs)
+        if name not in fits
+    ]
+    if not fits & named_leaves(state.params, ".").keys():
+        raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights fits this network ({'; '.join(unfit)})")
+    processes.log(f"begins with {len(fits)} of its {len(ours)} weights from {folder}, step {run.step}")
+    if run.info.class_names != info.class_names and len(run.info.class_names) == len(info.class_names):
+        processes.log(f"  its head is of other classes: {', '.join(run.info.class_names)}")
+    for line in unfit:
+        processes.log(f"  does not match: {line}")
+    leaves = [theirs[name] if name in fits else array for name, array in ours.items()]
+    params, batch_stats = jax.tree.unflatten(jax.tree.structure(own), leaves)
+    opt_state, average = jax.jit(
+        lambda weights: (task.optimizer.init(weights[0]), averaging.init(config.averaging, weights)),
+        out_shardings=task.layout.replicated,
+    )((params, batch_stats))
+    return state._replace(params=params, batch_stats=batch_stats, opt_state=opt_state, average=average)
+
+
+def _shape(arrays: dict[str, jax.Array], name: str) -> str:
+    return str(arrays[name].shape) if name in arrays else "absent"

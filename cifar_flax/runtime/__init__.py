@@ -1,0 +1,1 @@
+"""Devices, processes, signals, compilation and memory: where and how programs run."""

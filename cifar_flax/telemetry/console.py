@@ -1,0 +1,36 @@
+"""Text for the terminal."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def show(text: str) -> None:
+    """Prints what its user asked for; that nobody reads it any more is no error."""
+    with contextlib.suppress(OSError):
+        print(text)
+
+
+def printable(text: str) -> str:
+    """The name of a file, or of what else comes from outside, without what a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def evaluation_table(result: Mapping[str, Any]) -> str:
+    """The figures of eval.json for people."""
+    name_width = max(len("class"), *(len(name) for name in result["per_class"]))
+    correct = round(result["accuracy"] * result["num_examples"])
+    below = f" where the top probability is below {result['tta_below']}" if result.get("tta_below") else ""
+    views = f", test-time augmentation {result['tta']}{below}" if "tta" in result else ""
+    lines = [
+        f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']}{views}",
+        f"  accuracy                    {result['accuracy']:.2%} ({correct} of {result['num_examples']})",
+        f"  top-5 accuracy              {result['top5_accuracy']:.2%}",
+        f"  loss                        {result['loss']!r}",
+        f"  expected calibration error  {result['expected_calibration_error']!r}",
+        "",
+        f"  {'class':{name_width}}  precision  recall      F1",
+    ]
+    for name, row in result["per_class"].items():
+        lines.append(f"  {name:{name_width}}  {row['precision']:9.2%}  {row['recall']:6.2%}  {row['f1']:6.2%}")
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""metrics.jsonl: a line of JSON per logging step and per evaluation."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cifar_flax import files
+from cifar_flax.errors import UserError
+from cifar_flax.runtime import processes
+from cifar_flax.telemetry.tensorboard import Events
+
+Metrics = dict[str, Any]  # one line of metrics.jsonl
+
+
+class MetricsWriter:
+    """Appends lines to metrics.jsonl and to TensorBoard's event files; in the main process alone.
+
+    Raises `OSError`, with the file's name, from the call that could not write.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        start_step: int,
+        mark: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        """Continue at `start_step`, where `mark` was taken: lines after it are dropped, as they will come again.
+
+        `settings` are TensorBoard's hyper-parameters of the run.
+        """
+        self._file = self._events = None
+        if not processes.is_main():
+            return
+        path = workdir / "metrics.jsonl"
+        kept = _written_until(path, start_step, mark)
+        self._hash, self._size = hashlib.sha256(kept), len(kept)
+        self._file = path.open("ab")
+        try:
+            self._events = Events(workdir / "tensorboard")
+        except UserError as error:
+            processes.log(f"no TensorBoard events are written: {error}")
+            return
+        self._events.start(start_step, settings or {})
+
+    def close(self) -> None:
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
+
+    def write(self, metrics: Metrics) -> None:
+        if self._file is None:
+            return
+        line = f"{json.dumps(metrics)}\n".encode()
+        try:
+            self._file.write(line)
+            self._file.flush()
+            self._hash.update(line)
+            self._size += len(line)
+            if self._events is not None:
+                scalars = {name: value for name, value in metrics.items() if name not in ("step", "split")}
+                self._events.scalars(metrics["step"], metrics["split"], scalars)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{self._file.name} or tensorboard beside it") from error
+
+    def mark(self) -> dict[str, Any] | None:
+        """Return the size and checksum of metrics.jsonl, once that is on the disk; for the checkpoint of this step."""
+        if self._file is None:
+            return None
+        os.fsync(self._file.fileno())
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+
+
+def _written_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> bytes:
+    """Leaves of metrics.jsonl what was written up to `mark`; returns that.
+
+    Where that has been changed meanwhile, lines up to `step` stay if they can be read; a line on the screen says so.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    kept, lines = content[: mark["bytes"]] if mark else b"", content.splitlines(keepends=True)
+    if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
+        kept = b"".join(line for line in lines if _step_of(line) <= step)
+        left = len(kept.splitlines())
+        found = f"{left} of its {len(lines)} lines are kept" if content else "it is not there"
+        processes.log(f"{path} is not what the run had written at step {step}: {found}")
+    elif lines and not mark:
+        processes.log(f"there is no checkpoint: begun anew, {len(lines)} lines of {path} are dropped")
+    if kept != content:
+        files.replace(path, kept)
+    return kept
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinite for what is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if type(step) is int and line.endswith(b"\n") else math.inf

@@ -1,0 +1,72 @@
+"""The progress of a training run: a bar on a terminal, elsewhere a line per evaluation."""
+
+import sys
+import time
+from typing import Any
+
+from cifar_flax import packages
+from cifar_flax.errors import UserError
+from cifar_flax.runtime import processes
+from cifar_flax.telemetry.metrics_log import Metrics
+
+
+class Lines:
+    """In place of tqdm's bar: of all that it shows, only the lines that stay."""
+
+    write = staticmethod(processes.log)
+
+    def _nothing(self, *values: object, **settings: object) -> None:
+        pass
+
+    update = set_description = set_postfix_str = close = _nothing
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line per evaluation; of the main process alone."""
+
+    def __init__(self, *, start: int, total: int, epochs: float):
+        self._start, self._total, self._epochs = start, total, epochs
+        self._begin = time.monotonic()
+        self._bar: Any = Lines()
+        if sys.stderr.isatty() and processes.is_main():
+            try:
+                tqdm = packages.load("tqdm").tqdm
+                self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True)
+            except UserError as error:
+                processes.log(f"no progress bar: {error}")
+        self._train: Metrics = {}
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def step(self, count: int) -> None:
+        self._bar.update(count)
+
+    def train(self, record: Metrics) -> None:
+        self._train = record
+        self._bar.set_description(f"epoch {record['epoch']:.1f}/{self._epochs:g}", refresh=False)
+        rate = f"{record['images_per_second']:,.0f} images/s"
+        self._bar.set_postfix_str(f"{_training(record)}, {rate}")
+
+    def evaluation(self, record: Metrics) -> None:
+        train, step = self._train, record["step"]
+        columns = [
+            f"epoch {record['epoch']:.1f}/{self._epochs:g}",
+            f"{record['split']} loss {record['loss']:.4f} accuracy {record['accuracy']:.2%}",
+        ]
+        if train:  # not where a run goes on with an evaluation
+            left = (time.monotonic() - self._begin) * (self._total - step) / (step - self._start)
+            columns.insert(1, _training(train))
+            columns += [
+                f"{train['images_per_second']:,.0f} images/s",
+                f"{train['input_wait_fraction']:.2%} of the time waiting for input",
+                f"{left:.0f} s left",
+            ]
+        self._bar.write(" | ".join(columns))
+
+
+def _training(record: Metrics) -> str:
+    skipped = f", {record['skipped_steps']} steps skipped" if record["skipped_steps"] else ""
+    if record["loss"] is None:
+        return f"train{skipped}"
+    return f"train loss {record['loss']:.4f} accuracy {record['accuracy']:.2%}{skipped}"

@@ -1,0 +1,156 @@
+"""Exact evaluation: every example of a split is counted once, whatever the batch size."""
+
+import functools
+import math
+import operator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int32, PyTree
+
+from cifar_flax.config import Config
+from cifar_flax.data.batches import Batch, Indices, InputTimer, evaluation_indices, gather, to_device
+from cifar_flax.data.cache import Arrays
+from cifar_flax.errors import UserError
+from cifar_flax.runtime import processes
+from cifar_flax.training import averaging, metrics, steps
+from cifar_flax.training.state import TrainState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    summary: dict[str, Any]  # of `metrics.summarize`
+    probabilities: Float[np.ndarray, "n classes"]  # of the examples, in their order
+    images_per_second: float
+    input_wait_fraction: float
+
+
+class _Stopping(Exception):
+    pass
+
+
+class Evaluator:
+    """Evaluates states on `examples` of one split; compiles once, outside the time that its rate counts.
+
+    With `tta`, a name in `augment.VIEWS`, the logits of several views of each image are averaged; with `tta_below` too,
+    only those of images whose top probability, from the image alone, is below that.
+    """
+
+    def __init__(
+        self,
+        task: steps.Task,
+        arrays: Arrays,
+        examples: Int32[np.ndarray, " n"],
+        batch_size: int,
+        *,
+        tta: str = "none",
+        tta_below: float | None = None,
+    ):
+        processes.require_agreement(data=arrays.digest())  # else their numbers of batches might not be the same
+        self._task, self._arrays, self._examples = task, arrays, examples
+        self._layout = task.layout
+        self._batch_size = self._layout.round_up(min(batch_size, len(examples)))
+        # A split that is on the device stays there: the compiled step gathers from it.
+        self._resident = (arrays.images, arrays.labels) if isinstance(arrays.images, jax.Array) else ()
+        self._steps: list[Callable[..., Any]] = [functools.partial(steps.eval_step, task, tta=tta)]
+        if tta_below is not None:
+            self._steps.insert(0, functools.partial(steps.eval_step, task, at_least=tta_below))
+        self._compiled: list[Callable[..., Any]] = []
+
+    def compile(self, state: TrainState) -> None:
+        """Compiles for states like this one; the first evaluation does it where it has not been done."""
+        inputs = self._layout.shard_batch(next(self._inputs(self._examples)))
+        arguments = (self._weights(state), inputs, *self._resident)
+        self._compiled = [self._layout.compile(on_inputs(step), *arguments) for step in self._steps]
+
+    def __call__(self, state: TrainState, stopping: Callable[[], int] = lambda: 0) -> Evaluation | None:
+        """None where `stopping`, which is asked before each batch, has ended it.
+
+        Raises `UserError` where the loss is not finite: the network gives no answer worth a number.
+        """
+        if not self._compiled:
+            self.compile(state)
+        try:
+            return self._evaluate(state, stopping)
+        except _Stopping:
+            return None
+
+    def _evaluate(self, state: TrainState, stopping: Callable[[], int]) -> Evaluation:
+        weights, left = self._weights(state), np.arange(len(self._examples))
+        probabilities = np.empty((len(left), len(self._arrays.class_names)), np.float32)
+        start, waited = time.perf_counter(), 0.0
+        total: metrics.Sums | None = None
+        for step in self._compiled:
+            if not len(left):
+                break
+            inputs = InputTimer(to_device(self._inputs(self._examples[left]), self._layout.shard_batch))
+            sums, rows, counted = zip(*self._outputs(step, weights, inputs, stopping), strict=True)
+            total = functools.reduce(metrics.add, sums, total)
+            probabilities[left] = np.concatenate(rows)[: len(left)]
+            waited += inputs.seconds
+            left = left[~np.concatenate(counted)[: len(left)]]
+        assert total is not None
+        summary = metrics.summarize(total, self._arrays.class_names)
+        if not math.isfinite(summary["loss"]):
+            raise UserError(f"the evaluation's loss at step {state.step} is {summary['loss']}: training has diverged")
+        seconds = time.perf_counter() - start
+        return Evaluation(
+            summary=summary,
+            probabilities=probabilities,
+            images_per_second=summary["num_examples"] / seconds,
+            input_wait_fraction=waited / seconds,
+        )
+
+    def _weights(self, state: TrainState) -> PyTree:
+        return averaging.evaluated(self._task.averaging, (state.params, state.batch_stats), state.average)
+
+    def _inputs(self, examples: Int32[np.ndarray, " n"]) -> Iterator[Batch | Indices]:
+        """This process' rows of the batches."""
+        rows = self._layout.local_slice(self._batch_size)
+        for whole in evaluation_indices(examples, self._batch_size):
+            positions = jax.tree.map(operator.itemgetter(rows), whole)
+            yield positions if self._resident else gather(self._arrays.images, self._arrays.labels, positions)
+
+    def _outputs(
+        self,
+        step: Callable[..., Any],
+        weights: PyTree,
+        inputs: Iterable[Batch | Indices],
+        stopping: Callable[[], int],
+    ) -> Iterator[Any]:
+        """What `step` gives for each batch, read while the device works on the next."""
+        before = None
+        for batch in inputs:
+            if stopping():
+                raise _Stopping
+            outputs = step(weights, batch, *self._resident)
+            if before is not None:
+                yield jax.device_get(before)
+            before = outputs
+        if before is not None:
+            yield jax.device_get(before)
+
+
+def on_inputs(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` for a batch, or for the positions of one with the split to gather it from."""
+
+    def run(weights: PyTree, inputs: Any, images: Array | None = None, labels: Array | None = None) -> Any:
+        return step(weights, inputs if images is None else gather(images, labels, inputs))
+
+    return run
+
+
+def all_examples(arrays: Arrays) -> Int32[np.ndarray, " n"]:
+    return np.arange(len(arrays.labels), dtype=np.int32)
+
+
+def final_evaluator(config: Config, task: steps.Task, arrays: Arrays) -> Evaluator:
+    """As the config has the evaluation that counts: with test-time augmentation if wanted."""
+    settings = config.eval
+    return Evaluator(
+        task, arrays, all_examples(arrays), settings.batch_size, tta=settings.tta, tta_below=settings.tta_below
+    )

@@ -1,0 +1,197 @@
+"""The training loop: runs compiled calls of one step or many, and evaluates, saves and logs in between."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cifar_flax import config as configs
+from cifar_flax.checkpoints.manager import Checkpoints
+from cifar_flax.checkpoints.metadata import CHECKPOINTS, Metadata
+from cifar_flax.data.batches import InputTimer
+from cifar_flax.runtime import environment, processes, signals
+from cifar_flax.telemetry.metrics_log import Metrics, MetricsWriter
+from cifar_flax.telemetry.progress import Progress
+from cifar_flax.training.guard import NonFiniteGuard
+from cifar_flax.training.metrics import MetricsAccumulator, StepMetrics
+from cifar_flax.training.profiling import Profiled
+from cifar_flax.training.state import TrainState
+from cifar_flax.training.steps import Inputs, TrainCall
+from cifar_flax.training.trainer import Trainer
+
+# An accelerator's metrics are read when this many later calls have been given to it, so it never waits for the host.
+READ_LAG = 2
+
+
+def read_lag(platform: str, steps_per_call: int) -> int:
+    """How many calls a training run gives to the device ahead of the one that it reads.
+
+    A signal has to wait for all that have been given. Those of many steps, and those of a CPU, take so long that the
+    host's word between two of them hardly counts (0.4 % of the reference network's step on two cores): none is ahead.
+    """
+    return READ_LAG if steps_per_call == 1 and platform != "cpu" else 0
+
+
+def run_calls(
+    train_call: TrainCall,
+    state: TrainState,
+    inputs: Iterator[Inputs],
+    calls: range,
+    read: Callable[[int, StepMetrics], None],
+    stopping: Callable[[], int] = lambda: 0,
+    lag: int = READ_LAG,
+) -> TrainState:
+    """Runs the calls, each given as the number of steps done after it, and calls `read` with it and its metrics.
+
+    They are read `lag` calls late, the last ones when there is nothing more to run, or when `stopping`, which is asked
+    before each call, says so.
+
+    Nothing but inputs and metrics crosses between host and device: the transfer guard stops what does by accident.
+    """
+    in_flight: deque[tuple[int, StepMetrics]] = deque()
+    with jax.transfer_guard("disallow"):
+        for step in calls:
+            if stopping():
+                break
+            state, values = train_call(state, next(inputs))
+            in_flight.append((step, values))
+            if len(in_flight) > lag:
+                read(*in_flight.popleft())
+        while in_flight:
+            read(*in_flight.popleft())
+    return state
+
+
+def run(trainer: Trainer, folder: Path) -> None:
+    """Train from the newest checkpoint in `folder`, or from the start, to the last step and its checkpoint."""
+    with Checkpoints(folder / CHECKPOINTS, trainer.config.checkpoint) as checkpoints:
+        restored = checkpoints.restore_newest(trainer.initial_state)
+        state, metadata = restored or (trainer.initial_state, {})
+        start, total = metadata.get("step", 0), trainer.total_steps
+        if restored:
+            trainer.require_same_data(metadata["dataset"])
+        if start >= total and metadata["evaluated"]:
+            processes.log(f"{folder} is finished: {start} steps of {total}; evaluating its checkpoint")
+            return
+        steps = f"resuming at step {start} of {total}" if start else f"{total} steps"
+        processes.log(f"{trainer.info.name}: {trainer.info.num_examples} images, {steps}, on {trainer.layout}")
+        TrainingLoop(trainer, folder, checkpoints, state, metadata).run()
+
+
+class TrainingLoop:
+    """One start of a training run, from the first step or from the state and the `metadata` of a checkpoint."""
+
+    def __init__(self, trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: TrainState, metadata: Metadata):
+        self._trainer, self._config, self._folder = trainer, trainer.config, folder
+        self._checkpoints, self._state = checkpoints, state
+        self._step = self._saved = metadata.get("step", 0)
+        self._evaluated = metadata.get("evaluated", True)  # whether all that is due after this step is done
+        self._mark = metadata.get("metrics")  # of metrics.jsonl at this step
+        max_skipped = self._config.max_skipped if self._config.on_nonfinite == "skip" else 0
+        self._guard = NonFiniteGuard(max_skipped, metadata.get("last_loss"), metadata.get("skipped_in_a_row", 0))
+        self._inputs = InputTimer(trainer.inputs(self._config.seed, self._step))
+        self._blocked_seconds = 0.0
+        unlogged = metadata.get("interval", {})
+        self._accumulator = MetricsAccumulator(self._inputs, lambda: self._blocked_seconds, unlogged)
+        self._lag = read_lag(trainer.layout.platform, self._config.train.steps_per_call)
+        self._agreement, self._asked = processes.Agreement(trainer.layout, self._lag), 0
+
+    def run(self) -> None:
+        """Train to the end, or until a signal asks to stop: then save and raise `signals.Stopped`."""
+        trainer = self._trainer
+        begin = time.perf_counter()
+        train_call = trainer.compile(self._state)
+        # The loop compiles nothing: a signal would have to wait for it.
+        trainer.evaluator.compile(self._state)
+        self._learning_rate = jax.jit(trainer.task.schedule).lower(0).compile()
+        processes.log(f"compiled training and evaluation in {time.perf_counter() - begin:.1f} s")
+        with ExitStack() as stack:
+            writer = MetricsWriter(self._folder, self._step, self._mark, configs.shared(self._config))
+            self._writer = stack.enter_context(closing(writer))
+            profile, per_call = self._config.profile, self._config.train.steps_per_call
+            profiled = Profiled(train_call, profile, self._folder, start=self._step, per_call=per_call)
+            train_call = stack.enter_context(closing(profiled))
+            progress = Progress(start=self._step, total=trainer.total_steps, epochs=self._config.train.epochs)
+            self._progress = stack.enter_context(closing(progress))
+            self._signal = stack.enter_context(signals.deferred())
+            for stop in trainer.stops(self._step + self._evaluated):
+                self._stop = stop
+                self._accumulator.resume()
+                calls = trainer.calls(self._step, stop)
+                self._state = run_calls(
+                    train_call, self._state, self._inputs, calls, self._read, self._stopping, self._lag
+                )
+                if self._step == stop:
+                    self._evaluate_and_save()
+                if self._asked:
+                    break
+            if self._asked and self._step != self._saved:
+                self._save()
+            self._checkpoints.wait()
+            if self._asked:
+                if self._saved:
+                    saved = f"saved step {self._saved} of {trainer.total_steps}"
+                    processes.log(f"{saved}; the same command goes on from there")
+                raise signals.Stopped(self._asked)
+
+    def _stopping(self) -> int:
+        """Return the number of the signal that has asked any process to stop, or 0."""
+        self._asked = self._asked or self._agreement(self._signal())
+        return self._asked
+
+    def _read(self, step: int, values: StepMetrics) -> None:
+        """Check, accumulate and log the metrics of the call that ends with `step`."""
+        values = {name: np.atleast_1d(value) for name, value in jax.device_get(values).items()}
+        self._checkpoints.check()
+        self._guard.check(step + 1 - len(values["loss"]), values)
+        self._accumulator.add(values)
+        self._progress.step(len(values["loss"]))
+        self._step = step
+        if step % self._config.train.log_every == 0 or step == self._stop:
+            self._progress.train(self._log("train", self._accumulator.close(self._config.train.batch_size)))
+
+    def _evaluate_and_save(self) -> None:
+        """Evaluate and save if that is due after this step, unless a signal asks to stop meanwhile."""
+        trainer, accuracy = self._trainer, None
+        if trainer.is_due(self._step, self._config.eval.every_epochs):
+            evaluation = trainer.evaluator(self._state, self._stopping)
+            self._evaluated = evaluation is not None
+            if evaluation is None:
+                return
+            metrics = {
+                "loss": evaluation.summary["loss"],
+                "accuracy": evaluation.summary["accuracy"],
+                "learning_rate": float(jax.device_get(self._learning_rate(self._step))),
+                "images_per_second": evaluation.images_per_second,
+                "input_wait_fraction": evaluation.input_wait_fraction,
+            }
+            self._progress.evaluation(self._log(trainer.monitored_split, metrics))
+            accuracy = metrics["accuracy"] if trainer.monitored_split == "validation" else None
+        if trainer.is_due(self._step, self._config.checkpoint.every_epochs):
+            self._save(accuracy)
+
+    def _log(self, split: str, metrics: Metrics) -> Metrics:
+        line = {"step": self._step, "epoch": self._trainer.epoch(self._step), "split": split} | metrics
+        self._writer.write(line)
+        return line
+
+    def _save(self, accuracy: float | None = None) -> None:
+        begin = time.perf_counter()
+        metadata = {
+            "config": configs.to_dict(self._config),
+            "dataset": self._trainer.info.to_dict(),
+            "made_by": environment.provenance(str(self._trainer.layout)),
+            "evaluated": self._evaluated,
+            "metrics": self._writer.mark(),
+            "interval": self._accumulator.values(),
+            "last_loss": self._guard.loss,
+            "skipped_in_a_row": self._guard.skipped,
+        }
+        is_due = self._trainer.is_due(self._step, self._config.checkpoint.every_epochs)
+        self._checkpoints.save(self._state, metadata, accuracy, is_extra=not is_due)
+        self._saved = self._step
+        self._blocked_seconds += time.perf_counter() - begin

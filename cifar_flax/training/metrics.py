@@ -1,0 +1,161 @@
+"""From sums over examples to the figures people read."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from cifar_flax.data.batches import InputTimer
+
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
+
+StepMetrics = dict[str, Any]  # what `train_step` returns beside the state, of the steps of one call
+Sums = dict[str, Any]  # name -> array; adding two gives the sums over both sets of examples
+
+
+def evaluation_sums(
+    logits: Float[Array, "batch classes"], label: Int[Array, " batch"], mask: Bool[Array, " batch"]
+) -> Sums:
+    """What one batch adds to an evaluation; examples whose `mask` is False add nothing."""
+    num_classes = logits.shape[-1]
+    weight = mask.astype(jnp.int32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    probability = jax.nn.softmax(logits)
+    prediction = jnp.argmax(logits, axis=-1)
+    confidence = jnp.max(probability, axis=-1)
+    # Ties count for the lower class, as they do in argmax.
+    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+    lower = jnp.arange(num_classes)[None, :] < label[:, None]
+    # `not <=` rather than `>`: a network whose logits are NaN hits nothing.
+    rank = jnp.sum(~(logits <= own) | ((logits == own) & lower), axis=-1)
+    bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1)
+    per_bin = jnp.zeros(CALIBRATION_BINS)
+    return {
+        "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
+        "top5": jnp.sum(weight * (rank < 5)),
+        "confusion": jnp.zeros((num_classes, num_classes), jnp.int32).at[label, prediction].add(weight),
+        "bin_count": per_bin.at[bins].add(weight),
+        "bin_confidence": per_bin.at[bins].add(jnp.where(mask, confidence, 0.0)),
+        "bin_correct": per_bin.at[bins].add(weight * (prediction == label)),
+    }
+
+
+def add(total: Sums | None, sums: Sums) -> Sums:
+    """Adds in double precision on the host."""
+    wide = {
+        name: np.asarray(value, np.float64 if value.dtype.kind == "f" else np.int64) for name, value in sums.items()
+    }
+    return wide if total is None else {name: total[name] + wide[name] for name in wide}
+
+
+def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Accuracy, loss, calibration and per-class figures of a whole split, as plain numbers.
+
+    `confusion_matrix[i][j]` counts examples of class i that were taken for class j. `expected_calibration_error` is
+    that of Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2, and `calibration` the bins that it
+    adds up: means over the examples whose top probability lies in each. A class that is never predicted has precision
+    0, one without examples recall 0.
+    """
+    confusion = sums["confusion"]
+    count = int(confusion.sum())
+    correct = np.diag(confusion)
+    precision = correct / np.maximum(confusion.sum(axis=0), 1)
+    recall = correct / np.maximum(confusion.sum(axis=1), 1)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    # |accuracy - confidence| of each bin, weighted by its share of the examples.
+    calibration_error = np.abs(sums["bin_correct"] - sums["bin_confidence"]).sum() / count
+    return {
+        "num_examples": count,
+        "accuracy": int(correct.sum()) / count,
+        "top5_accuracy": int(sums["top5"]) / count,
+        "loss": float(sums["loss"]) / count,
+        "expected_calibration_error": float(calibration_error),
+        "calibration": [
+            {
+                "count": int(size),
+                "confidence": float(confidence / size) if size else None,
+                "accuracy": float(right / size) if size else None,
+            }
+            for size, confidence, right in zip(
+                sums["bin_count"], sums["bin_confidence"], sums["bin_correct"], strict=True
+            )
+        ],
+        "per_class": {
+            name: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i])}
+            for i, name in enumerate(class_names)
+        },
+        "confusion_matrix": confusion.tolist(),
+    }
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a probability of which `correct` of `count` trials tell.
+
+    Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". Of no trials, (0, 1).
+    """
+    if not count:
+        return 0.0, 1.0
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share = correct / count
+    center = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+
+
+class MetricsAccumulator:
+    """Means and rates of the steps since the last line of the log.
+
+    `blocked` says for how many seconds in all the loop has waited for checkpoints. `values` are those of steps that an
+    earlier start of the run has done since that line: they count in the means, not in the rates.
+    """
+
+    def __init__(self, inputs: InputTimer, blocked: Callable[[], float], values: Mapping[str, list[Any]]):
+        self._inputs, self._blocked = inputs, blocked
+        self._values = [{name: np.asarray(column) for name, column in values.items()}] if values else []
+        self._blocked_before = 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """The clock starts: what the loop has done besides training does not count."""
+        self._begin, self._waited, self._timed = time.perf_counter(), self._inputs.seconds, 0
+
+    def add(self, values: StepMetrics) -> None:
+        self._values.append(values)
+        self._timed += len(values["loss"])
+
+    def values(self) -> dict[str, list[Any]]:
+        """Those of the steps added, exact in JSON; empty where there are none."""
+        return {name: column.tolist() for name, column in self._columns().items()} if self._values else {}
+
+    def close(self, batch_size: int) -> dict[str, Any]:
+        """The means over the steps added but for those that were skipped; opens the next interval."""
+        seconds = time.perf_counter() - self._begin
+        values, blocked = self._columns(), self._blocked()
+        taken = values["finite"].astype(bool)
+        metrics = {
+            "loss": _mean(values["loss"][taken]),
+            "accuracy": _mean(values["accuracy"][taken]),
+            "learning_rate": float(values["learning_rate"][-1]),
+            "skipped_steps": int(np.sum(~taken)),
+            "images_per_second": self._timed * batch_size / seconds,
+            "input_wait_fraction": (self._inputs.seconds - self._waited) / seconds,
+            "checkpoint_blocked_seconds": blocked - self._blocked_before,
+        }
+        self._values, self._blocked_before = [], blocked
+        self.resume()
+        return metrics
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([some[name] for some in self._values]) for name in self._values[0]}
+
+
+def _mean(column: np.ndarray) -> float | None:
+    return float(column.astype(np.float64).mean()) if len(column) else None

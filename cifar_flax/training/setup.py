@@ -1,0 +1,90 @@
+"""What a config and a data set make together: the network, its optimizer and the first state."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, UInt8
+
+from cifar_flax import config as configs
+from cifar_flax.config import Config
+from cifar_flax.data import order
+from cifar_flax.data.augment import normalize
+from cifar_flax.data.info import DatasetInfo
+from cifar_flax.errors import require
+from cifar_flax.runtime import compilation, processes
+from cifar_flax.runtime.devices import make_layout
+from cifar_flax.training import optimizers, state
+from cifar_flax.training.state import TrainState
+from cifar_flax.training.steps import Task
+
+_MAX_EXAMPLES = 2**28  # shown in one run: streaming holds their order in memory, 8 bytes each
+
+
+# From a seed and the training images that the network looks at first (`models.sample_size` of them) to the state before
+# the first step; where a checkpoint will be restored, there is no need of the images.
+Init = Callable[[int, UInt8[Any, "n height width c"] | None], TrainState]
+
+
+def setup(
+    config: Config, info: DatasetInfo, devices: Sequence[jax.Device] | None = None, *, platform: str | None = None
+) -> tuple[Task, Init]:
+    """The static part of the steps, and what makes the first state, compiled once for all seeds.
+
+    They run on `devices`, by default all there are, with the network written for `platform`, by default theirs.
+
+    Raises `ConfigError` where the config does not fit the data or the devices, `UserError` where processes of one run
+    disagree on config or data.
+    """
+    layout, sync_batchnorm = make_layout(config.parallel, devices, config.deterministic), config.train.sync_batchnorm
+    processes.require_agreement(config=configs.shared(config), backend=layout.backend, data=info.to_dict())
+    fits = sync_batchnorm or layout.backend != "jit" or layout.num_devices == 1
+    allowed = "must be True where parallel.backend is jit, which knows the whole batch only"
+    require(fits, "train.sync_batchnorm", sync_batchnorm, allowed)
+    size, batch_size = info.num_examples, config.train.batch_size
+    require(
+        batch_size <= size, "train.batch_size", batch_size, f"must be at most the {size} examples of the train split"
+    )
+    config.augment.validate_for(info.image_shape)
+    epochs, every = config.train.epochs, config.optim.accumulate_steps
+    require(epochs * size <= _MAX_EXAMPLES, "train.epochs", epochs, f"must be at most {_MAX_EXAMPLES / size:.0f}")
+    epoch_images = order.epoch_images(size, batch_size, config.data.drop_last)
+    steps = order.total_steps(epochs, size, batch_size, config.data.drop_last)
+    require(every <= steps, "optim.accumulate_steps", every, f"must be at most the {steps} steps of the run")
+    traced = config.profile.steps
+    require(traced[1] <= steps, "profile.steps", traced, f"must end within the {steps} steps of the run")
+    steps_per_epoch = epoch_images / batch_size
+    optimizer = optimizers.make_optimizer(config.optim, steps, steps_per_epoch)
+    graphdef, create = state.create(
+        config.model,
+        info.image_shape,
+        len(info.class_names),
+        optimizer,
+        config.averaging,
+        platform=platform or layout.platform,
+        norm_axis=layout.axis_name if sync_batchnorm else None,
+    )
+    task = Task(
+        graphdef=graphdef,
+        optimizer=optimizer,
+        schedule=optimizers.make_schedule(config.optim, steps, steps_per_epoch),
+        mean=info.mean,
+        std=info.std,
+        augment=config.augment,
+        label_smoothing=config.train.label_smoothing,
+        averaging=config.averaging,
+        total_steps=steps,
+        layout=layout,
+        sync_batchnorm=sync_batchnorm,
+        skip_nonfinite=config.on_nonfinite == "skip",
+    )
+
+    options = compilation.options(layout.platform, deterministic=True) if layout.deterministic else None
+
+    @functools.partial(jax.jit, out_shardings=layout.replicated, compiler_options=options)
+    def init(seed: Array, sample: Array | None) -> TrainState:
+        return create(seed, None if sample is None else normalize(sample, info.mean, info.std))
+
+    return task, lambda seed, sample: init(np.uint32(seed), None if sample is None else layout.replicate(sample))
