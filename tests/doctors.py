@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from cifar_flax.diagnosis import run
 from cifar_flax.errors import UserError
 from cifar_flax.modes import doctor
 from cifar_flax.runtime import compilation
@@ -33,7 +34,7 @@ def examine(config, folder):
 
 def leave_out_what_compiles(monkeypatch):
     trainer = SimpleNamespace(total_steps=34, layout="cpu", initial_state=np.zeros(30_000_000, np.uint8))
-    monkeypatch.setattr(doctor, "Trainer", lambda config: trainer)
+    monkeypatch.setattr(run, "Trainer", lambda config: trainer)
     monkeypatch.setattr(compilation, "why_not_kept", lambda: None)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from doctors import disk_with, everything, examine, leave_out_what_compiles, one
 
-from cifar_flax import files
+from cifar_flax import files, packages
 from cifar_flax.data import cache, sources
 
 
@@ -45,13 +45,13 @@ def test_damaged_data_are_told_and_left_alone(visit, tiny_config, tmp_path, monk
     for split in ("train", "test"):
         store(split)
     (files.user_cache() / "squares" / "1.0.0" / "test" / "labels.npy").write_bytes(b"")
-    monkeypatch.setattr(sources, "installed", lambda module: module != "tensorflow_datasets")
+    monkeypatch.setattr(packages, "installed", lambda name: name != "tensorflow-datasets")
     before = everything(tmp_path)
     found, reasons = visit()
     assert "labels.npy does not match its checksum" in one(found, "note data")
     assert "squares: train decoded" in one(found, "ok data")
     assert "its test split is not in the cache" in reasons
-    assert "tensorflow-datasets, which prepares it, is not installed" in reasons
+    assert "tensorflow-datasets is not installed" in reasons
     assert everything(tmp_path) == before
 
 

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cifar_flax import packages
 from cifar_flax.diagnosis import nvidia
 
 
@@ -16,7 +17,7 @@ def gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(nvidia, "DRIVER", machine.driver)
     monkeypatch.setattr(nvidia, "DEVICES", (machine.device,))
     monkeypatch.setattr(nvidia, "PCI", tmp_path / "pci")
-    monkeypatch.setattr(nvidia, "installed_version", lambda name: machine.packages.get(name))
+    monkeypatch.setattr(packages, "version", lambda name: machine.packages.get(name))
     for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     return machine

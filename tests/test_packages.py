@@ -73,7 +73,7 @@ def test_a_broken_package_that_every_mode_needs_is_one_line(tmp_path, module, na
 def test_a_run_survives_broken_packages_that_it_can_do_without(tmp_path):
     for module in ("matplotlib", "tensorboardX"):
         broken(tmp_path / "first", module)
-    small = ("--config.train.epochs=1", "--config.model.width=2", "--config.model.hidden=8")
+    small = ("--config.train.epochs=1.5", "--config.model.width=2", "--config.model.hidden=8")
     done = start(tmp_path, "--config=quickstart", *small)
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("matplotlib", "tensorboardX"):

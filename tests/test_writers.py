@@ -126,7 +126,7 @@ def test_tensorboard_has_the_newest_evaluation_and_its_picture(tmp_path):
     figures = {"top5_accuracy": 1.0, "loss": 0.25, "expected_calibration_error": 0.125, "split": "test"}
     for step, size in ((5, (3, 4)), (7, (8, 6))):
         Image.new("RGBA", size, "red").save(tmp_path / "matrix.png")
-        write_evaluation_events(tmp_path, figures | {"step": step, "accuracy": 0.5}, tmp_path / "matrix.png")
+        write_evaluation_events(tmp_path, figures | {"step": step, "accuracy": 0.5}, tmp_path / "matrix.png", size)
     found = events(tmp_path / "tensorboard" / "evaluation")
     image = found.pop(("confusion_matrix", 7)).image
     assert (image.width, image.height) == (8, 6)

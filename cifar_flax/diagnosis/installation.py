@@ -1,5 +1,6 @@
 """Checks of Python and of the installed packages. Imports nothing but the standard library."""
 
+import importlib
 import platform
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ def python() -> Iterator[Finding]:
 
 def required_packages() -> Iterator[Finding]:
     """Check the packages that every run needs."""
-    versions = {name: packages.version(name) for name in ("jaxlib", *packages.PACKAGES)}
+    versions = {name: packages.version(name) for name in (*packages.REQUIRED, "jaxlib")}
     yield Finding(OK, " ".join(f"{name}=={version}" for name, version in versions.items() if version))
     try:
         packages.require(packages.REQUIRED)
@@ -46,7 +47,7 @@ def _import_fault(name: str) -> str | None:
     if name.startswith("tensorflow"):  # seconds; a run that needs it reports it
         return None
     try:
-        packages.load(name)
-    except UserError as error:
-        return str(error)
+        importlib.import_module(packages.PACKAGES[name].module.partition(".")[0])  # no more: pyplot writes files
+    except Exception as error:
+        return str(packages.broken(name, error))
     return None
