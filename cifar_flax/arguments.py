@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 import runpy
 import sys
@@ -162,7 +163,7 @@ def _config_file(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.suffix or len(path.parts) != 1:
+    if path.suffix or os.path.basename(name) != name:
         raise ConfigError(f"--config={name!r}: no such file")
     shipped = shipped_configs() / f"{name}.py"
     names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.py")))

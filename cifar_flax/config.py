@@ -1,4 +1,7 @@
-"""One run as data: the parts' own settings composed, checked, and read and written as JSON."""
+"""One run as data: the parts' own settings composed, checked, and read and written as JSON.
+
+A config file imports all that it needs from here, the parts' dataclasses included.
+"""
 
 import dataclasses
 import difflib
@@ -13,29 +16,11 @@ from cifar_flax.checkpoints.manager import CheckpointConfig
 from cifar_flax.data.augment import VIEWS, AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, require
-from cifar_flax.models import AirbenchConfig, CNNConfig, ResNetConfig
+from cifar_flax.models import AirbenchConfig, CNNConfig, ResNetConfig  # noqa: F401
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.training.averaging import AveragingConfig
 from cifar_flax.training.optimizers import GroupConfig, OptimConfig
 from cifar_flax.training.profiling import ProfileConfig
-
-# What a config file imports.
-__all__ = [
-    "AirbenchConfig",
-    "AugmentConfig",
-    "AveragingConfig",
-    "CNNConfig",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "EvalConfig",
-    "GroupConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "ProfileConfig",
-    "ResNetConfig",
-    "TrainConfig",
-]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,0 +1,136 @@
+"""Training steps equal those of PyTorch, from the same weights and images.
+
+The reference is `fixtures/pytorch_step.npz`, which `fixtures/pytorch_step.py` writes with PyTorch in float64.
+"""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import REPOSITORY
+from flax import nnx
+
+from cifar_flax.config import from_dict
+from cifar_flax.data.augment import normalize
+from cifar_flax.data.batches import Batch
+from cifar_flax.data.info import DatasetInfo
+from cifar_flax.training import steps
+from cifar_flax.training.setup import setup
+
+with np.load(REPOSITORY / "tests" / "fixtures" / "pytorch_step.npz", allow_pickle=False) as file:
+    FIXTURE = dict(file)
+SETTINGS = json.loads(str(FIXTURE["settings"]))
+TOLERANCE = 2e-5  # of the largest element of each tensor
+
+# Our layer -> its number in PyTorch's `nn.Sequential`. A block of airbench is convolution, max-pool, BatchNorm, GELU,
+# convolution, BatchNorm, GELU.
+LAYERS = {
+    "cnn": {"conv": 0, "norm": 3, "hidden": 6, "head": 9},
+    "airbench": {"whitening": 0, "head": 25}
+    | {f"blocks/{block}/convs/{i}": 2 + 7 * block + (0, 4)[i] for block in range(3) for i in range(2)}
+    | {f"blocks/{block}/norms/{i}/norm": 2 + 7 * block + (2, 5)[i] for block in range(3) for i in range(2)},
+}
+VARIABLES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def read(network, prefix, like):
+    """Return the fixture's arrays under `prefix` as a tree with the structure and the layout of `like`, which is ours.
+
+    Kernels are [height, width, in, out] and [in, out] here, [out, in, height, width] and [out, in] in PyTorch.
+    """
+
+    def leaf(path, ours):
+        layer, _, variable = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
+        array = FIXTURE[f"{network}/{prefix}/{LAYERS[network][layer]}.{VARIABLES[variable]}"]
+        if array.ndim == 4:
+            array = array.transpose(2, 3, 1, 0)
+        elif layer == "hidden" and array.ndim == 2:  # on flattened images: channels last here, first in PyTorch
+            channels = SETTINGS["networks"][network]["model"]["width"]
+            side = round((array.shape[1] / channels) ** 0.5)
+            array = array.reshape(-1, channels, side, side).transpose(2, 3, 1, 0).reshape(-1, len(array))
+        elif array.ndim == 2:
+            array = array.T
+        assert array.shape == ours.shape
+        return array
+
+    return jax.tree.map_with_path(leaf, like)
+
+
+def make(network, optimizer):
+    """Return what `setup` makes of the fixture's settings: the task, and the state with the fixture's weights."""
+    settings = SETTINGS["networks"][network]
+    config = from_dict(
+        {
+            "model": {"name": network} | settings["model"],
+            "optim": {"name": optimizer} | SETTINGS["optimizers"][optimizer],
+            "train": {"batch_size": settings["batch_size"], "label_smoothing": SETTINGS["label_smoothing"]},
+        }
+    )
+    info = DatasetInfo(
+        name="fixture",
+        image_shape=(settings["image_size"], settings["image_size"], 3),
+        class_names=tuple("0123456789"),
+        num_examples=1000,
+        mean=tuple(SETTINGS["mean"]),
+        std=tuple(SETTINGS["std"]),
+    )
+    task, init = setup(config, info)
+    state = init(0, None)
+    params, batch_stats = jax.device_put([read(network, "initial", tree) for tree in (state.params, state.batch_stats)])
+    return task, state._replace(params=params, batch_stats=batch_stats)
+
+
+def batches(network):
+    for images, labels in zip(FIXTURE[f"{network}/images"], FIXTURE[f"{network}/labels"], strict=True):
+        index = np.arange(len(labels), dtype=np.int32)
+        yield jax.device_put(Batch(images, labels, index, np.zeros_like(index), np.ones(len(labels), bool)))
+
+
+def assert_close(ours, theirs):
+    """Within `TOLERANCE`: ours are sums of up to some thousand float32 numbers, in an order that depends on the CPU."""
+
+    def compare(path, one, other):
+        error = np.max(np.abs(np.asarray(one) - other)) / np.max(np.abs(other))
+        assert error <= TOLERANCE, f"{jax.tree_util.keystr(path)} differs by {error:.1e} of its largest element"
+
+    jax.tree.map_with_path(compare, ours, theirs)
+
+
+@pytest.mark.parametrize("network", SETTINGS["networks"])
+def test_logits_and_gradients_are_pytorchs(network):
+    task, state = make(network, "sgd")
+    batch = next(batches(network))
+    keys = steps.example_keys(state.seed, batch.epoch, batch.index)
+    model = nnx.merge(task.graphdef, state.params, state.batch_stats)
+    logits = model(normalize(batch.image, task.mean, task.std), keys)
+    assert_close(logits, FIXTURE[f"{network}/logits"])
+
+    def update(grads, state, params):
+        return jax.tree.map(jnp.zeros_like, grads), grads
+
+    keep = optax.GradientTransformation(lambda params: params, update)  # its state is the last gradient
+    step = jax.jit(functools.partial(steps.train_step, dataclasses.replace(task, optimizer=keep)))
+    after, _ = step(state._replace(opt_state=keep.init(state.params)), batch)
+    assert_close(after.opt_state, read(network, "gradients", state.params))
+
+
+@pytest.mark.parametrize("optimizer", SETTINGS["optimizers"])
+@pytest.mark.parametrize("network", SETTINGS["networks"])
+def test_two_steps_are_pytorchs(network, optimizer):
+    """Loss, accuracy, parameters and running statistics; then the probabilities of an evaluation."""
+    task, state = make(network, optimizer)
+    step = jax.jit(functools.partial(steps.train_step, task))
+    first, _ = pair = tuple(batches(network))
+    for number, batch in enumerate(pair):
+        state, values = step(state, batch)
+        for name in ("loss", "accuracy"):
+            assert float(values[name]) == pytest.approx(FIXTURE[f"{network}/{optimizer}/{name}"][number], rel=TOLERANCE)
+    assert_close(state.params, read(network, f"{optimizer}/final", state.params))
+    assert_close(state.batch_stats, read(network, f"{optimizer}/final", state.batch_stats))
+    probabilities = steps.predict_step(task, (state.params, state.batch_stats), first.image)
+    assert_close(probabilities, FIXTURE[f"{network}/{optimizer}/probabilities"])
