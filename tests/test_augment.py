@@ -5,7 +5,6 @@ import pytest
 
 from cifar_flax.data import augment as augmentation
 from cifar_flax.data.augment import VIEWS, AugmentConfig, cutout, normalize, views
-from cifar_flax.errors import ConfigError
 
 BATCH = 400
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (BATCH, 7, 9, 3), dtype=np.uint8))
@@ -108,12 +107,3 @@ def test_views_are_the_papers(name):
     assert len(VIEWS[name]) == len(wanted)
     assert sum(VIEWS[name]) == 1
     assert sum(VIEWS["mirror_translate"][:2]) == 0.5  # the centre pair weighs half
-
-
-def test_padding_larger_than_the_image_is_refused():
-    AugmentConfig(crop_padding=6).validate_for((7, 9, 3))
-    with pytest.raises(ConfigError, match=r"augment\.crop_padding=7: must be at most 6"):
-        AugmentConfig(crop_padding=7).validate_for((7, 9, 3))
-    AugmentConfig(cutout=7).validate_for((7, 9, 3))
-    with pytest.raises(ConfigError, match=r"augment\.cutout=8: must be at most 7"):
-        AugmentConfig(cutout=8).validate_for((7, 9, 3))

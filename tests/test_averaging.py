@@ -68,7 +68,6 @@ def test_the_first_average_is_a_copy():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "swa"}, "averaging.name='swa': must be one of none, ema, lookahead"),
         ({"decay": 1.0}, "averaging.decay=1.0: must be in [0, 1)"),
         ({"every": 0}, "averaging.every=0: must be at least 1"),
     ],

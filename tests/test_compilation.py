@@ -37,7 +37,7 @@ def start(tmp_path, number):
     arguments = [f"--config.{field}" for field in TINY]
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM, "--config", QUICKSTART, f"--workdir=runs/{number}", *arguments],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from processes import environment
 
 from cifar_flax import packages
 from cifar_flax.data import cache
@@ -60,7 +61,7 @@ def start(site, tmp_path, *arguments):
     """`main.py` in a Python that sees the standard library and `site`."""
     code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; from cifar_flax import cli; cli.entry_point()"
     command = [sys.executable, "-I", "-S", "-c", code, *arguments]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    return subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 import fake_tfds  # noqa: F401  registers the data sets
 import pytest
 from conftest import REPOSITORY
+from processes import environment
 
 from cifar_flax import arguments, cli
 from cifar_flax.data import sources
@@ -174,11 +175,12 @@ def test_help_is_one_screen(capsys, monkeypatch):
 
 
 def start(*arguments, folder):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    """Optimized as users have it."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "main.py"), *arguments],
         cwd=folder,
-        env=environment,
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -216,9 +218,9 @@ def test_train_kill_resume_and_evaluate(tmp_path):
 
 @pytest.mark.parametrize(("platform", "reason"), [("cuda", "there is no such device"), ("cpus", "Unable to init")])
 def test_a_device_that_is_not_there_is_one_line(tmp_path, platform, reason):
-    environment = os.environ | {"JAX_PLATFORMS": platform}
     command = [sys.executable, str(REPOSITORY / "main.py"), "--config", DIGITS]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    variables = environment(JAX_PLATFORMS=platform)
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"error: JAX_PLATFORMS={platform}: " in done.stderr.splitlines()[-1]
     assert reason in done.stderr.splitlines()[-1]
@@ -233,7 +235,8 @@ def loaded_tensorflow(tmp_path, *arguments):
         "from cifar_flax import cli\nassert cli.main() == 0\n"
         "print(sorted(name for name in sys.modules if name in ('tensorflow', 'tensorflow_datasets')))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return done.stdout.splitlines()[-1]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from processes import environment
 
 from cifar_flax.data import cache
 from cifar_flax.runtime.allocator import SETTINGS
@@ -22,7 +23,7 @@ def get_config():
     return Config(
         data=DataConfig(name="squares:1.0.0", pipeline="streaming"),
         model=CNNConfig(width=4, hidden=16),
-        train=TrainConfig(batch_size=128, epochs=20),
+        train=TrainConfig(batch_size=128, epochs=12),
     )
 """
 # Runs main.py and prints the resident pages at each evaluation: one at the end of each epoch.
@@ -44,7 +45,7 @@ sys.exit(cli.main())
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' /proc")
 def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
-    """An epoch's images alone are 6 MB: kept, they would be seen well before the twentieth."""
+    """An epoch's images alone are 6 MB: kept, they would be seen well before the twelfth."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 2000), ("test", 100)):
         cache.store(
@@ -58,12 +59,12 @@ def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, "--config", str(tmp_path / "config.py"), "--workdir=run"],
-        env=os.environ | SETTINGS | {"PYTHONPATH": str(REPOSITORY)},
+        env=environment(PYTHONPATH=str(REPOSITORY), **SETTINGS),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "eval.json").read_text())["step"] == 20 * 2000 // 128 + 1
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["step"] == 12 * 2000 // 128 + 1
     pages = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PAGES")]
-    assert len(pages) == 21  # and the evaluation of the checkpoint
-    assert pages[19] < 1.05 * pages[2], [page // 256 for page in pages]
+    assert len(pages) == 13  # and the evaluation of the checkpoint
+    assert pages[11] < 1.05 * pages[2], [page // 256 for page in pages]

@@ -1,13 +1,13 @@
 """The layouts' tests, on eight virtual devices; and what accelerators would be given to compile."""
 
 import functools
-import os
 import subprocess
 import sys
 
 import jax
 import pytest
 from conftest import REPOSITORY
+from processes import environment, virtual_devices
 
 from cifar_flax.arguments import parse
 from cifar_flax.data.batches import empty_batch, empty_indices
@@ -20,11 +20,13 @@ from cifar_flax.training.setup import setup
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 
 
-def test_on_eight_devices():
+@pytest.mark.parametrize("size", [{}, pytest.param({"FULL_SIZE": "1"}, marks=pytest.mark.slow)], ids=["small", "full"])
+def test_on_eight_devices(size):
     """A process of its own: JAX makes its devices once."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/many_devices.py"]
-    done = subprocess.run(run, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        run, cwd=REPOSITORY, env=environment(**virtual_devices(8), **size), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-5000:]
     assert "skipped" not in done.stdout
 

@@ -65,8 +65,8 @@ def test_what_an_accelerator_has_been_given_is_finished(tiny_config, straight, t
 
 
 def test_a_run_stopped_again_and_again_is_the_same_run(tiny_config, straight, tmp_path, monkeypatch):
-    """At every third step, and in every evaluation."""
-    for step in range(3, 34, 3):
+    """At every fifth step, and in every evaluation."""
+    for step in range(5, 34, 5):
         with monkeypatch.context() as patch:
             stop_at(patch, loop.TrainingLoop, "_read", lambda run, now, values, step=step: now >= step)
             stop_at(patch, metrics, "add", lambda total, sums: total is not None)
@@ -139,13 +139,13 @@ def test_one_signal_stops_all_processes_at_the_same_step(folder, loops):
         assert_alike(folder, "one", "two")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_exit_code_is_that_of_the_signal(folder, number, code):
+def test_the_exit_code_is_that_of_the_signal(folder):
+    """Of SIGINT; of SIGTERM below."""
     process = start(folder, *ARGUMENTS, "--config.train.epochs=200", "--workdir=run")
     wait_for_checkpoint(folder / "run", [process])
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     ((out, err),) = end([process])
-    assert process.returncode == code
+    assert process.returncode == 130
     assert "Traceback" not in err
     assert re.search(rf"saved step {saved(folder / 'run')[-1]} of \d+; the same command goes on from there", out)
 

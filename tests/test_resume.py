@@ -1,8 +1,8 @@
 """Runs that are killed, damaged or changed, and go on: they end with what they would have ended with."""
 
 import dataclasses
+import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import FILES, REPOSITORY, assert_same_run, final_state, make_tiny_config, read_metrics
 from killed import MOMENTS
-from processes import CONFIG, end, environment, start, wait_for_checkpoint
+from processes import CONFIG, environment
 from stops import saved, stop_at, stopped
 
-from cifar_flax import arguments, files
+from cifar_flax import files, workdir
+from cifar_flax.arguments import parse
 from cifar_flax.errors import UserError
 from cifar_flax.modes import evaluate, train
 from cifar_flax.training import loop
@@ -29,12 +30,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_run_killed_at_every_moment_ends_as_if_it_had_never_been(folder):
-    straight = start(folder, *ARGUMENTS, "--workdir=straight")
-    ((_, err),) = end([straight])
-    assert straight.returncode == 0, err
+def test_a_run_killed_at_every_moment_ends_as_if_it_had_never_been(folder, straight):
     command = [sys.executable, str(REPOSITORY / "tests" / "killed.py"), *ARGUMENTS, "--workdir=killed"]
-    command += ["--config.checkpoint.keep=1"]
+    command += ["--config.checkpoint.keep=1", "--config.optim.warmup_epochs=0.5"]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     codes = dict(re.findall(r"^([\w. ]+): (-?\d+)$", done.stdout, re.MULTILINE))
@@ -42,26 +40,37 @@ def test_a_run_killed_at_every_moment_ends_as_if_it_had_never_been(folder):
     assert "damaged" not in done.stdout
     assert {path.name for path in (folder / "killed").iterdir()} == FILES
     assert [path.name for path in (folder / "killed" / "checkpoints").iterdir()] == ["34"]
-    shutil.rmtree(folder / "straight" / "checkpoints" / "23")
-    assert_same_run(make_tiny_config(), folder / "straight", folder / "killed")
+    assert_same_run(make_tiny_config(), straight[0], folder / "killed")
 
 
-def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(folder):
+# Runs main.py; its files may not grow after the first checkpoint.
+LIMITED = """
+import resource, sys
+import main
+from cifar_flax.checkpoint import Checkpoints
+remove_old = Checkpoints._remove_old
+def limiting(*arguments):
+    remove_old(*arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (48_000, 48_000))
+Checkpoints._remove_old = limiting
+sys.exit(main.main())
+"""
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(folder, capsys):
     """No file may grow beyond 48 KB, after the first checkpoint is saved."""
-    arguments = (*ARGUMENTS, "--config.model.hidden=64", "--config.train.epochs=6", "--workdir=run")
-    process = start(folder, *arguments)
-    wait_for_checkpoint(folder / "run", [process])
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (48_000, 48_000))
-    ((_, err),) = end([process])
-    assert process.returncode == 1
-    (line,) = err.splitlines()
+    arguments = (*ARGUMENTS, "--config.model.hidden=64", "--workdir=run")
+    command = [sys.executable, "-c", LIMITED, *arguments]
+    variables = environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
     pattern = r"error: the checkpoint of step \d+ could not be saved in .*; the same command goes on from step \d+"
     assert re.search(pattern, line)
     newest = saved(folder / "run")[-1]
-    process = start(folder, *arguments)
-    ((out, err),) = end([process])
-    assert process.returncode == 0, err
-    assert f"resuming at step {newest} of" in out
+    command = parse(["--config", str(folder / "config.py"), *arguments[2:]])
+    train.train(command.config, folder / "run")
+    assert f"resuming at step {newest} of" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_config, straight, tmp_path, capsys):
@@ -93,7 +102,6 @@ def test_harmless_changes_pass_and_change_nothing(tiny_config, straight, tmp_pat
     tiny_config.train.log_every = 7
     tiny_config.checkpoint.keep = 5
     tiny_config.eval.batch_size = 50
-    tiny_config.on_nonfinite = "skip"
     train.train(tiny_config, tmp_path / "run")
     states = [final_state(tiny_config, path) for path in (straight[0], tmp_path / "run")]
     jax.tree.map(np.testing.assert_array_equal, *states)
@@ -118,7 +126,7 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path, capsys, release):
     Add a folder for each release that changes what a checkpoint or a config is; never change one that is there.
     """
     shutil.copytree(REPOSITORY / "tests" / "fixtures" / f"run-{release}", tmp_path / "run")
-    command = arguments.parse(["--mode=eval", f"--workdir={tmp_path / 'run'}"])
+    command = parse(["--mode=eval", f"--workdir={tmp_path / 'run'}"])
     result = evaluate.evaluate(command.config, command.workdir)
     assert (result["step"], result["loss"]) == (29, pytest.approx(2.2060029365647007, rel=1e-4))
     train.train(command.config, tmp_path / "run")
@@ -148,13 +156,11 @@ def test_the_saved_config_is_that_of_the_last_start(tiny_config, straight, tmp_p
         assert "is finished: 34 steps of 34" in capsys.readouterr().out
 
 
-def test_a_second_run_in_the_same_folder_is_refused(folder, tiny_config, monkeypatch):
-    process = start(folder, *ARGUMENTS, "--config.train.epochs=200", "--workdir=run")
-    wait_for_checkpoint(folder / "run", [process])
-    with pytest.raises(UserError, match=f"process {process.pid} on .* trains there; wait for its end or choose"):
-        train.train(tiny_config, folder / "run")
-    process.kill()
-    end([process])
-    tiny_config.train.epochs, tiny_config.optim.warmup_epochs = 200, 0
+def test_a_second_run_in_the_same_folder_is_refused(tiny_config, tmp_path, monkeypatch):
+    with (
+        workdir.opened(tmp_path / "run", tiny_config),
+        pytest.raises(UserError, match=f"process {os.getpid()} on .* trains there; wait for its end or choose"),
+    ):
+        train.train(tiny_config, tmp_path / "run")
     stop_at(monkeypatch, loop.TrainingLoop, "_read", lambda run, step, values: True)
-    stopped(tiny_config, folder / "run")  # a dead one holds nothing
+    stopped(tiny_config, tmp_path / "run")

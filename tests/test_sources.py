@@ -64,8 +64,6 @@ def test_missing_test_split_needs_eval_split():
 def test_sets_of_another_kind_are_refused():
     with pytest.raises(ConfigError, match=r"data\.name='fake_regression': must be an image-classification set"):
         sources.load(DataConfig(name="fake_regression"), "train")
-    with pytest.raises(ConfigError, match=r"data\.name='no_such_set': must be digits or a TFDS"):
-        sources.load(DataConfig(name="no_such_set"), "train")
     with pytest.raises(ConfigError, match=r"data\.name='fake_color:9\.9\.9'"):
         sources.load(DataConfig(name="fake_color:9.9.9"), "train")
 
@@ -178,8 +176,8 @@ def test_one_of_several_processes_decodes_for_all(tmp_path):
         "sources._decode = told\nsources.load(sources.DataConfig(name='fake_color'), 'train')\n"
     )
     run = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], printed
+    assert [process.returncode for process in processes] == [0, 0], printed
     assert sum(out.count("decodes") for out, _ in printed) == 1
     assert sum(out.count("Downloading and preparing") for out, _ in printed) == 1

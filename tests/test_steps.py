@@ -52,7 +52,7 @@ def test_result_does_not_depend_on_the_order_within_the_batch(prepared):
     order = np.random.default_rng(0).permutation(64)
     (one, a), (other, b) = step(state, batch), step(state, take(batch, order))
     assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
-    assert float(a["accuracy"]) == float(b["accuracy"])
+    assert float(a["accuracy"]) == pytest.approx(float(b["accuracy"]), abs=1.01 / 64)  # one may hang in the balance
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one.batch_stats, other.batch_stats)
 
 
@@ -93,15 +93,22 @@ def test_reported_figures_are_the_definitions(prepared):
     """With no augmentation and no dropout, they follow from the logits on the batch statistics."""
     task, state, batch = prepared
     task = dataclasses.replace(task, augment=AugmentConfig(), label_smoothing=0.3, graphdef=without_dropout())
-    model = nnx.merge(task.graphdef, state.params, state.batch_stats)
+    state = state._replace(step=jnp.int32(3))  # where the rate is above zero
     keys = steps.example_keys(state.seed, batch.epoch, batch.index)
-    log_probability = np.asarray(jax.nn.log_softmax(model(normalize(batch.image, task.mean, task.std), keys)))
+
+    @jax.jit
+    def logits(image):
+        model = nnx.merge(task.graphdef, state.params, state.batch_stats)
+        return model(normalize(image, task.mean, task.std), keys)
+
+    log_probability = np.asarray(jax.nn.log_softmax(logits(batch.image)))
     own = log_probability[np.arange(64), batch.label]
-    _, values = steps.train_step(task, state, batch)
+    _, values = jax.jit(functools.partial(steps.train_step, task))(state, batch)
     expected = -np.mean(0.7 * own + 0.3 * log_probability.mean(axis=1))
     assert float(values["loss"]) == pytest.approx(expected, rel=1e-5)
-    assert float(values["accuracy"]) == np.mean(log_probability.argmax(axis=1) == batch.label)
-    assert float(values["learning_rate"]) == float(task.schedule(0))
+    expected = float(np.mean(log_probability.argmax(axis=1) == batch.label))
+    assert float(values["accuracy"]) == pytest.approx(expected, abs=1.01 / 64)  # one may hang in the balance
+    assert float(values["learning_rate"]) == pytest.approx(float(task.schedule(3)))
 
 
 def without_dropout():
@@ -161,9 +168,14 @@ def test_flips_alternate_between_epochs_in_the_step(prepared, monkeypatch):
     monkeypatch.setattr(
         steps, "normalize", lambda image, *statistics: seen.append(image) or normalize(image, *statistics)
     )
-    for epoch in range(3):
-        steps.train_step(task, state, dataclasses.replace(batch, epoch=jnp.full_like(batch.epoch, epoch)))
-    first, second, third = map(np.asarray, seen)
+
+    @jax.jit
+    def shown(batch):
+        steps.train_step(task, state, batch)
+        return seen.pop()
+
+    epochs = (dataclasses.replace(batch, epoch=jnp.full_like(batch.epoch, epoch)) for epoch in range(3))
+    first, second, third = (np.asarray(shown(batch)) for batch in epochs)
     np.testing.assert_array_equal(second, first[:, :, ::-1])
     np.testing.assert_array_equal(third, first)
 

@@ -37,7 +37,7 @@ networks = st.one_of(
 )
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(networks, st.tuples(st.integers(25, 40), st.integers(25, 40), st.integers(1, 4)), st.integers(1, 12))
 def test_layers_add_up_to_the_network(config, image_shape, num_classes):
     found = summary.layers(config, image_shape, num_classes)
