@@ -17,7 +17,7 @@ from cifar_flax.config import Config, EvalConfig, TrainConfig
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.models import CNNConfig
-from cifar_flax.optim import OptimConfig
+from cifar_flax.training.optimizers import OptimConfig
 
 def get_config():
     return Config(

@@ -182,4 +182,7 @@ def test_a_busy_main_thread_holds_nothing_up(number, code, block, signals):
         for _ in range(signals):
             process.send_signal(number)
             time.sleep(0.3)
-        assert process.wait(timeout=30) == code
+        try:
+            assert process.wait(timeout=30) == code
+        finally:
+            process.kill()

@@ -30,7 +30,7 @@ def get_config():
 WATCHED = """
 import sys
 from cifar_flax import cli
-from cifar_flax.evaluate import Evaluator
+from cifar_flax.training.evaluator import Evaluator
 
 call = Evaluator.__call__
 

@@ -8,7 +8,6 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -101,36 +100,47 @@ def assert_close(ours, theirs):
     jax.tree.map_with_path(compare, ours, theirs)
 
 
+@pytest.fixture(autouse=True)
+def optimized_programs():
+    """Compile as training does: conftest.py disables most of XLA's optimizations."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.parametrize("network", SETTINGS["networks"])
-def test_logits_and_gradients_are_pytorchs(network):
+def test_logits_equal_pytorchs(network):
     task, state = make(network, "sgd")
     batch = next(batches(network))
-    keys = steps.example_keys(state.seed, batch.epoch, batch.index)
-    model = nnx.merge(task.graphdef, state.params, state.batch_stats)
-    logits = model(normalize(batch.image, task.mean, task.std), keys)
-    assert_close(logits, FIXTURE[f"{network}/logits"])
 
-    def update(grads, state, params):
-        return jax.tree.map(jnp.zeros_like, grads), grads
+    def forward(params, batch_stats):
+        model = nnx.merge(task.graphdef, params, batch_stats)
+        keys = steps.example_keys(state.seed, batch.epoch, batch.index)  # which select training mode
+        return model(normalize(batch.image, task.mean, task.std), keys)
 
-    keep = optax.GradientTransformation(lambda params: params, update)  # its state is the last gradient
-    step = jax.jit(functools.partial(steps.train_step, dataclasses.replace(task, optimizer=keep)))
-    after, _ = step(state._replace(opt_state=keep.init(state.params)), batch)
-    assert_close(after.opt_state, read(network, "gradients", state.params))
+    assert_close(jax.jit(forward)(state.params, state.batch_stats), FIXTURE[f"{network}/logits"])
 
 
 @pytest.mark.parametrize("optimizer", SETTINGS["optimizers"])
 @pytest.mark.parametrize("network", SETTINGS["networks"])
-def test_two_steps_are_pytorchs(network, optimizer):
-    """Loss, accuracy, parameters and running statistics; then the probabilities of an evaluation."""
+def test_two_steps_equal_pytorchs(network, optimizer):
+    """Loss, accuracy, gradients, parameters, running statistics, and the probabilities of an evaluation after them."""
     task, state = make(network, optimizer)
-    step = jax.jit(functools.partial(steps.train_step, task))
-    first, _ = pair = tuple(batches(network))
-    for number, batch in enumerate(pair):
-        state, values = step(state, batch)
-        for name in ("loss", "accuracy"):
-            assert float(values[name]) == pytest.approx(FIXTURE[f"{network}/{optimizer}/{name}"][number], rel=TOLERANCE)
-    assert_close(state.params, read(network, f"{optimizer}/final", state.params))
-    assert_close(state.batch_stats, read(network, f"{optimizer}/final", state.batch_stats))
-    probabilities = steps.predict_step(task, (state.params, state.batch_stats), first.image)
+    first, second = batches(network)
+    # The first transformation passes the gradients on, and has the last ones as its state.
+    keep = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (grads, grads))
+    task = dataclasses.replace(task, optimizer=optax.chain(keep, task.optimizer))
+    state = state._replace(opt_state=task.optimizer.init(state.params))
+    step = task.layout.compile(functools.partial(steps.train_step, task), state, first)
+
+    state, values = step(state, first)
+    assert_close(state.opt_state[0], read(network, "gradients", state.params))
+    state, more_values = step(state, second)
+    for name in ("loss", "accuracy"):
+        ours = np.stack([values[name], more_values[name]])
+        np.testing.assert_allclose(ours, FIXTURE[f"{network}/{optimizer}/{name}"], rtol=TOLERANCE)
+    for tree in (state.params, state.batch_stats):
+        assert_close(tree, read(network, f"{optimizer}/final", tree))
+    predict_step = jax.jit(functools.partial(steps.predict_step, task))
+    probabilities = predict_step((state.params, state.batch_stats), first.image)
     assert_close(probabilities, FIXTURE[f"{network}/{optimizer}/probabilities"])

@@ -11,8 +11,9 @@ import pytest
 from conftest import FILES, assert_same_counts
 from processes import CONFIG, assert_same_run, end, free_port, reference, run, start, start_all, wait_for_checkpoint
 
-from cifar_flax import evaluate
+from cifar_flax.arguments import parse
 from cifar_flax.data import cache
+from cifar_flax.modes import evaluate
 
 
 @pytest.fixture

@@ -46,14 +46,14 @@ def test_a_run_killed_at_every_moment_ends_as_if_it_had_never_been(folder, strai
 # Runs main.py; its files may not grow after the first checkpoint.
 LIMITED = """
 import resource, sys
-import main
-from cifar_flax.checkpoint import Checkpoints
+from cifar_flax import cli
+from cifar_flax.checkpoints.manager import Checkpoints
 remove_old = Checkpoints._remove_old
 def limiting(*arguments):
     remove_old(*arguments)
     resource.setrlimit(resource.RLIMIT_FSIZE, (48_000, 48_000))
 Checkpoints._remove_old = limiting
-sys.exit(main.main())
+sys.exit(cli.main())
 """
 
 
