@@ -41,7 +41,7 @@ PACKAGES = {
     "jaxtyping": Package("jaxtyping", "0.3.2"),
     "filelock": Package("filelock", "3.12"),
     "tensorflow": Package("tensorflow", "2.20", "data.pipeline=streaming and preparing TFDS data sets"),
-    "tensorflow-datasets": Package("tensorflow_datasets", "4.9.9", "preparing TFDS data sets"),
+    "tensorflow-datasets": Package("tensorflow_datasets", "4.9.10", "preparing TFDS data sets"),
     "scikit-learn": Package("sklearn.datasets", "1.6", "data.name=digits"),
     "matplotlib": Package("matplotlib.pyplot", "3.9", "confusion_matrix.png"),
     "tensorboardX": Package("tensorboardX", "2.6.2", "TensorBoard events"),

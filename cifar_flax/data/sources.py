@@ -74,9 +74,7 @@ def _digits(split: str) -> Arrays:
     """
     digits = packages.load("scikit-learn").load_digits()
     labels = digits.target.astype(np.int32)
-    rank_in_class = np.empty(len(labels), np.int32)
-    for label in range(10):
-        rank_in_class[labels == label] = np.arange(np.sum(labels == label))
+    rank_in_class = np.tril(labels[:, None] == labels, -1).sum(axis=1)
     chosen = (rank_in_class % 5 == 4) == (split == "test")
     gray = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     images = np.repeat(gray.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
@@ -96,14 +94,10 @@ def cache_folder(config: DataConfig, split: str, version: str | None = None) -> 
 
     In the given `version`, else the one that the name tells, else the newest in the cache; None where none of it is.
     """
-    folder, name = cache_dir(config), _base_name(config)
-    version = version or config.name.partition(":")[2] or cache.newest_version(folder, name)
+    folder, (name, _, wanted) = cache_dir(config), config.name.partition(":")
+    version = version or wanted or cache.newest_version(folder, name)
     size = f"_{config.image_size}px" if config.image_size else ""
     return folder / name / version / f"{split}{size}" if version else None
-
-
-def _base_name(config: DataConfig) -> str:
-    return config.name.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +118,7 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
     require_tfds(config, splits[0])
     builder = _tfds_builder(config)
     info = builder.info
-    image_key, _ = _supervised_keys(config, info)
-    image_shape = _image_shape(config, info.features[image_key].shape)
+    _, _, image_shape = _features(config, info)
     folder = Path(builder.data_dir)
     if not builder.is_prepared():
         return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
@@ -144,9 +137,8 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
     require_tfds(config, split)
     builder = _tfds_builder(config)
     info = builder.info
-    image_key, label_key = _supervised_keys(config, info)
-    image_shape = _image_shape(config, info.features[image_key].shape)
-    with cache.filling(cache_dir(config) / _base_name(config)):
+    image_key, label_key, image_shape = _features(config, info)
+    with cache.filling(cache_dir(config) / config.name.partition(":")[0]):
         builder = _tfds_builder(config)  # anew: another process may just have prepared the data
         info = builder.info
         _prepare(config, builder)
@@ -176,13 +168,11 @@ def _tfds() -> Any:
 
 
 def _require_split(config: DataConfig, info: Any, split: str) -> None:
-    if split not in info.splits:
-        field = "data.name" if split == "train" else "data.eval_split"
-        value = config.name if split == "train" else split
-        raise ConfigError(
-            f"{field}={value!r}: {config.name} has no such split; it has {', '.join(info.splits)}"
-            + ("" if split == "train" else " (set data.eval_split)")
-        )
+    field, value, hint = "data.eval_split", split, " (set data.eval_split)"
+    if split == "train":
+        field, value, hint = "data.name", config.name, ""
+    allowed = f"{config.name} has no such split; it has {', '.join(info.splits)}{hint}"
+    require(split in info.splits, field, value, allowed)
 
 
 def _tfds_builder(config: DataConfig) -> Any:
@@ -197,33 +187,25 @@ def _tfds_builder(config: DataConfig) -> Any:
         raise UserError(f"what TFDS prepared of {config.name} cannot be read ({one_line(error)})") from error
 
 
-def _supervised_keys(config: DataConfig, info: Any) -> tuple[str, str]:
-    tfds = _tfds()
-    keys = info.supervised_keys
+def _features(config: DataConfig, info: Any) -> tuple[str, str, tuple[int, int, int]]:
+    """Return the names of the image and of the label in TFDS's examples, and the shape of the decoded images."""
+    features, keys = info.features, info.supervised_keys
     fits = (
         keys is not None
-        and len(keys) == 2
-        and all(isinstance(key, str) for key in keys)
-        and isinstance(info.features[keys[0]], tfds.features.Image)
-        and info.features[keys[0]].dtype == np.uint8
-        and isinstance(info.features[keys[1]], tfds.features.ClassLabel)
+        and [type(key) for key in keys] == [str, str]
+        and isinstance(features[keys[0]], _tfds().features.Image)
+        and features[keys[0]].dtype == np.uint8
+        and isinstance(features[keys[1]], _tfds().features.ClassLabel)
     )
     require(fits, "data.name", config.name, "must be an image-classification set: one image of bytes, one class label")
-    return keys
-
-
-def _image_shape(config: DataConfig, shape: tuple[int | None, ...]) -> tuple[int, int, int]:
-    height, width, channels = shape
+    image_key, label_key = keys
+    height, width, channels = features[image_key].shape
     if config.image_size:
         height = width = config.image_size
-    if height is None or width is None:
-        raise ConfigError(
-            f"data.image_size={config.image_size}: {config.name} has images of various sizes; set the size "
-            "in pixels that they are resized to"
-        )
+    sizes = f"{config.name} has images of various sizes; set the size in pixels that they are resized to"
+    require(None not in (height, width), "data.image_size", config.image_size, sizes)
     require(channels in (1, 3), "data.name", config.name, f"must have 1 or 3 channels, not {channels}")
-    assert channels is not None
-    return height, width, channels
+    return image_key, label_key, (height, width, channels)
 
 
 def _prepare(config: DataConfig, builder: Any) -> None:
@@ -244,7 +226,7 @@ def ways_out(config: DataConfig) -> str:
     ways = ["name a folder where TFDS has prepared it (--config.data.data_dir=DIR or TFDS_DATA_DIR)"]
     if config.name == "cifar10":
         ways.append("read the official archive (--config.data.archive=cifar-10-binary.tar.gz)")
-    ways.append("start with data that needs no download (--config configs/quickstart.py)")
+    ways.append("start with data that needs no download (--config quickstart)")
     return "; ".join(ways)
 
 
