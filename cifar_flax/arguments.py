@@ -19,7 +19,6 @@ from cifar_flax.config import LOCATIONS, Config, describe_field, may_override
 from cifar_flax.errors import ConfigError, require
 from cifar_flax.restore import saved_config
 
-_USAGE = "main.py [--mode=MODE] [options] [PATH ...]"
 _DESCRIPTION = """
 Trains small-image classifiers, and serves what was trained.
 
@@ -85,19 +84,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Reads the arguments after the program's name; raises `ConfigError` for the first that is not allowed."""
+    """Read the arguments after the program's name; raise `ConfigError` for the first that is not allowed."""
     arguments, rest = _parser().parse_known_args(argv)
     name, mode = arguments.mode, MODES[arguments.mode]
     given = {f"--{option}": value for option, value in vars(arguments).items() if option != "mode"}
+    uses_run = "--workdir" in mode.needs
+    saved = ": the config saved with the checkpoint is; name the run's folder by --workdir" if uses_run else ""
     for option, value in given.items():
-        require(not value or option in mode.takes, option, value, f"not used in {name}{_instead(option, mode)}")
+        instead = saved if option == "--config" else ""
+        require(not value or option in mode.takes, option, value, f"not used in {name}{instead}")
     for argument in rest:
         if re.match(r"--?[a-zA-Z]", argument) and not re.match(_OVERRIDE, argument):
             raise ConfigError(f"unknown argument {argument!r} (see --help)")
     for option in mode.needs:
         if not given[option]:
             raise ConfigError(f"{name} needs {_WHAT[option]} (see --help)")
-    uses_run = "--workdir" in mode.needs
     if uses_run or (name == "doctor" and arguments.workdir and not arguments.config):
         config = saved_config(Path(arguments.workdir))
     else:
@@ -122,15 +123,10 @@ def parse(argv: Sequence[str]) -> Command:
     )
 
 
-def _instead(option: str, mode: _Mode) -> str:
-    saved = option == "--config" and "--workdir" in mode.needs
-    return ": the config saved with the checkpoint is; name the run's folder by --workdir" if saved else ""
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="main.py",
-        usage=_USAGE,
+        usage="main.py [--mode=MODE] [options] [PATH ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -199,29 +195,24 @@ def _load(name: str) -> Config:
         if str(error) == "'get_config'":
             reason = "it defines no get_config()"
         raise ConfigError(f"--config={name!r}: {f'line {line}: ' if line else ''}{reason}") from error
-    require(
-        isinstance(config, Config), "--config", name, f"get_config() returns a {type(config).__name__}, not a Config"
-    )
+    returned = f"get_config() returns a {type(config).__name__}, not a Config"
+    require(isinstance(config, Config), "--config", name, returned)
     return config
 
 
 def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, Any], list[str]]:
-    """A copy with the fields set that arguments such as `--config.seed=1` name, path -> new value, other arguments."""
-    allowed = {}
-    for argument in arguments:
-        if match := re.match(_OVERRIDE, argument):
-            allowed[match[1]] = describe_field(config, match[1], match[2] or "")
+    """Return a copy with the fields set that arguments such as `--config.seed=1` name, path -> new value, the rest."""
+    overrides = [match for argument in arguments if (match := re.match(_OVERRIDE, argument))]
+    allowed = {match[1]: describe_field(config, match[1], match[2]) for match in overrides}
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # flags may come after other arguments
     try:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=["", *arguments])
         rest = values(["main.py", *arguments])[1:]
-    except flags.IllegalFlagValueError as error:
-        match = re.match(r"flag --config\.([^=]*)=(.*?): ", str(error), re.DOTALL)
-        if match is None or match[1] not in allowed:
-            raise ConfigError(" ".join(str(error).split())) from error
-        raise ConfigError(f"{match[1]}={match[2]!r}: must be {allowed[match[1]]}") from error
     except flags.Error as error:
+        match = re.match(r"flag --config\.([^=]*)=(.*?): ", str(error), re.DOTALL)
+        if match and match[1] in allowed:
+            raise ConfigError(f"{match[1]}={match[2]!r}: must be {allowed[match[1]]}") from error
         raise ConfigError(f"{' '.join(str(error).split())} (see --help)") from error
     flag: Any = values["config"]
     return flag.value, config_flags.get_override_values(flag), rest

@@ -87,49 +87,25 @@ class Config:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         require(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "must be stop or skip")
         require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "must be at least 1")
-        require(
-            isinstance(self.model, models.config_class(self.model.name)),
-            "model.name",
-            self.model.name,
-            "belongs to another network than the one that the config file builds",
-        )
-        for part in (
-            self.data,
-            self.augment,
-            self.model,
-            self.optim,
-            self.averaging,
-            self.train,
-            self.eval,
-            self.checkpoint,
-            self.parallel,
-            self.profile,
-        ):
-            part.validate()
+        name, allowed = self.model.name, "belongs to another network than the one that the config file builds"
+        require(isinstance(self.model, models.config_class(name)), "model.name", name, allowed)
+        for field_of_part in dataclasses.fields(self):
+            part: Any = getattr(self, field_of_part.name)
+            if hasattr(part, "validate"):
+                part.validate()
         whitening = self.optim.whitening
         fits = self.model.name == "airbench" or whitening == GroupConfig()
-        require(
-            fits, "optim.whitening", whitening, f"does not apply to {self.model.name}, which has no whitening layer"
-        )
-        resident = self.data.pipeline == "resident"
-        fits, per_call = resident or self.train.steps_per_call == 1, self.train.steps_per_call
+        allowed = f"does not apply to {self.model.name}, which has no whitening layer"
+        require(fits, "optim.whitening", whitening, allowed)
+        fits, per_call = self.data.pipeline == "resident" or self.train.steps_per_call == 1, self.train.steps_per_call
         require(fits, "train.steps_per_call", per_call, "must be 1 where data.pipeline is not resident")
-        held_out, best = self.data.validation_fraction > 0, self.checkpoint.keep_best
-        require(
-            held_out or best == 0,
-            "checkpoint.keep_best",
-            best,
-            "needs data.validation_fraction above 0, so that nothing is chosen on the split that is reported",
-        )
-        every, often = self.checkpoint.every_epochs, self.eval.every_epochs
-        fits = best == 0 or every % often == 0
-        require(fits, "checkpoint.every_epochs", every, f"must be a multiple of eval.every_epochs={often}")
-        require(
-            best > 0 or self.eval.checkpoint != "best",
-            "eval.checkpoint",
-            self.eval.checkpoint,
-            "needs checkpoint.keep_best above 0",
-        )
+        best, every, often = self.checkpoint.keep_best, self.checkpoint.every_epochs, self.eval.every_epochs
+        allowed = "needs data.validation_fraction above 0, so that nothing is chosen on the split that is reported"
+        require(best == 0 or self.data.validation_fraction > 0, "checkpoint.keep_best", best, allowed)
+        fits, allowed = best == 0 or every % often == 0, f"must be a multiple of eval.every_epochs={often}"
+        require(fits, "checkpoint.every_epochs", every, allowed)
+        fits, allowed = best > 0 or self.eval.checkpoint != "best", "needs checkpoint.keep_best above 0"
+        require(fits, "eval.checkpoint", self.eval.checkpoint, allowed)
 
 
 # Where data lies: it may differ from host to host, and between a run and the use of its checkpoint.
@@ -231,13 +207,7 @@ def _type_name(kind: Any) -> str:
         return " or ".join(_type_name(member) for member in typing.get_args(kind) if member is not types.NoneType)
     if typing.get_origin(kind) is tuple:
         return f"({', '.join(map(_type_name, typing.get_args(kind)))})"
-    names = {
-        int: "a whole number",
-        float: "a finite number",
-        str: "a text",
-        bool: "true or false",
-        types.NoneType: "None",
-    }
+    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return f"{kind.__name__}(...)"
     return names.get(kind, str(kind))

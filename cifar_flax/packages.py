@@ -87,15 +87,12 @@ def fault(name: str) -> str | None:
     """Return why the package `name` cannot be used, if it is missing or too old; None if its version will do."""
     wanted, found = PACKAGES[name].oldest, version(name)
     if not installed(name):
-        where = f", but does not exist for Python {sys.version_info[0]}.{sys.version_info[1]}" if _too_new(name) else ""
+        is_new = sys.version_info >= (3, 14) and name.startswith("tensorflow")
+        where = ", but does not exist for this version of Python" if is_new else ""
         return f"{name} is not installed; {name}>={wanted} is needed{where}"
     if found is not None and numbers(found) < numbers(wanted):
         return f"{name} {found} is too old; {name}>={wanted} is needed"
     return None
-
-
-def _too_new(name: str) -> bool:
-    return name.startswith("tensorflow") and sys.version_info >= (3, 14)
 
 
 def require(names: Iterable[str], purpose: str = "") -> None:

@@ -12,6 +12,7 @@ from conftest import assert_same_counts, make_tiny_config, widest_gap
 from PIL import Image
 
 import cifar_flax
+from cifar_flax.arguments import parse
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
@@ -214,7 +215,7 @@ def test_another_output_is_refused_before_anything_is_done(tmp_path, name):
 @pytest.mark.parametrize("value", ["=mirror", " mirror"])
 def test_paths_and_settings_come_in_any_order(run, value):
     arguments = f"cat.jpg --mode=predict dog.png --config.eval.tta{value} --workdir={run} holiday/"
-    command = arguments.parse(arguments.split())
+    command = parse(arguments.split())
     assert command.paths == (Path("cat.jpg"), Path("dog.png"), Path("holiday"))
     assert command.config.eval.tta == "mirror"
     assert command.output is None

@@ -134,7 +134,7 @@ def test_failed_download_names_three_ways_out(server, monkeypatch, tmp_path):
         sources.load(DataConfig(name="fake_download", data_dir=str(tmp_path)), "train")
     message = str(caught.value)
     assert "\n" not in message
-    for way in ("404", "data.data_dir=", "TFDS_DATA_DIR", "configs/quickstart.py"):
+    for way in ("404", "data.data_dir=", "TFDS_DATA_DIR", "--config quickstart"):
         assert way in message
     assert "data.archive" not in message  # it is CIFAR-10's
     assert caught.value.exit_code == 1
@@ -151,7 +151,7 @@ def test_cifar10_that_cannot_be_downloaded_names_three_ways_out(monkeypatch, tmp
         sources.load(DataConfig(name="cifar10", data_dir=str(tmp_path)), "train")
     message = str(caught.value)
     assert "\n" not in message
-    for way in ("ConnectionError: no network", "data.data_dir=", "data.archive=", "configs/quickstart.py"):
+    for way in ("ConnectionError: no network", "data.data_dir=", "data.archive=", "--config quickstart"):
         assert way in message
 
 

@@ -62,10 +62,7 @@ def steps_to_keep(accuracies: Mapping[int, float | None], newest: int, best: int
     Steps without an accuracy, or with NaN, are among the best of nothing.
     """
     judged = [(value, step) for step, value in accuracies.items() if value is not None and not math.isnan(value)]
-    return {
-        *sorted(accuracies, reverse=True)[:newest],
-        *(step for _, step in sorted(judged, reverse=True)[:best]),
-    }
+    return {*sorted(accuracies, reverse=True)[:newest], *(step for _, step in sorted(judged, reverse=True)[:best])}
 
 
 class Checkpoints:
@@ -101,9 +98,7 @@ class Checkpoints:
             self._thread.shutdown()
             self._orbax.close()
 
-    def save(
-        self, state: Any, content: Metadata, accuracy: float | None = None, *, is_extra: bool = False
-    ) -> None:
+    def save(self, state: Any, content: Metadata, accuracy: float | None = None, *, is_extra: bool = False) -> None:
         """Saves `state`, a pytree with a `step`, and `content` (of JSON) in the background.
 
         Returns when the state may be changed.

@@ -16,38 +16,36 @@ from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import ConfigError, UserError
 
 _RECORD = 1 + 3 * 32 * 32  # bytes
-_RECORDS_PER_FILE = 10_000
-_FILE_SIZE = _RECORD * _RECORDS_PER_FILE
+_FILE_SIZE = 10_000 * _RECORD
 _FOLDER = "cifar-10-batches-bin"
 _FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
 _CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def read_archive(path: Path, split: str) -> Arrays:
-    """The split "train" or "test". Nothing is written to disk; members with other names are passed over.
+    """Return the split "train" or "test". Nothing is written to disk; members with other names are skipped.
 
     Raises `ConfigError` if there is no such file or folder, `UserError` if a member is missing, doubled or damaged.
     """
+    setting = f"data.archive={str(path)!r}"
     if not path.exists():
-        raise ConfigError(f"data.archive={str(path)!r}: must be cifar-10-binary.tar.gz or the folder it unpacks to")
+        raise ConfigError(f"{setting}: must be cifar-10-binary.tar.gz or the folder it unpacks to")
     wanted = _FILES[split]
     found: dict[str, bytes] = {}
     try:
         for name, content in _folder_members(path, wanted) if path.is_dir() else _tar_members(path, wanted):
             if len(content) != _FILE_SIZE or name in found:
-                raise UserError(
-                    f"data.archive={str(path)!r}: {name} is damaged: it must be there once, {_FILE_SIZE} bytes long"
-                )
+                raise UserError(f"{setting}: {name} is damaged: it must be there once, {_FILE_SIZE} bytes long")
             found[name] = content
     except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
-        raise UserError(f"data.archive={str(path)!r}: cannot be read as a gzip-compressed tar file: {error}") from error
+        raise UserError(f"{setting}: cannot be read as a gzip-compressed tar file: {error}") from error
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise UserError(f"data.archive={str(path)!r}: {', '.join(missing)} not found in it")
+        raise UserError(f"{setting}: {', '.join(missing)} not found in it")
     records = np.frombuffer(b"".join(found[name] for name in wanted), np.uint8).reshape(-1, _RECORD)
     labels = records[:, 0].astype(np.int32)
     if labels.max() >= len(_CLASS_NAMES):
-        raise UserError(f"data.archive={str(path)!r}: holds the label {labels.max()}; CIFAR-10's are 0 to 9")
+        raise UserError(f"{setting}: holds the label {labels.max()}; CIFAR-10's are 0 to 9")
     images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return Arrays(images, labels, _CLASS_NAMES, "cifar10/binary")
 
@@ -60,9 +58,9 @@ def _folder_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def _tar_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Streams the archive once, reading at most one byte more of each wanted member than it should have.
+    """Stream the archive once, reading at most one byte more of each wanted member than it should have.
 
-    To its very end, where gzip's checksum stands: tarfile alone would not look at it.
+    Read to the end, where gzip's checksum is: tarfile alone would not check it.
     """
     with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:

@@ -5,8 +5,7 @@ name only when it is complete, by one rename, so readers never see half of one.
 """
 
 import hashlib
-import os
-import tempfile
+import secrets
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -48,7 +47,10 @@ def newest_version(cache_dir: Path, name: str) -> str | None:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Here, no other process fills `folder`, of one data set: of those that come together, one decodes for all."""
+    """Hold an exclusive lock on `folder`, of one data set: of the processes that start together, one decodes for all.
+
+    Raises `UserError` if the folder cannot be written.
+    """
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +67,8 @@ def load(folder: Path) -> Arrays | None:
     try:
         class_names, dataset = verify(folder)
     except ValueError as error:
-        warnings.warn(
-            f"the data cache {folder} is damaged or of another version ({error}); it is built anew", stacklevel=2
-        )
+        reason = f"is damaged or of another version ({error})"
+        warnings.warn(f"the data cache {folder} {reason}; it is built anew", stacklevel=2)
         _remove(folder)
         return None
     # Copy on write: TensorFlow shares memory only where it may be written to, and the file stays as it is.
@@ -138,8 +139,6 @@ def _remove(folder: Path) -> None:
         strange = {path.name for path in folder.iterdir()} - {_MANIFEST, *_FILES}
         if strange:
             raise UserError(f"data.cache_dir: {folder} is not removed: it holds {min(strange)}, which no cache wrote")
-        aside = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
-        files.remove_folder(folder, Path(aside) / folder.name)
-        os.rmdir(aside)
+        files.remove_folder(folder, folder.with_name(f".{folder.name}.{secrets.token_hex(4)}"))
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot remove {folder}: {error.strerror}") from error

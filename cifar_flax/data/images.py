@@ -6,16 +6,13 @@ import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from cifar_flax import packages
 from cifar_flax.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 100_000_000  # of a file that is read: a few bytes can ask for all the memory there is
@@ -71,7 +68,7 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
         raise UserError(f"damaged ({one_line(error)})") from error
 
 
-def _pixels(image: "Image", channels: int) -> UInt8[np.ndarray, "height width channels"]:
+def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channels"]:
     from PIL import Image, ImageOps
 
     image.load()

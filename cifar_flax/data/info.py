@@ -43,9 +43,7 @@ class DatasetInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DatasetInfo":
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
+        fields: dict[str, Any] = {key: tuple(of) if isinstance(of, list) else of for key, of in values.items()}
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,8 +20,6 @@ with packages.without("keras.src"):
 
 tf.config.set_visible_devices([], "GPU")
 
-__all__ = ["as_tensor", "dataset_options", "tf"]
-
 _ALIGNMENT = 64  # bytes; TensorFlow ends the process on a tensor that lies otherwise
 
 

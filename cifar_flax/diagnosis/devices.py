@@ -60,22 +60,19 @@ def _told_by_jax() -> Iterator[list[logging.LogRecord]]:
 def programs(visit: Visit) -> Iterator[Finding]:
     if not visit.platform:
         return
-    if reason := compilation.why_not_kept():
-        yield Finding(NOTE, f"compiled at each start: {reason}")
-    else:
-        yield Finding(OK, f"compiled once, and kept in {compilation.programs_folder()}")
+    reason = compilation.why_not_kept()
+    kept = f"compiled once, and kept in {compilation.programs_folder()}"
+    yield Finding(NOTE, f"compiled at each start: {reason}") if reason else Finding(OK, kept)
 
 
 def memory(visit: Visit) -> Iterator[Finding]:
     if visit.platform != "cpu":
         return
-    found = os.environ.get("GLIBC_TUNABLES")
-    if found == allocator.SETTINGS["GLIBC_TUNABLES"]:
+    tunables = os.environ.get("GLIBC_TUNABLES")
+    if tunables == allocator.SETTINGS["GLIBC_TUNABLES"]:
         yield Finding(OK, "glibc malloc keeps freed memory for the next step")
-    else:
-        why = (
-            "an accelerator plugin is installed, or the C library is not glibc"
-            if found is None
-            else "GLIBC_TUNABLES is set"
-        )
-        yield Finding(NOTE, f"glibc malloc is not tuned; CPU steps are about 1.5 times slower: {why}")
+        return
+    reason = "an accelerator plugin is installed, or the C library is not glibc"
+    if tunables is not None:
+        reason = "GLIBC_TUNABLES is set"
+    yield Finding(NOTE, f"glibc malloc is not tuned; CPU steps are about 1.5 times slower: {reason}")

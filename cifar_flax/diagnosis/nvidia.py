@@ -16,18 +16,12 @@ OLDEST_DRIVER = {13: 580, 12: 525}
 
 
 def why_unused(told: str) -> str | None:
-    """The reason, where JAX has found no GPU and `told` so much, and what to do; None where there is no GPU."""
-    driver = driver_version()
+    """Return why JAX, which has logged `told`, has found no GPU, and what to do; None if there is no GPU."""
+    match = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)\s", DRIVER.read_text()) if DRIVER.exists() else None
+    driver = match[1] if match else None  # such as "580.65.06"
     if driver is None and not any(path.exists() for path in DEVICES):
         return "there is one, but its driver is not installed" if _is_plugged_in() else None
     return f"driver {driver or 'of unknown version'}, not used: {_reason(driver, told)}"
-
-
-def driver_version() -> str | None:
-    """Such as "580.65.06"."""
-    text = DRIVER.read_text() if DRIVER.exists() else ""
-    match = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)\s", text)
-    return match[1] if match else None
 
 
 def _reason(driver: str | None, told: str) -> str:

@@ -22,7 +22,6 @@ from cifar_flax.training.trainer import Trainer
 from cifar_flax.workdir import require_usable
 
 _PATIENCE = 3.0  # seconds, for a host to answer
-_PORTS = {"https": 443, "http": 80, "ftp": 21}
 _SMALL_FILES = 20_000_000  # bytes, of all that a run writes besides checkpoints
 
 
@@ -33,18 +32,16 @@ def data(visit: Visit) -> Iterator[Finding]:
         yield Finding(OK, f"{data.archive or data.name}: {', '.join(counts)}")
         visit.has_data = True
         return
-    missing, intact = [], []
+    intact = []
     for split in splits:
         folder = sources.cache_folder(data, split)
-        if folder is None or not folder.exists():
-            missing.append(split)
-            continue
         try:
-            cache.verify(folder)
-            intact.append(split)
+            if folder is not None and folder.exists():
+                cache.verify(folder)
+                intact.append(split)
         except ValueError as error:
-            missing.append(split)
             yield Finding(NOTE, f"{split}: {folder} is damaged ({error}); a run decodes it anew")
+    missing = [split for split in splits if split not in intact]
     if intact:
         yield Finding(OK, f"{data.name}: {' and '.join(intact)} decoded and intact in {sources.cache_dir(data)}")
     if missing:
@@ -82,7 +79,7 @@ def _unreachable(urls: Iterable[str]) -> list[str]:
         proxy = urllib.request.getproxies().get(parts.scheme)
         if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
             parts = urlsplit(proxy)
-        addresses.add((parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 80)))
+        addresses.add((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)))
     for host, port in sorted(addresses):
         try:
             socket.create_connection((host, port), timeout=_PATIENCE).close()
@@ -130,10 +127,8 @@ def disk(visit: Visit) -> Iterator[Finding]:
         needed[device] += size
         free = shutil.disk_usage(place).free
         also = "" if needed[device] == size else f", with the above {_size(needed[device])}"
-        yield Finding(
-            OK if free >= needed[device] else FAIL,
-            f"{what}: about {_size(size)}{also}, of {_size(free)} free in {place}",
-        )
+        text = f"{what}: about {_size(size)}{also}, of {_size(free)} free in {place}"
+        yield Finding(OK if free >= needed[device] else FAIL, text)
 
 
 def _size(size: int) -> str:

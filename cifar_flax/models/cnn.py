@@ -41,16 +41,9 @@ class CNN(Network):
         flat = ((height - 2) // 2) * ((width - 2) // 2) * config.width
         glorot = nnx.initializers.glorot_uniform()
         self.conv = Conv(
-            channels,
-            config.width,
-            3,
-            padding="VALID",
-            pool=True,
-            kernel_init=glorot,
-            dtype=self.dtype,
-            platform=platform,
-            rngs=rngs,
-        )
+            channels, config.width, 3, padding="VALID", pool=True, kernel_init=glorot,
+            dtype=self.dtype, platform=platform, rngs=rngs,
+        )  # fmt: skip
         self.norm = nnx.BatchNorm(config.width, momentum=0.99, epsilon=1e-3, rngs=rngs)
         self.hidden = nnx.Linear(flat, config.hidden, kernel_init=glorot, dtype=self.dtype, rngs=rngs)
         self.head = nnx.Linear(config.hidden, num_classes, kernel_init=glorot, dtype=self.dtype, rngs=rngs)

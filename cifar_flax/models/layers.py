@@ -107,13 +107,9 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "batch h w c_in"]) -> Float[Array, "batch h_out w_out c_out"]:
         kernel = self.kernel[...].astype(self.dtype)
         x = conv2d(
-            x.astype(self.dtype),
-            kernel,
-            padding=self.padding,
-            stride=self.stride,
-            pool=self.pool,
-            platform=self.platform,
-        )
+            x.astype(self.dtype), kernel,
+            padding=self.padding, stride=self.stride, pool=self.pool, platform=self.platform,
+        )  # fmt: skip
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)[None, None, None, :]
 
 

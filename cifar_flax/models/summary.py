@@ -1,4 +1,4 @@
-"""What a network consists of, and what it takes to compute."""
+"""The layers of a network, with their parameters and FLOPs."""
 
 import math
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from cifar_flax import models
-from cifar_flax.models.layers import Network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,51 +27,44 @@ class Layer:
 
 
 def summarize(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> str:
-    """A table of the layers, in the order in which they are called, and of all together."""
+    """Return a table of the layers, in the order in which they are called, and of their totals."""
     found = layers(config, image_shape, num_classes)
-    parameters, statistics, flops = (
-        sum(column) for column in zip(*((one.parameters, one.statistics, one.flops) for one in found), strict=True)
-    )
+    parameters, statistics, flops = np.sum([(one.parameters, one.statistics, one.flops) for one in found], axis=0)
     rows = [("layer", "kind", "output", "parameters", "statistics", "FLOPs per image")]
-    rows += [
-        (one.name, one.kind, _size(one.shape), f"{one.parameters:,}", f"{one.statistics:,}", f"{one.flops:,}")
-        for one in found
-    ]
+    for one in found:
+        counts = (f"{one.parameters:,}", f"{one.statistics:,}", f"{one.flops:,}")
+        rows.append((one.name, one.kind, _size(one.shape), *counts))
     rows.append(("total", "", "", f"{parameters:,}", f"{statistics:,}", f"{flops:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        f"  {name:{widths[0]}}  {kind:{widths[1]}}  "
-        + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True))
-        for name, kind, *cells in rows
-    ]
-    return "\n".join(
-        [
-            f"{config.name} for images of {_size(image_shape)} and {num_classes} classes",
-            *lines,
-            f"  {4 * parameters / 1e6:,.2f} MB of parameters; {3 * flops:,} FLOPs per image in training, 3 x forward",
-            "  FLOPs: of convolutions and matrix products, as accelerators compute them",
-        ]
+    lines = [f"{config.name} for images of {_size(image_shape)} and {num_classes} classes"]
+    for name, kind, *cells in rows:
+        numbers = [f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True)]
+        lines.append("  ".join(["", f"{name:{widths[0]}}", f"{kind:{widths[1]}}", *numbers]))
+    lines.append(
+        f"  {4 * parameters / 1e6:,.2f} MB of parameters; {3 * flops:,} FLOPs per image in training, 3 x forward"
     )
+    lines.append("  FLOPs: of convolutions and matrix products, as accelerators compute them")
+    return "\n".join(lines)
 
 
 def layers(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> list[Layer]:
-    """Those of the network as accelerators compute it, in the order in which they are called."""
+    """Return the layers of the network as accelerators compute it, in the order in which they are called."""
     found: list[Layer] = []
 
     def observe(path: tuple[Any, ...], node: Any) -> Any:
         is_layer = isinstance(node, nnx.Module) and any(isinstance(own, nnx.Variable) for own in vars(node).values())
         return _Observed(node, ".".join(map(str, path)), found.append) if is_layer else node
 
-    _trace(lambda image: nnx.recursive_map(observe, _build(config, image_shape, num_classes))(image), image_shape)
+    _trace(config, image_shape, num_classes, observe)
     return found
 
 
 def forward_flops(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> int:
-    """Operations for one image: twice the multiplications of convolutions and matrix products.
+    """Return the operations for one image: twice the multiplications of convolutions and matrix products.
 
     Counted in the network as accelerators compute it. Training takes three times as many.
     """
-    return _flops(_trace(lambda image: _build(config, image_shape, num_classes)(image), image_shape))
+    return _flops(_trace(config, image_shape, num_classes, lambda path, node: node))
 
 
 class _Observed(nnx.Module):
@@ -95,12 +88,15 @@ class _Observed(nnx.Module):
         return out
 
 
-def _build(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> Network:
-    return models.build(config, image_shape, num_classes, platform="cuda", rngs=nnx.Rngs(0))
+def _trace(
+    config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int, replace: Callable[..., Any]
+) -> Any:
+    """Return the jaxpr of one image's forward pass, with `replace` applied to each module; nothing is computed."""
 
+    def forward(image: Float[Array, "1 h w c"]) -> Array:
+        network = models.build(config, image_shape, num_classes, platform="cuda", rngs=nnx.Rngs(0))
+        return nnx.recursive_map(replace, network)(image)
 
-def _trace(forward: Callable[[Float[Array, "1 h w c"]], Array], image_shape: tuple[int, int, int]) -> Any:
-    """What `forward` does with one image; nothing is computed."""
     return jax.make_jaxpr(forward)(jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)).jaxpr
 
 

@@ -39,11 +39,17 @@ def export(config: Config, workdir: Path, output: Path) -> None:
         (folder / "model.stablehlo").write_bytes(program.stablehlo(run))
         checked = _check(run, folder)
         files.write_json(folder / "config.json", _describe(run, checked))
-    show(_text(output, checked))
+    sizes = "".join(f"\n  {path.name:18} {path.stat().st_size:12,} bytes" for path in sorted(output.iterdir()))
+    show(
+        f"{output}:{sizes}\n"
+        f"model.stablehlo, run by another process on the {checked['num_examples']:,} images of the {checked['split']} "
+        f"split: the same classes (accuracy {checked['accuracy']:.2%}), probabilities within "
+        f"{checked['largest_difference_of_probabilities']:.2g}"
+    )
 
 
 def _check(run: RestoredRun, folder: Path) -> dict[str, Any]:
-    """What another process finds with the program in `folder`, beside what evaluation does."""
+    """Run the program in `folder` in another process; return how its results compare with those of evaluation."""
     config = run.config
     arrays = sources.load(config.data, config.data.eval_split)
     run.info.check(arrays)
@@ -98,14 +104,3 @@ def _describe(run: RestoredRun, checked: Mapping[str, Any]) -> dict[str, Any]:
         "checked": dict(checked),
         "versions": packages.versions(),
     }
-
-
-def _text(output: Path, checked: Mapping[str, Any]) -> str:
-    names = sorted(path.name for path in output.iterdir())
-    sizes = "\n".join(f"  {name:18} {(output / name).stat().st_size:12,} bytes" for name in names)
-    return (
-        f"{output}:\n{sizes}\n"
-        f"model.stablehlo, run by another process on the {checked['num_examples']:,} images of the {checked['split']} "
-        f"split: the same classes (accuracy {checked['accuracy']:.2%}), probabilities within "
-        f"{checked['largest_difference_of_probabilities']:.2g}"
-    )

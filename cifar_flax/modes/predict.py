@@ -1,6 +1,7 @@
 """Image files -> their classes: a table for people, or a file for programs."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -27,35 +28,30 @@ _RUNNERS_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A file to classify, and the class that its folder says it is of."""
+class Prediction:
+    """A file to classify, and the result."""
 
     path: Path
-    label: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    found: Found
+    label: str | None = None  # the class that its folder is named after
     probabilities: Float32[np.ndarray, " classes"] | None = None
-    error: str = ""  # why there are none
+    error: str = ""  # why there are no probabilities
 
 
 def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path | None) -> None:
-    """Classifies the image files among `paths` and in the folders among them; prints a table or writes `output`.
+    """Classify the image files among `paths` and in the folders among them; print a table or write `output`.
 
-    Files in a folder that has the name of a class, inside one of `paths`, are taken to be of it: then accuracy and
-    confusion matrix are told too.
+    Files in a folder that has the name of a class, inside one of `paths`, count as labelled with it: print accuracy and
+    confusion matrix over them too.
 
-    Raises `ConfigError` for an `output` of another kind than .csv, .json and .jsonl, `UserError` at the end if some of
-    the files could not be classified.
+    Raises `ConfigError` if `output` is not .csv, .json or .jsonl, `UserError` at the end if some of the files could not
+    be classified.
     """
     if output is not None:
         require(output.suffix in _FORMATS, "--output", str(output), f"must end with {', '.join(_FORMATS)}")
         require(output.parent.is_dir(), "--output", str(output), "its folder does not exist")
     packages.require(["pillow"], "image files cannot be read")
     run = restore(config, workdir)
-    model, begin = Classifier(run), time.perf_counter()
+    model, start = Classifier(run), time.perf_counter()
     found = list(find(paths, model.class_names))
     widths = max((len(_name(one)) for one in found), default=4), max(map(len, ("class", *model.class_names)))
     if output is None:
@@ -65,48 +61,45 @@ def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path |
         predictions.append(prediction)
         if output is None:
             show(_row(prediction, model.class_names, widths))
+    failed = [one for one in predictions if one.error]
+    score = _score(predictions, model.class_names)
     if output is not None:
         about = {"workdir": str(workdir), "step": run.step, "dataset": run.info.name}
-        files.replace(output, _FORMATS[output.suffix](about, predictions, model.class_names))
-    seconds, failed = time.perf_counter() - begin, [one for one in predictions if one.error]
-    if score := _score(predictions, model.class_names):
+        about |= {"class_names": model.class_names} | score
+        rows = [_fields(prediction, model.class_names) for prediction in predictions]
+        files.replace(output, _FORMATS[output.suffix](about, rows))
+    if score:
         show(_score_text(score, model.class_names))
     if output is not None:
+        seconds = time.perf_counter() - start
         show(f"{len(predictions) - len(failed):,} files classified in {seconds:.1f} s; written: {output}")
-    for one in failed if output is not None else ():
-        show(f"{_name(one.found)}: {one.error}")
+        for one in failed:
+            show(f"{_name(one)}: {one.error}")
     if failed:
         raise UserError(f"{len(failed):,} of {len(predictions):,} files could not be classified")
 
 
-def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Found]:
-    """The files among `paths` and, in order of their names, all in and below the folders among them but hidden ones.
+def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Prediction]:
+    """Yield the files among `paths` and, sorted, all but hidden files in and below the folders among them.
 
-    The class of a file is that of the folder right below the one among `paths`, or of this one itself.
+    The label of a file is the class that the folder right below the one among `paths` is named after, or that one.
     """
     classes = {name.casefold(): name for name in class_names}
     for path in paths:
-        if not path.is_dir():
-            yield Found(path)
-            continue
-        is_empty = True
-        for folder, folders, names in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if not name.startswith("."):
-                    is_empty, below = False, Path(folder).relative_to(path).parts[:1]
-                    labels = [
-                        classes[one.casefold()] for one in (*below, path.resolve().name) if one.casefold() in classes
-                    ]
-                    yield Found(Path(folder) / name, labels[0] if labels else None)
-        if is_empty:
-            yield Found(path)  # to be told
+        below = [entry.relative_to(path) for entry in path.rglob("*") if not os.path.isdir(entry)]
+        visible = [entry for entry in below if not any(part.startswith(".") for part in entry.parts)]
+        folder = path.resolve().name
+        for entry in sorted(visible, key=lambda entry: (entry.parent.parts, entry.name)):
+            labels = [classes.get(name.casefold()) for name in (*entry.parent.parts[:1], folder)]
+            yield Prediction(path / entry, next(filter(None, labels), None))
+        if not visible:
+            yield Prediction(path)  # a file; `classify` reports a folder without files
 
 
-def classify(model: Classifier, found: Sequence[Found]) -> Iterator[Prediction]:
-    """A prediction for each, in order; files are decoded by as many threads as there are cores."""
+def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Prediction]:
+    """Yield the result for each of `found`, in order; files are decoded by as many threads as there are cores."""
 
-    def read(one: Found) -> UInt8[np.ndarray, "height width channels"] | UserError:
+    def read(one: Prediction) -> UInt8[np.ndarray, "height width channels"] | UserError:
         try:
             return read_image(one.path, model.image_shape)
         except UserError as error:
@@ -120,68 +113,60 @@ def classify(model: Classifier, found: Sequence[Found]) -> Iterator[Prediction]:
             rows = iter(model.predict(np.stack(images)) if images else ())
             for one, content in zip(some, contents, strict=True):
                 if isinstance(content, UserError):
-                    yield Prediction(one, error=str(content))
+                    yield dataclasses.replace(one, error=str(content))
                 else:
-                    yield Prediction(one, next(rows))
+                    yield dataclasses.replace(one, probabilities=next(rows))
 
 
-def _name(found: Found) -> str:
-    return printable(str(found.path))
+def _name(file: Prediction) -> str:
+    return printable(str(file.path))
 
 
 def _row(prediction: Prediction, class_names: Sequence[str], widths: tuple[int, int]) -> str:
-    name = f"{_name(prediction.found):{widths[0]}}"
-    if prediction.probabilities is None:
+    name, probabilities = f"{_name(prediction):{widths[0]}}", prediction.probabilities
+    if probabilities is None:
         return f"{name}  not classified: {prediction.error}"
-    order = np.argsort(-prediction.probabilities, kind="stable")[: 1 + _RUNNERS_UP]
-    first, *others = [(class_names[i], float(prediction.probabilities[i])) for i in order]
-    runners_up = ", ".join(f"{name} {value:.2%}" for name, value in others)
-    return f"{name}  {first[0]:{widths[1]}}  {first[1]:11.2%}  {runners_up}"
+    best, *others = np.argsort(-probabilities, kind="stable")[: 1 + _RUNNERS_UP]
+    runners_up = ", ".join(f"{class_names[i]} {probabilities[i]:.2%}" for i in others)
+    return f"{name}  {class_names[best]:{widths[1]}}  {probabilities[best]:11.2%}  {runners_up}"
 
 
 def _fields(prediction: Prediction, class_names: Sequence[str]) -> dict[str, Any]:
-    fields: dict[str, Any] = {"file": str(prediction.found.path), "label": prediction.found.label}
+    fields: dict[str, Any] = {"file": str(prediction.path), "label": prediction.label}
     if prediction.probabilities is None:
         return fields | {"error": prediction.error}
-    best = int(np.argmax(prediction.probabilities))
-    values = prediction.probabilities.tolist()
-    return fields | {
-        "class": class_names[best],
-        "probability": values[best],
-        "probabilities": dict(zip(class_names, values, strict=True)),
-    }
+    values = dict(zip(class_names, prediction.probabilities.tolist(), strict=True))
+    best = max(class_names, key=values.__getitem__)
+    return fields | {"class": best, "probability": values[best], "probabilities": values}
 
 
-def _csv(about: dict[str, Any], predictions: Sequence[Prediction], class_names: Sequence[str]) -> bytes:
+def _csv(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "class", "probability", "label", "error", *(f"p({name})" for name in class_names)])
-    for prediction in predictions:
-        row = _fields(prediction, class_names)
-        named = [row.get(name) for name in ("file", "class", "probability", "label", "error")]
-        writer.writerow([*named, *row.get("probabilities", dict.fromkeys(class_names)).values()])
+    columns = ["file", "class", "probability", "label", "error", *(f"p({name})" for name in about["class_names"])]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(row | {f"p({name})": value for name, value in row.get("probabilities", {}).items()})
     return text.getvalue().encode(errors="surrogateescape")  # names of files are bytes
 
 
-def _jsonl(about: dict[str, Any], predictions: Sequence[Prediction], class_names: Sequence[str]) -> bytes:
-    return "".join(f"{json.dumps(_fields(one, class_names))}\n" for one in predictions).encode()
+def _json(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
+    return json.dumps(about | {"predictions": rows}).encode()
 
 
-def _json(about: dict[str, Any], predictions: Sequence[Prediction], class_names: Sequence[str]) -> bytes:
-    score = _score(predictions, class_names)
-    rows = [_fields(one, class_names) for one in predictions]
-    return json.dumps(about | {"class_names": class_names} | score | {"predictions": rows}).encode()
+def _jsonl(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 _FORMATS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}
 
 
 def _score(predictions: Sequence[Prediction], class_names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy and confusion matrix (rows: true classes) over the files of a known class; empty if there are none."""
+    """Return accuracy and confusion matrix (rows: true classes) over the labelled files; empty if there are none."""
     confusion = np.zeros((len(class_names),) * 2, int)
     for one in predictions:
-        if one.found.label is not None and one.probabilities is not None:
-            confusion[class_names.index(one.found.label), np.argmax(one.probabilities)] += 1
+        if one.label is not None and one.probabilities is not None:
+            confusion[class_names.index(one.label), np.argmax(one.probabilities)] += 1
     count = int(confusion.sum())
     if not count:
         return {}

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cifar_flax.report.page import Content, Markup, element
+from cifar_flax.report.page import Content, Markup, element, note
 
 _WIDTH, _HEIGHT = 400, 240
 _TOP, _BOTTOM, _LEFT = 10, 36, 44  # margins
 _CHARACTER = 6.4  # width of one, about
-_LABELS = 12  # characters of a name at the end of a line
-_LINE_HEIGHT = 13
 _MARKS = 14  # units from one on a line to the next, at least
 _COLORS = 8
 _SHAPES = ("circle", "square", "triangle", "diamond")
@@ -22,25 +20,38 @@ _SHAPES = ("circle", "square", "triangle", "diamond")
 Values = Float[np.ndarray, " values"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Line:
-    """One of a chart, with gaps where `y` is NaN; lines of the same `style` look the same, on whatever chart."""
+    """A line of a chart, with gaps where `y` is NaN; lines of the same `style` look the same in all charts."""
 
     name: str
     x: Values
     y: Values
     style: int
-    marks: bool = True  # whether some of its points are marked
+
+    @property
+    def known(self) -> Values:
+        return self.y[~np.isnan(self.y)]
+
+
+def number(value: float) -> str:
+    """Format a number, such as "0.25", "12,000", "2e-5"."""
+    if value and not 1e-4 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.6g}"
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Values from `low` to `high` -> coordinates from `start` to `end`."""
+    """A map of values from `low` to `high` to coordinates from `start` to `end`; `show` formats the ticks."""
 
     low: float
     high: float
     start: float
     end: float
+    ticks: Sequence[float] = ()
+    show: Callable[[float], str] = number
     logarithmic: bool = False
 
     def __call__(self, values: Any) -> Any:
@@ -54,88 +65,73 @@ def line_chart(
     title: str,
     lines: Sequence[Line],
     *,
-    show: Callable[[float], str] | None = None,
+    show: Callable[[float], str] = number,
     from_zero: bool = False,
     may_be_logarithmic: bool = False,
     skipped: Sequence[Line] = (),
 ) -> Markup:
-    """Curves over epochs, every point of them: of many in one column of pixels the first, last, lowest and highest.
+    """Return a figure of `lines` over epochs. Of many points in one column of pixels, draw those that `thin` keeps.
 
-    `show` writes the ticks' values. The y axis is logarithmic where that is allowed and the values span much. Where
-    one of `skipped` is above 0 there is a mark on the x axis.
+    `show` formats the values of the y ticks. The y axis is logarithmic if `may_be_logarithmic` and the values span
+    more than a factor of 30. Draw a mark on the x axis where a line of `skipped` is above 0.
     """
-    show = show or number
-    lines = [line for line in lines if not np.all(np.isnan(line.y))]
+    lines = [line for line in lines if len(line.known)]
     if not lines:
-        return element(
-            "figure", element("figcaption", title), element("p", "Nothing of this is logged.", class_="note")
-        )
-    everything = np.concatenate([line.y[~np.isnan(line.y)] for line in lines])
-    low, high = float(everything.min()), float(everything.max())
+        return element("figure", element("figcaption", title), note("Nothing of this is logged."))
+    low, high = min(float(line.known.min()) for line in lines), max(float(line.known.max()) for line in lines)
     logarithmic = may_be_logarithmic and low > 0 and high > 30 * low
     ticks = log_ticks(low, high) if logarithmic else linear_ticks(0.0 if from_zero else low, high)
-    names = (
-        [short(line.name, _LABELS) for line in lines]
-        if 1 < len(lines) <= (_HEIGHT - _TOP - _BOTTOM) // _LINE_HEIGHT
-        else []
-    )
     left = max(8 + _CHARACTER * max(len(show(tick)) for tick in ticks), _LEFT)
-    right = _WIDTH - 8 - _CHARACTER * max(map(len, names), default=0)
-    last = max(float(line.x.max()) for line in lines)
-    x = Scale(0.0, last if last > 0 else 1.0, left, right)
-    y = Scale(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP, logarithmic)
-    parts = [*axes(x, y, linear_ticks(x.low, x.high), ticks, number, show), *_x_title(x, "epoch")]
+    last = max(float(line.x.max()) for line in lines) or 1.0
+    x = Scale(0.0, last, left, _WIDTH - 8, linear_ticks(0.0, last))
+    y = Scale(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP, ticks, show, logarithmic)
+    parts = [*axes(x, y), text("epoch", (x.start + x.end) / 2, _HEIGHT - 4, text_anchor="middle")]
     for line in skipped:
         parts += _skipped(line, x, y)
-    parts += [_drawn(line, x, y, show) for line in lines]
-    parts += _ends(lines, names, x, y)
+    parts += [_drawn(line, x, y) for line in lines]
     caption: tuple[Content, ...] = (title, element("small", " · logarithmic")) if logarithmic else (title,)
-    return element("figure", element("figcaption", *caption), svg(parts, _WIDTH, _HEIGHT, _summary(title, lines, show)))
+    ranges = (f"{line.name} from {show(line.known[0])} to {show(line.known[-1])}" for line in lines)
+    drawing = svg(parts, _WIDTH, _HEIGHT, f"{title} over epochs: {'; '.join(ranges)}")
+    return element("figure", element("figcaption", *caption), drawing)
 
 
 def svg(parts: Sequence[Markup], width: float, height: float, label: str, **attributes: object) -> Markup:
     return element("svg", *parts, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label, **attributes)
 
 
-def legend(entries: Sequence[tuple[Content, int, bool]]) -> Markup:
-    """Of lines: their names, styles, and whether they have marks."""
+def text(words: str, x: float, y: float, **attributes: object) -> Markup:
+    return element("text", words, **attributes, x=coordinate(x), y=coordinate(y))
+
+
+def rectangle(title: Markup, x: float, y: float, width: float, height: float, **attributes: object) -> Markup:
+    place = {"x": x, "y": y, "width": width, "height": height}
+    return element("rect", title, **attributes, **{side: coordinate(value) for side, value in place.items()})
+
+
+def legend(names: Sequence[Content]) -> Markup:
+    """Return the legend of lines with the styles 0, 1, ..."""
     items = []
-    for name, style, marks in entries:
-        mark = [_mark(18.0, 6.0, style, 4.0)] if marks else []
-        key = (element("path", d="M1 6H35", class_="line"), *mark)
-        sample = element("svg", *key, viewBox="0 0 36 12", class_=_class(style), aria_hidden="true")
+    for style, name in enumerate(names):
+        key = (element("path", d="M1 6H35", class_="line"), _mark(18.0, 6.0, style, 4.0))
+        sample = element("svg", *key, viewBox="0 0 36 12", class_=f"series-{style % _COLORS}", aria_hidden="true")
         items.append(element("li", sample, name))
     return element("ul", *items, class_="legend")
 
 
-def axes(
-    x: Scale,
-    y: Scale,
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    show_x: Callable[[float], str],
-    show_y: Callable[[float], str],
-) -> list[Markup]:
-    """Lines and labels at the ticks that lie on the scales."""
+def axes(x: Scale, y: Scale) -> list[Markup]:
+    """Return the axes, with lines and labels at the ticks of the scales."""
     parts = []
-    for tick in y_ticks:
-        at = coordinate(y(tick))
-        parts.append(element("path", d=f"M{coordinate(x.start)} {at}H{coordinate(x.end)}", class_="grid"))
-        place = {"x": coordinate(x.start - 6), "y": at, "text_anchor": "end", "dominant_baseline": "central"}
-        parts.append(element("text", show_y(tick), class_="y", **place))
-    parts.append(element("path", d=f"M{coordinate(x.start)} {coordinate(y.start)}H{coordinate(x.end)}", class_="axis"))
-    for tick in x_ticks:
+    left, right, bottom = coordinate(x.start), coordinate(x.end), coordinate(y.start)
+    for tick in y.ticks:
+        parts.append(element("path", d=f"M{left} {coordinate(y(tick))}H{right}", class_="grid"))
+        place = {"text_anchor": "end", "dominant_baseline": "central"}
+        parts.append(text(y.show(tick), x.start - 6, y(tick), class_="y", **place))
+    parts.append(element("path", d=f"M{left} {bottom}H{right}", class_="axis"))
+    for tick in x.ticks:
         if x.low <= tick <= x.high * (1 + 1e-9):
-            at = coordinate(x(tick))
-            parts.append(element("path", d=f"M{at} {coordinate(y.start)}v4", class_="axis"))
-            place = {"x": at, "y": coordinate(y.start + 16), "text_anchor": "middle"}
-            parts.append(element("text", show_x(tick), class_="x", **place))
+            parts.append(element("path", d=f"M{coordinate(x(tick))} {bottom}v4", class_="axis"))
+            parts.append(text(x.show(tick), x(tick), y.start + 16, class_="x", text_anchor="middle"))
     return parts
-
-
-def _x_title(x: Scale, title: str) -> list[Markup]:
-    place = {"x": coordinate((x.start + x.end) / 2), "y": _HEIGHT - 4, "text_anchor": "middle"}
-    return [element("text", title, **place)]
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
@@ -154,14 +150,6 @@ def log_ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     step = -(-(last - first) // 6)
     return [float(f"1e{first + i}") for i in range(0, last - first + step, step)]
-
-
-def number(value: float) -> str:
-    """Such as "0.25", "12,000", "2e-5"."""
-    if value and not 1e-4 <= abs(value) < 1e6:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:,.6g}"
 
 
 def share(value: float) -> str:
@@ -195,53 +183,27 @@ def thin(x: Values, y: Values) -> tuple[Float[np.ndarray, " kept"], Float[np.nda
     return x[kept], y[kept]
 
 
-def _drawn(line: Line, x: Scale, y: Scale, show: Callable[[float], str]) -> Markup:
+def _drawn(line: Line, x: Scale, y: Scale) -> Markup:
     across, up = thin(x(line.x), y(line.y))
-    path, pen = [], "M"
-    for i, (at, height) in enumerate(zip(across.tolist(), up.tolist(), strict=True)):
-        if math.isnan(height):
-            pen = "M"
-            continue
-        path.append(f"{pen}{coordinate(at)} {coordinate(height)}")
-        alone = pen == "M" and (i + 1 == len(up) or math.isnan(up[i + 1]))
-        path.append("h0" if alone else "")  # a dot
-        pen = "L"
-    parts = [element("path", d="".join(path), class_="line")]
+    path = ""
+    for piece in np.ma.clump_unmasked(np.ma.masked_invalid(up)):
+        points = [f"{coordinate(at)} {coordinate(height)}" for at, height in zip(across[piece], up[piece], strict=True)]
+        path += f"M{'L'.join(points)}{'h0' if len(points) == 1 else ''}"  # h0: a dot
+    parts = [element("path", d=path, class_="line")]
     next_mark = -math.inf
-    for i, at in enumerate(x(line.x).tolist() if line.marks else ()):
+    for i, at in enumerate(x(line.x).tolist()):
         if at >= next_mark and not math.isnan(line.y[i]):
-            title = element("title", f"{line.name}, epoch {number(line.x[i])}: {show(float(line.y[i]))}")
+            title = element("title", f"{line.name}, epoch {number(line.x[i])}: {y.show(line.y[i])}")
             parts.append(_mark(at, float(y(line.y[i])), line.style, 3.0, title))
             next_mark = at + _MARKS
-    return element("g", *parts, class_=_class(line.style))
-
-
-def _ends(lines: Sequence[Line], names: Sequence[str], x: Scale, y: Scale) -> list[Markup]:
-    """The lines' names at their ends, moved apart."""
-    named = lines[: len(names)]
-    last = [np.flatnonzero(~np.isnan(line.y))[-1] for line in named]
-    ends = sorted((float(y(line.y[j])), i) for i, (line, j) in enumerate(zip(named, last, strict=True)))
-    places: list[float] = []
-    for place, _ in ends:
-        places.append(max(place, places[-1] + _LINE_HEIGHT) if places else place)
-    lowest = y.start
-    for i in reversed(range(len(places))):
-        places[i] = lowest = min(places[i], lowest)
-        lowest -= _LINE_HEIGHT
-    parts = []
-    for place, (_, i) in zip(places, ends, strict=True):
-        at = {"x": coordinate(x(lines[i].x[last[i]]) + 6), "y": coordinate(place), "dominant_baseline": "central"}
-        text = element("text", names[i], class_="end", **at)
-        parts.append(element("g", text, class_=_class(lines[i].style)))
-    return parts
+    return element("g", *parts, class_=f"series-{line.style % _COLORS}")
 
 
 def _skipped(line: Line, x: Scale, y: Scale) -> list[Markup]:
-    """Marks on the x axis where `line` is above 0, one per column of pixels."""
-    across, parts = np.floor(x(line.x)), []
-    there = line.y > 0
-    for column in np.unique(across[there]):
-        steps = line.y[there & (across == column)].sum()
+    """Return marks on the x axis where `line` is above 0, one per column of pixels."""
+    there, parts = line.y > 0, []
+    columns, column_of = np.unique(np.floor(x(line.x[there])), return_inverse=True)
+    for column, steps in zip(columns, np.bincount(column_of, weights=line.y[there]), strict=True):
         title = element("title", f"skipped steps: {steps:,.0f}")
         corner = f"M{coordinate(column - 3.5)} {coordinate(y.start)}h7l-3.5 -7z"
         parts.append(element("path", title, d=corner, class_="skipped"))
@@ -257,16 +219,3 @@ def _mark(x: float, y: float, style: int, radius: float, *content: Markup) -> Ma
         "diamond": f"{at}m0 {-1.4 * r:g}l{1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {-1.4 * r:g}z",
     }
     return element("path", *content, d=paths[_SHAPES[style % len(_SHAPES)]], class_="mark")
-
-
-def _class(style: int) -> str:
-    return f"series-{style % _COLORS}"
-
-
-def _summary(title: str, lines: Sequence[Line], show: Callable[[float], str]) -> str:
-    """The chart in words."""
-    words = []
-    for line in lines:
-        there = line.y[~np.isnan(line.y)]
-        words.append(f"{line.name} from {show(float(there[0]))} to {show(float(there[-1]))}")
-    return f"{title} over epochs: {'; '.join(words)}"

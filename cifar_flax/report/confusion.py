@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cifar_flax import packages
-from cifar_flax.report.charts import coordinate, short, svg
+from cifar_flax.report.charts import coordinate, rectangle, short, svg, text
 from cifar_flax.report.page import Markup, element, percent, scrolling
 
 FEW_CLASSES = 20  # up to so many, cells have counts and names
@@ -38,22 +38,21 @@ def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
     pyplot = packages.load("matplotlib")
     pyplot.switch_backend("Agg")
     counts, names = np.asarray(result["confusion_matrix"]), list(result["per_class"])
-    fractions = _fractions(counts)
+    shares = fractions(counts)
     size = min(2.5 + 0.5 * len(names), 16)  # inches
     font = min(10, 400 / len(names))  # points
     figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
-    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
     axes.set_yticks(range(len(names)), names, fontsize=font)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(
-        f"{result['dataset']} {result['split']}: {result['accuracy']:.2%} of {result['num_examples']:,} correct"
-    )
+    correct = f"{result['accuracy']:.2%} of {result['num_examples']:,} correct"
+    axes.set_title(f"{result['dataset']} {result['split']}: {correct}")
     if len(names) <= FEW_CLASSES:  # more would not be readable
         for (row, column), count in np.ndenumerate(counts):
             if count:
-                color = "white" if fractions[row, column] > 0.5 else "black"
+                color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     width, height = map(int, figure.canvas.get_width_height())
@@ -61,54 +60,50 @@ def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
     return width, height
 
 
-def _fractions(counts: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:
+def fractions(counts: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:
     """Return each count as a fraction of its true class (its row)."""
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def heat_map(counts: Int[np.ndarray, "classes classes"], names: Sequence[str]) -> Markup:
-    """Rows are true classes, columns predicted ones: how dark a cell is says which share of its class it holds.
+    """Return the matrix as SVG: the darker a cell, the larger its fraction of its true class.
 
-    Mistakes have another color, and are darkest where the share is the largest of all mistakes. Above `FEW_CLASSES`
-    there are neither counts nor names, and of more than `CELLS` cells those of the smallest counts are left out.
+    Mistakes have another color, and are darkest where the fraction is the largest of all mistakes. Above `FEW_CLASSES`
+    there are neither counts nor names, and only the cells of the `CELLS` largest counts are drawn.
     """
-    shares = _fractions(counts)
-    mistakes = shares * (1 - np.eye(len(counts)))
-    depth = np.where(np.eye(len(counts), dtype=bool), shares, mistakes / max(mistakes.max(), 1e-9))
+    shares, is_hit = fractions(counts), np.eye(len(counts), dtype=bool)
+    largest_mistake = max(shares[~is_hit].max(initial=0), 1e-9)
+    depth = np.where(is_hit, shares, shares / largest_mistake)
     return _few(counts, shares, depth, names) if len(names) <= FEW_CLASSES else _many(counts, depth)
 
 
 def _few(counts: np.ndarray, shares: np.ndarray, depth: np.ndarray, names: Sequence[str]) -> Markup:
-    longest = min(max(map(len, names)), _LABELS)
-    margin = 12 + 6.2 * longest
+    margin = 12 + 6.2 * min(max(map(len, names)), _LABELS)
     size = margin + _CELL * len(names)
     parts = []
     for i, name in enumerate(names):
-        text = short(name, _LABELS)
-        center = coordinate(margin + _CELL * (i + 0.5))
-        row = {"x": coordinate(margin - 6), "y": center, "text_anchor": "end", "dominant_baseline": "central"}
-        up = {"transform": f"translate({center} {coordinate(margin - 6)}) rotate(-90)", "dominant_baseline": "central"}
-        parts += [element("text", text, class_="name", **row), element("text", text, class_="name", **up)]
-    for i, j in np.ndindex(counts.shape):
-        count, opacity = int(counts[i, j]), opaque(float(depth[i, j]))
+        center = margin + _CELL * (i + 0.5)
+        label = {"words": short(name, _LABELS), "class_": "name", "dominant_baseline": "central"}
+        parts.append(text(x=margin - 6, y=center, text_anchor="end", **label))
+        turned = f"translate({coordinate(center)} {coordinate(margin - 6)}) rotate(-90)"
+        parts.append(text(x=0, y=0, transform=turned, **label))
+    for (i, j), count in np.ndenumerate(counts):
         x, y = margin + _CELL * j, margin + _CELL * i
         title = element("title", f"{names[i]} taken for {names[j]}: {count:,} ({percent(float(shares[i, j]))})")
-        place = {"x": coordinate(x), "y": coordinate(y), "width": _CELL - 1, "height": _CELL - 1}
-        kind = "hit" if i == j else "miss"
-        parts.append(element("rect", title, class_=kind, fill_opacity=f"{opacity:.3g}", **place))
+        look = {"class_": "hit" if i == j else "miss", "fill_opacity": f"{opaque(float(depth[i, j])):.3g}"}
+        parts.append(rectangle(title, x, y, _CELL - 1, _CELL - 1, **look))
         if count:
-            middle = {"x": coordinate(x + (_CELL - 1) / 2), "y": coordinate(y + (_CELL - 1) / 2)}
-            parts.append(element("text", str(count), class_="count", dominant_baseline="central", **middle))
+            half = (_CELL - 1) / 2
+            parts.append(text(str(count), x + half, y + half, class_="count", dominant_baseline="central"))
     style = f"max-width: {size * 1.4:.0f}px"
-    if len(names) <= NARROW:
-        return svg(parts, size, size, _WORDS, style=style)
-    return scrolling(
-        svg(parts, size, size, _WORDS, style=f"{style}; min-width: {size * 0.8:.0f}px"), "Confusion matrix"
-    )
+    if len(names) > NARROW:
+        style += f"; min-width: {size * 0.8:.0f}px"
+    drawing = svg(parts, size, size, _WORDS, style=style)
+    return drawing if len(names) <= NARROW else scrolling(drawing, "Confusion matrix")
 
 
 def _many(counts: np.ndarray, depth: np.ndarray) -> Markup:
-    """One path per shade, of at most `CELLS` cells."""
+    """Return one path per shade, of at most `CELLS` cells."""
     rows, columns = np.nonzero(counts)
     largest = np.argsort(-counts[rows, columns], kind="stable")[:CELLS]
     rows, columns = rows[largest], columns[largest]
@@ -129,5 +124,5 @@ _WORDS = "Confusion matrix: rows are true classes, columns predicted ones; the t
 
 
 def opaque(depth: float) -> float:
-    """Of a cell of that depth, from 0 to 1: what is there at all can be seen."""
-    return 0.0 if depth <= 0 else 0.08 + 0.92 * float(depth)
+    """Return the opacity of a cell of `depth` (0 to 1): any depth above 0 is visible."""
+    return 0.0 if depth <= 0 else 0.08 + 0.92 * depth

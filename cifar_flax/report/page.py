@@ -2,8 +2,8 @@
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cifar_flax import files
 
@@ -28,12 +28,9 @@ def join(parts: Iterable[Content], separator: Content = "") -> Markup:
 
 
 def element(name: str, /, *content: Content, **attributes: object) -> Markup:
-    """`<name attributes>content</name>`; `class_` gives class, `aria_label` aria-label; what is None is left out."""
-    inside = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{_escape(str(value))}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
+    """Return `<name attributes>content</name>`; `class_` stands for class, `aria_label` for aria-label."""
+    names = {key: key.rstrip("_").replace("_", "-") for key in attributes}
+    inside = "".join(f' {names[key]}="{_escape(str(value))}"' for key, value in attributes.items())
     return Markup(f"<{name}{inside}>" if name in _VOID else f"<{name}{inside}>{join(content)}</{name}>")
 
 
@@ -41,8 +38,7 @@ def _escape(text: Content) -> str:
     return text if isinstance(text, Markup) else html.escape(text)
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     name: str  # its id on the page
     title: str
     content: Markup
@@ -77,14 +73,18 @@ def definitions(entries: Mapping[str, Content]) -> Markup:
     return element("dl", *pairs)
 
 
-def page(title: str, head: Markup, sections: Sequence[Section]) -> str:
-    """A whole document: `head`, a list of the sections, the sections."""
+def write(path: Path, title: str, head: Markup, sections: Sequence[Section]) -> None:
+    """Write a whole document to `path`, atomically: `head`, a list of the sections, the sections.
+
+    Characters that UTF-8 cannot encode, such as half of a surrogate pair, become "?". Raises `OSError`.
+    """
     links = (element("a", section.title, href=f"#{section.name}") for section in sections)
+    parts = (element("section", element("h2", part.title), part.content, id=part.name) for part in sections)
     body = element(
         "body",
         element("header", head),
         element("nav", *links, aria_label="Parts of this page"),
-        element("main", *(_section(section) for section in sections)),
+        element("main", *parts),
     )
     metadata = element(
         "head",
@@ -95,21 +95,9 @@ def page(title: str, head: Markup, sections: Sequence[Section]) -> str:
         element("title", title),
         element("style", Markup(_STYLE.read_text())),
     )
-    return f"<!doctype html>\n{element('html', metadata, body, lang='en')}\n"
-
-
-def _section(section: Section) -> Markup:
-    return element("section", element("h2", section.title), section.content, id=section.name)
-
-
-def write(path: Path, document: str) -> None:
-    """Replaces `path` at once; raises `OSError`. What no UTF-8 can say, such as half a character, becomes "?"."""
+    document = f"<!doctype html>\n{element('html', metadata, body, lang='en')}\n"
     files.replace(path, document.encode(errors="replace"))
 
 
 def percent(value: float | None, digits: int = 2) -> str:
     return NOTHING if value is None else f"{100 * value:.{digits}f}\u202f%"
-
-
-def figure(value: float | None, digits: int = 4) -> str:
-    return NOTHING if value is None else f"{value:.{digits}f}"

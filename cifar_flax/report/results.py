@@ -1,9 +1,11 @@
-"""The figures of a run, as text."""
+"""The figures and the settings of a run, as text."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from flax import traverse_util
 
 from cifar_flax import files
 from cifar_flax.errors import require
@@ -18,7 +20,7 @@ _FIGURES = ("accuracy", "num_examples", "loss", "top5_accuracy", "expected_calib
 
 
 def read_result(folder: Path) -> Result | None:
-    """That of the run in `folder`; None where there is none yet. Raises `ConfigError` where it is something else."""
+    """Return eval.json of the run in `folder`, or None if there is none yet. Raises `ConfigError` if it is damaged."""
     path = folder / "eval.json"
     if not path.exists():
         return None
@@ -26,10 +28,8 @@ def read_result(folder: Path) -> Result | None:
         result = files.read_json(path)
         figures = [result[name] for name in _FIGURES]
         figures += [row[name] for row in result["per_class"].values() for name in ("recall", "f1")]
-        fits = all(math.isfinite(value) for value in figures) and 0 <= result["accuracy"] <= 1
-        fits = (
-            fits and result["num_examples"] >= 1 and all(isinstance(result[name], str) for name in ("dataset", "split"))
-        )
+        fits = all(map(math.isfinite, figures)) and 0 <= result["accuracy"] <= 1 and result["num_examples"] >= 1
+        fits = fits and isinstance(result["dataset"], str) and isinstance(result["split"], str)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         fits = False
     require(fits, "PATH", str(folder), "its eval.json is damaged; --mode=eval writes it again")
@@ -60,10 +60,16 @@ def difference(result: Result, reference: Result) -> str:
 
 
 def epochs(log: Log) -> str:
-    return number(round(log.epochs, 2)) if log.splits else NOTHING
+    return number(round(max(float(lines.epoch[-1]) for lines in log.splits.values()), 2)) if log.splits else NOTHING
 
 
 def training_rate(log: Log) -> str:
-    """Images per second, the median of the log's lines."""
-    rate = log.train and log.train.median("images_per_second")
+    """Return images per second, the median of the log's lines."""
+    rate = log.training_median("images_per_second")
     return NOTHING if rate is None else f"{rate:,.0f}"
+
+
+def settings(config: dict[str, Any]) -> dict[str, str]:
+    """Return path -> value of every setting, such as "optim.learning_rate" -> "0.001"."""
+    flat = traverse_util.flatten_dict(config, sep=".")
+    return {path: '""' if value == "" else str(value) for path, value in flat.items()}

@@ -19,6 +19,7 @@ _CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 # by timing them, at each compilation anew. This has neither. (On a CPU and a TPU programs repeat by themselves.)
 _DETERMINISTIC_GPU_OPTIONS = {"xla_gpu_deterministic_ops": True}
 
+_NAME = "compiled"  # the folder in the user's cache folder
 _FOLDER = "jax_compilation_cache_dir"
 _IS_USED = "jax_enable_compilation_cache"
 _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
@@ -41,7 +42,7 @@ def keep_programs() -> None:
     size), JAX_ENABLE_COMPILATION_CACHE=false is the switch.
     """
     if programs_folder() is None:
-        folder = _default_folder()
+        folder = files.user_cache() / _NAME
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)  # fails on a folder of another user
@@ -51,10 +52,6 @@ def keep_programs() -> None:
         if getattr(jax.config, _MAX_BYTES) < 0:
             jax.config.update(_MAX_BYTES, _SIZE)  # those used least recently go
     jax.config.update(_MIN_SECONDS, 0)  # the many small ones add up to seconds
-
-
-def _default_folder() -> Path:
-    return files.user_cache() / "compiled"
 
 
 def programs_folder() -> str | None:
@@ -68,7 +65,7 @@ def why_not_kept() -> str | None:
         return "JAX_ENABLE_COMPILATION_CACHE is false"
     folder = programs_folder()
     if folder is None:
-        return f"{_default_folder()} cannot be made, or is not this user's"
+        return f"{files.user_cache() / _NAME} cannot be made, or is not this user's"
     try:
         with _changed({_MIN_SECONDS: 0, "jax_raise_persistent_cache_errors": True}):
             return None if _finds_again(Path(folder)) else f"{folder} does not give back what is kept there"

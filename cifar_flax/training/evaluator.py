@@ -116,11 +116,7 @@ class Evaluator:
             yield positions if self._resident else gather(self._arrays.images, self._arrays.labels, positions)
 
     def _outputs(
-        self,
-        step: Callable[..., Any],
-        weights: PyTree,
-        inputs: Iterable[Batch | Indices],
-        stopping: Callable[[], int],
+        self, step: Callable[..., Any], weights: PyTree, inputs: Iterable[Batch | Indices], stopping: Callable[[], int]
     ) -> Iterator[Any]:
         """What `step` gives for each batch, read while the device works on the next."""
         before = None

@@ -44,9 +44,8 @@ def setup(
     allowed = "must be True where parallel.backend is jit, which knows the whole batch only"
     require(fits, "train.sync_batchnorm", sync_batchnorm, allowed)
     size, batch_size = info.num_examples, config.train.batch_size
-    require(
-        batch_size <= size, "train.batch_size", batch_size, f"must be at most the {size} examples of the train split"
-    )
+    allowed = f"must be at most the {size} examples of the train split"
+    require(batch_size <= size, "train.batch_size", batch_size, allowed)
     config.augment.validate_for(info.image_shape)
     epochs, every = config.train.epochs, config.optim.accumulate_steps
     require(epochs * size <= _MAX_EXAMPLES, "train.epochs", epochs, f"must be at most {_MAX_EXAMPLES / size:.0f}")
@@ -58,14 +57,9 @@ def setup(
     steps_per_epoch = epoch_images / batch_size
     optimizer = optimizers.make_optimizer(config.optim, steps, steps_per_epoch)
     graphdef, create = state.create(
-        config.model,
-        info.image_shape,
-        len(info.class_names),
-        optimizer,
-        config.averaging,
-        platform=platform or layout.platform,
-        norm_axis=layout.axis_name if sync_batchnorm else None,
-    )
+        config.model, info.image_shape, len(info.class_names), optimizer, config.averaging,
+        platform=platform or layout.platform, norm_axis=layout.axis_name if sync_batchnorm else None,
+    )  # fmt: skip
     task = Task(
         graphdef=graphdef,
         optimizer=optimizer,
