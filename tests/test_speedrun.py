@@ -71,7 +71,7 @@ COMPILE_SECONDS = speedrun.compile_seconds
 
 
 def test_every_seed_is_a_run_of_its_own(tmp_path, monkeypatch, capsys):
-    counted, compile_all = [], speedrun.Runner.compile
+    counted, compile_all = [], speedrun.Speedrun.compile
 
     def counting(runner):
         events = []
@@ -81,7 +81,7 @@ def test_every_seed_is_a_run_of_its_own(tmp_path, monkeypatch, capsys):
         counted.append((events.count("cache_hits"), events.count("cache_misses")))
 
     monkeypatch.setattr(speedrun, "compile_seconds", COMPILE_SECONDS)
-    monkeypatch.setattr(speedrun.Runner, "compile", counting)
+    monkeypatch.setattr(speedrun.Speedrun, "compile", counting)
     assert start(monkeypatch, "--trials=3", "--config.seed=5", "--config.eval.tta=mirror") == 0
     (path,) = (tmp_path / "results").iterdir()
     assert path.name == "speedrun_quickstart_cpu.json"
@@ -220,7 +220,7 @@ def test_a_failing_baseline_is_reported_in_one_line(
     (tmp_path / "torch.py").write_text(torch)
     (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
-    monkeypatch.setattr(speedrun, "Runner", lambda config: SimpleNamespace(num_images=1, flops=lambda: 1.0))
+    monkeypatch.setattr(speedrun, "Speedrun", lambda config: SimpleNamespace(num_images=1, flops=lambda: 1.0))
     assert start(monkeypatch, "--trials=1", f"--baseline={tmp_path / 'script.py'}") == 1
     assert capsys.readouterr().err == f"error: {tmp_path / 'script.py'} {message}\n"
 

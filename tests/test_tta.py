@@ -111,9 +111,7 @@ def test_a_split_on_the_device_gives_the_same_and_stays_there(trained, confidenc
     task, state = trained
     below = widest_gap(confidence)
     expected = evaluator(trained, tta="mirror", tta_below=below)(state).probabilities
-    on_device = evaluator.Evaluator(
-        task, resident.put(TEST, task.layout), evaluator.all_examples(TEST), 100, tta="mirror", tta_below=below
-    )
+    on_device = Evaluator(task, resident.put(TEST, task.layout), all_examples(TEST), 100, tta="mirror", tta_below=below)
     on_device.compile(state)
     with jax.transfer_guard_host_to_device("disallow"):  # but by device_put, as positions come
         found = on_device(state).probabilities
