@@ -1,10 +1,10 @@
-"""Kinds of numbers on the benchmarks' command lines."""
+"""Argument types of the benchmarks' command lines."""
 
 import argparse
 
 
 def at_least_one(text: str) -> int:
-    """A count; argparse names the argument in its error."""
+    """Return `text` as a count; argparse names the argument in its error."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"is {text}; allowed: whole numbers from 1")
     return int(text)

@@ -1,10 +1,10 @@
-"""Kills runs at random moments, starts them again, and compares what they end with to a run that was left alone.
+"""Kill runs at random moments, restart them, and compare their results with an uninterrupted run.
 
     python -m benchmarks.crash --runs 200
 
-Each run is killed one to three times. What it ends with must be the same to the bit: parameters, statistics, optimizer,
-every line of metrics.jsonl (but for times and rates), eval.json; and no start may go back behind a checkpoint that was
-there. Everything but the machine's timing is a function of the seed.
+Each run is killed one to three times. Its results must be bitwise equal: parameters, batch statistics, optimizer state,
+every line of metrics.jsonl (except times and rates) and eval.json; and no restart may resume before the newest
+checkpoint. Everything except the machine's timing is a function of the seed.
 """
 
 import argparse
@@ -28,14 +28,14 @@ import jax
 import numpy as np
 
 from benchmarks.arguments import at_least_one
-from cifar_flax import cli
-from cifar_flax.checkpoint import Checkpoints
+from cifar_flax import arguments
+from cifar_flax.checkpoints.manager import Checkpoints
+from cifar_flax.checkpoints.metadata import saved_steps
 from cifar_flax.files import write_json
-from cifar_flax.records import saved_steps
-from cifar_flax.train import Trainer
+from cifar_flax.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
-# A small network on the digits, with all that a state can hold.
+# A small network on the digits that uses every part of the state.
 ARGUMENTS = (
     f"--config={REPOSITORY / 'configs' / 'quickstart.py'}",
     "--config.train.epochs=4",
@@ -49,27 +49,27 @@ TIMES = ("images_per_second", "input_wait_fraction", "checkpoint_blocked_seconds
 TIMEOUT = 300  # seconds
 POLL = 0.002
 
-# When a signal is sent: somewhere in the life of a process, or within so many seconds of what its folder shows.
+# When a signal is sent: at any time, or up to SOON seconds after the event is visible in the run's folder.
 MOMENTS = ("any time", "a save", "an evaluation", "the end of training")
 SOON = 0.08
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Of one run."""
+    """Outcome of one run."""
 
     signals: list[tuple[str, str]] = field(default_factory=list)  # moment and name
     starts: int = 0
-    fell_back: int = 0  # starts that found a checkpoint damaged
+    fell_back: int = 0  # starts that found a damaged checkpoint
     lost: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The run that was left alone."""
+    """The uninterrupted run."""
 
     trainer: Trainer
-    seconds: float  # from start to end, with all programs compiled before
+    seconds: float  # from start to end, with a warm compilation cache
     content: dict[str, Any]
 
 
@@ -81,18 +81,18 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def reference(folder: Path) -> Reference:
-    trainer = Trainer(cli.parse(ARGUMENTS).config)
-    for name in ("compiles", "alone"):
+    trainer = Trainer(arguments.parse(ARGUMENTS).config)
+    for name in ("compiles", "uninterrupted"):
         (folder / name).mkdir()
         begin = time.monotonic()
         if start(folder / name).wait(TIMEOUT):
             raise SystemExit((folder / name / "log.txt").read_text())
     seconds = time.monotonic() - begin
-    return Reference(trainer, seconds, content(folder / "alone" / "run", trainer))
+    return Reference(trainer, seconds, content(folder / "uninterrupted" / "run", trainer))
 
 
 def content(workdir: Path, trainer: Trainer) -> dict[str, Any]:
-    """What must be the same, whatever happened on the way."""
+    """Return what must equal the uninterrupted run."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     with Checkpoints(workdir / "checkpoints", trainer.config.checkpoint, read_only=True) as checkpoints:
         state = checkpoints.restore(trainer.total_steps, trainer.initial_state)
@@ -106,7 +106,7 @@ def content(workdir: Path, trainer: Trainer) -> dict[str, Any]:
 
 
 def wait_for(process: subprocess.Popen, workdir: Path, moment: str, delay: float, last_step: int) -> bool:
-    """Returns `delay` seconds after the moment; False where the process has ended before."""
+    """Wait until `delay` seconds after the moment; return False if the process ends before."""
     metrics, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
 
     def lines() -> list[str]:
@@ -116,7 +116,7 @@ def wait_for(process: subprocess.Popen, workdir: Path, moment: str, delay: float
     has_come = {
         "any time": lambda: True,
         "a save": lambda: any(folder.glob("*.unfinished")),
-        # The line of the training steps before it is there, its own is not.
+        # The line of the preceding training steps is written, the evaluation's is not.
         "an evaluation": lambda: len(lines()) > known and '"train"' in lines()[-1],
         "the end of training": lambda: any(folder.glob(f"{last_step}*")),
     }[moment]
@@ -130,18 +130,18 @@ def wait_for(process: subprocess.Popen, workdir: Path, moment: str, delay: float
     return True
 
 
-def crash(number: int, seed: int, folder: Path, alone: Reference) -> Outcome:
-    """One run: interrupted, started again, and compared."""
+def crash(number: int, seed: int, folder: Path, uninterrupted: Reference) -> Outcome:
+    """Interrupt one run, restart it, and compare its results."""
     rng, outcome, workdir = random.Random(f"{seed} {number}"), Outcome(), folder / "run"
     folder.mkdir()
     for left in range(rng.randint(1, 3), -1, -1):
         newest = max(saved_steps(workdir / "checkpoints"), default=0)
         said = (folder / "log.txt").stat().st_size if outcome.starts else 0
         moment, sent = rng.choice(MOMENTS), rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
-        delay = rng.uniform(0, alone.seconds if moment == "any time" else SOON)
+        delay = rng.uniform(0, uninterrupted.seconds if moment == "any time" else SOON)
         process = start(folder)
         outcome.starts += 1
-        if left and wait_for(process, workdir, moment, delay, alone.trainer.total_steps):
+        if left and wait_for(process, workdir, moment, delay, uninterrupted.trainer.total_steps):
             process.send_signal(sent)
             outcome.signals.append((moment, sent.name))
         code = process.wait(TIMEOUT)
@@ -156,8 +156,8 @@ def crash(number: int, seed: int, folder: Path, alone: Reference) -> Outcome:
         if code == 0:
             break
     if code == 0:
-        ours = content(workdir, alone.trainer)
-        outcome.lost += [f"another {name}" for name, value in alone.content.items() if ours[name] != value]
+        ours = content(workdir, uninterrupted.trainer)
+        outcome.lost += [f"another {name}" for name, value in uninterrupted.content.items() if ours[name] != value]
     else:
         outcome.lost.append(f"did not end: exit code {code}")
     return outcome
@@ -172,9 +172,9 @@ def table(outcomes: list[Outcome]) -> str:
     lines += [f"| all | {total[0]} | {total[1]} |", "", "| runs | |", "|---|---|"]
     equal = sum(not outcome.lost for outcome in outcomes)
     lines += [
-        f"| interrupted, started again, compared | {len(outcomes)} |",
-        f"| ended bitwise equal to the run left alone | {equal} |",
-        f"| found a checkpoint damaged and fell back | {sum(outcome.fell_back > 0 for outcome in outcomes)} |",
+        f"| interrupted, restarted, compared | {len(outcomes)} |",
+        f"| bitwise equal to the uninterrupted run | {equal} |",
+        f"| found a damaged checkpoint and fell back | {sum(outcome.fell_back > 0 for outcome in outcomes)} |",
         f"| lost anything | {len(outcomes) - equal} |",
     ]
     return "\n".join(lines)
@@ -184,15 +184,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=at_least_one, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="concurrent runs (default: 1)")
     parser.add_argument("--out", type=Path, help="JSON file for the outcomes")
     args = parser.parse_args()
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
         folder = Path(name)
-        alone = reference(folder)
-        print(f"left alone, a run takes {alone.seconds:.1f} s", flush=True)
-        futures = [pool.submit(crash, i, args.seed, folder / str(i), alone) for i in range(args.runs)]
+        uninterrupted = reference(folder)
+        print(f"an uninterrupted run takes {uninterrupted.seconds:.1f} s", flush=True)
+        futures = [pool.submit(crash, i, args.seed, folder / str(i), uninterrupted) for i in range(args.runs)]
         for number, future in enumerate(futures):
             outcomes.append(future.result())
             signals = ", ".join(f"{name} at {moment}" for moment, name in outcomes[-1].signals) or "none in time"

@@ -1,4 +1,4 @@
-"""What the machine is, and what it does at best."""
+"""The machine: its name and its peak speed."""
 
 import datetime
 import os
@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cifar_flax.environment import processor
+from cifar_flax.runtime.environment import processor
 
-# Dense bfloat16 operations per second by the makers' data sheets; the name is JAX's `device_kind`.
+# JAX's `device_kind` -> dense bfloat16 operations per second, from the vendors' data sheets.
 PEAKS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -28,7 +28,7 @@ PEAKS = {
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What the machine does at best, in operations and bytes per second."""
+    """Measured peak speed of the machine, in operations and bytes per second."""
 
     flops: float  # of a matrix product, 2048 x 2048 x 2048
     bytes: float  # read and written by x += 1 over 256 MB
@@ -51,7 +51,7 @@ def measure_speed(dtype: str = "float32") -> Speed:
 
 
 def median_seconds(run: Callable[[], Any], seconds: float = 1.0) -> float:
-    """The median time of `run` after two to warm up, of as many as fit into `seconds`, but at least five."""
+    """Return the median time of `run`: two warm-up calls, then as many as fit into `seconds`, but at least five."""
     for _ in range(2):
         jax.block_until_ready(run())
     times: list[float] = []

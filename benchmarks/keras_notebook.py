@@ -1,9 +1,9 @@
-"""Keras on TensorFlow trains what `configs/notebook.py` trains, from the same initial weights.
+"""Train `configs/notebook.py` with Keras on TensorFlow, from the same initial weights.
 
     python -m benchmarks.keras_notebook --seeds 0 1 2
 
-Network, data, optimizer and batch size are the config's; the order of the examples and the dropout masks are Keras'
-own. One line of JSON per seed on standard output.
+Network, data, optimizer and batch size are the config's; shuffling and dropout masks are those of Keras. Prints one
+line of JSON per seed.
 """
 
 import argparse
@@ -15,17 +15,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.peers.keras_ import cnn
-from cifar_flax import evaluate, experiment
+from benchmarks.baselines.keras_ import cnn
 from cifar_flax.data import sources
 from cifar_flax.data.cache import Arrays
-from cifar_flax.experiment import DatasetInfo
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.models import CNNConfig
+from cifar_flax.training import evaluator
+from cifar_flax.training.setup import setup
 from configs import notebook
 
 
 def build(network: CNNConfig, params: dict[str, Any]) -> keras.Model:
-    """Keras' reference network with our weights `params`; it gives logits."""
+    """Return Keras' reference network with the weights `params` of this project; it returns logits."""
     model = cnn(network)
     for name in ("conv", "hidden", "head"):
         model.get_layer(name).set_weights([np.asarray(params[name][part]) for part in ("kernel", "bias")])
@@ -33,9 +34,9 @@ def build(network: CNNConfig, params: dict[str, Any]) -> keras.Model:
 
 
 def dataset(arrays: Arrays, batch_size: int, shuffle_seed: int | None = None) -> tf.data.Dataset:
-    """Batches of images in [0, 1], float32 [B, 32, 32, 3], and labels [B]; with a seed, in a new order each epoch.
+    """Return batches of images in [0, 1], float32 [B, 32, 32, 3], and labels [B]; a seed reshuffles every epoch.
 
-    The shuffling of `fit` itself would not do: after `set_random_seed` it repeats one order in every epoch.
+    The shuffling of `fit` is not used: after `set_random_seed` it repeats one order in every epoch.
     """
     batches = tf.data.Dataset.from_tensor_slices((arrays.images, arrays.labels))
     if shuffle_seed is not None:
@@ -49,10 +50,10 @@ def main() -> None:
     args = parser.parse_args()
     config = notebook.get_config()
     train, test = sources.load(config.data, "train"), sources.load(config.data, "test")
-    info = DatasetInfo.of(train, evaluate.all_examples(train), config.augment.normalization)
+    info = DatasetInfo.of(train, evaluator.all_examples(train), config.augment.normalization)
     for seed in args.seeds:
         config.seed = seed
-        _, init = experiment.build(config, info)
+        _, init = setup(config, info)
         keras.utils.set_random_seed(seed)
         model = build(config.model, init(seed, None).params)
         adam = keras.optimizers.Adam(config.optim.learning_rate, epsilon=config.optim.eps)

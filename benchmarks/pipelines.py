@@ -1,4 +1,4 @@
-"""Images per second that each input pipeline delivers to the device alone, and per core that it keeps busy.
+"""Measure the images per second, and per busy core, that each input pipeline delivers to the device without training.
 
 python -m benchmarks.pipelines --config configs/default.py
 """
@@ -15,13 +15,14 @@ import jax
 import numpy as np
 
 from benchmarks.arguments import at_least_one
-from cifar_flax import allocator, cli
+from cifar_flax import arguments
 from cifar_flax.config import Config
 from cifar_flax.data import resident, sources
 from cifar_flax.data.batches import Batch, gather, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError
-from cifar_flax.parallel import ParallelConfig, make_layout
+from cifar_flax.runtime import allocator
+from cifar_flax.runtime.devices import ParallelConfig, make_layout
 
 Settings = dict[str, int]  # of `streaming.training_batches`
 
@@ -33,9 +34,9 @@ def streamed(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterat
 
 
 def gathered(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterator[Batch]:
-    """As training has it, but in a program of its own."""
+    """Gather batches on the device as training does, but in a separate program."""
     on_device, compiled = resident.put(arrays, make_layout(ParallelConfig())), jax.jit(gather)
-    for positions in resident.training_positions(examples, steps_per_call=1, drop_last=False, **settings):
+    for positions in resident.training_indices(examples, steps_per_call=1, drop_last=False, **settings):
         yield compiled(on_device.images, on_device.labels, jax.tree.map(lambda rows: rows[0], positions))
 
 
@@ -43,7 +44,7 @@ PIPELINES = {"streaming": streamed, "resident": gathered}
 
 
 def measure(pipeline: str, arrays: Arrays, config: Config, epochs: int) -> tuple[float, float]:
-    """Images per second, and per second of processor time: medians of so many epochs, after one to warm up."""
+    """Return images per second and per second of CPU time: medians over `epochs`, after one warm-up epoch."""
     size = config.train.batch_size
     examples = np.arange(len(arrays.labels), dtype=np.int32)
     steps = len(examples) // size
@@ -62,11 +63,11 @@ def measure(pipeline: str, arrays: Arrays, config: Config, epochs: int) -> tuple
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
-    parser.add_argument("--epochs", type=at_least_one, default=20, help="that are timed, per pipeline (default: 20)")
+    parser.add_argument("--epochs", type=at_least_one, default=20, help="timed epochs per pipeline (default: 20)")
     args, overrides = parser.parse_known_args()
     allocator.keep_freed_memory()
     try:
-        config = cli.parse(["--config", args.config, *overrides]).config
+        config = arguments.parse(["--config", args.config, *overrides]).config
         arrays = sources.load(config.data, "train")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

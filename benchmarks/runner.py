@@ -1,4 +1,4 @@
-"""Measures one contestant in this process and prints one line of JSON; `benchmarks.compare` starts it."""
+"""Measure one runner in this process and print one line of JSON; `benchmarks.compare` starts it."""
 
 import importlib
 import json
@@ -12,18 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-CHUNK_SECONDS = 5.0  # of training between two looks at the clock; Keras pays 0.1 s for its call of `fit` in each
-EVAL_BATCHES = (32, 128, 512)  # images; the fastest of them counts
+CHUNK_SECONDS = 5.0  # of training per timing; each call of Keras' `fit` costs 0.1 s
+EVAL_BATCHES = (32, 128, 512)  # images; the fastest one is reported
 TARGET = 0.73  # test accuracy
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What `benchmarks.setting` wrote."""
+class Workload:
+    """Config, data and learning rates that `benchmarks.workload` wrote."""
 
     config: Any  # the fields of cifar_flax.config.Config
     mean: tuple[float, ...]  # per channel, in units of the stored bytes
@@ -35,29 +35,41 @@ class Setting:
     test_labels: np.ndarray
 
     @classmethod
-    def read(cls, folder: Path) -> "Setting":
-        text = (folder / "setting.json").read_text()
+    def read(cls, folder: Path) -> "Workload":
+        text = (folder / "workload.json").read_text()
         values = json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
         return cls(**vars(values), **{path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")})
 
 
-def speed(contestant: Any, setting: Setting, seconds: float) -> dict[str, Any]:
-    """Training: the median over chunks of some seconds. Evaluation: at the batch size that suits it best."""
-    contestant.train(1)
+class Runner(Protocol):
+    """Training and evaluation of one workload; each module of `benchmarks.baselines` has a class of this kind."""
+
+    def __init__(self, workload: Workload) -> None: ...
+
+    def train(self, steps: int) -> None:
+        """Train for `steps` more steps and wait until they are finished."""
+
+    def evaluate(self, batch_size: int) -> float:
+        """Return the accuracy on the test split."""
+
+
+def speed(runner: Runner, workload: Workload, seconds: float) -> dict[str, Any]:
+    """Return images per second of training (median over chunks) and of evaluation (best of `EVAL_BATCHES`)."""
+    runner.train(1)
     first_step = since_start()
-    contestant.train(2)
-    few, more = (timed(lambda steps=steps: contestant.train(steps)) for steps in (2, 7))
+    runner.train(2)
+    few, more = (timed(lambda steps=steps: runner.train(steps)) for steps in (2, 7))
     steps = max(1, round(CHUNK_SECONDS * 5 / max(more - few, 1e-3)))
     rates: list[float] = []
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(rates) < 3:
-        rates.append(steps * setting.config.train.batch_size / timed(lambda: contestant.train(steps)))
+        rates.append(steps * workload.config.train.batch_size / timed(lambda: runner.train(steps)))
     memory = peak_memory()
     evaluations: dict[int, float] = {}
     for size in EVAL_BATCHES:
-        contestant.evaluate(size)
-        times = [timed(lambda size=size: contestant.evaluate(size)) for _ in range(3)]
-        evaluations[size] = len(setting.test_labels) / statistics.median(times)
+        runner.evaluate(size)
+        times = [timed(lambda size=size: runner.evaluate(size)) for _ in range(3)]
+        evaluations[size] = len(workload.test_labels) / statistics.median(times)
     return {
         "train_images_per_second": statistics.median(rates),
         "evaluate_images_per_second": max(evaluations.values()),
@@ -67,16 +79,16 @@ def speed(contestant: Any, setting: Setting, seconds: float) -> dict[str, Any]:
     }
 
 
-def accuracy(contestant: Any, setting: Setting) -> dict[str, Any]:
-    """Trains, evaluating after each epoch, until the target is reached or the run is at its end."""
-    images_per_step, done = setting.config.train.batch_size, 0
+def accuracy(runner: Runner, workload: Workload) -> dict[str, Any]:
+    """Train until an evaluation, one after each epoch, reaches `TARGET` or the run ends."""
+    images_per_step, done = workload.config.train.batch_size, 0
     curve: list[float] = []
-    while done < len(setting.learning_rates) and (not curve or curve[-1] < TARGET):
-        epoch_end = round((len(curve) + 1) * len(setting.train_labels) / images_per_step)
-        steps = min(epoch_end, len(setting.learning_rates)) - done
-        contestant.train(steps)
+    while done < len(workload.learning_rates) and (not curve or curve[-1] < TARGET):
+        epoch_end = round((len(curve) + 1) * len(workload.train_labels) / images_per_step)
+        steps = min(epoch_end, len(workload.learning_rates)) - done
+        runner.train(steps)
         done += steps
-        curve.append(contestant.evaluate(EVAL_BATCHES[-1]))
+        curve.append(runner.evaluate(EVAL_BATCHES[-1]))
     return {"seconds_to_73_percent": since_start() if curve[-1] >= TARGET else None, "accuracy_per_epoch": curve}
 
 
@@ -87,21 +99,21 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def since_start() -> float:
-    """Seconds since `benchmarks.compare` started this process."""
+    """Return the seconds since `benchmarks.compare` started this process."""
     return time.time() - float(os.environ["STARTED"])
 
 
 def peak_memory() -> float:
-    """The most resident memory so far, in MiB."""
+    """Return the peak resident memory so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    peer, folder, task, seconds = sys.argv[1:]
-    setting = Setting.read(Path(folder))
-    module = importlib.import_module(f"benchmarks.peers.{peer}")
-    contestant = module.Contestant(setting)
-    result = speed(contestant, setting, float(seconds)) if task == "speed" else accuracy(contestant, setting)
+    baseline, folder, task, seconds = sys.argv[1:]
+    workload = Workload.read(Path(folder))
+    module = importlib.import_module(f"benchmarks.baselines.{baseline}")
+    runner = module.Runner(workload)
+    result = speed(runner, workload, float(seconds)) if task == "speed" else accuracy(runner, workload)
     print(json.dumps(result | {"versions": {"python": platform.python_version()} | module.VERSIONS}))
 
 

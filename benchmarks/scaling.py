@@ -1,11 +1,11 @@
-"""What a run on many accelerators should come to, predicted; and what the input side of each of several hosts does.
+"""Predict the scaling efficiency on many accelerators, and measure the input pipeline of one of several hosts.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --input configs/default.py
 
-The prediction: a step takes XLA's count of its operations at a share of the chip's peak, then the gradients are summed
-in a ring over the links, nothing at the same time as anything else. Data sheets give peaks and links, the rest is
-assumed; see the constants.
+The model: a step computes the operations of XLA's cost analysis at a fraction of the chip's peak, then a ring
+all-reduce sums the gradients over the links, without overlap. Peaks and links are from data sheets; the constants below
+state what is assumed.
 """
 
 import argparse
@@ -22,26 +22,29 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.hardware import PEAKS
-from cifar_flax import allocator, cli, experiment, models, steps
+from cifar_flax import arguments, models
 from cifar_flax.data import sources
 from cifar_flax.data.batches import empty_batch
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError
-from cifar_flax.experiment import DatasetInfo
+from cifar_flax.runtime import allocator
+from cifar_flax.training import steps
+from cifar_flax.training.setup import setup
 
 CONFIGS = ("default", "airbench94", "airbench96", "resnet18")
 DEVICES = (1, 8, 64, 512)
 HOSTS = (1, 2, 4)
-UTILISATION = 0.4  # of the chip's peak, in a step: assumed
-LATENCY = 5e-6  # seconds for each of the log2(n) stages down and up that a sum takes: assumed
-WORTH = 0.5  # efficiency below which more devices are taken not to pay
+UTILISATION = 0.4  # assumed fraction of the chip's peak during a step
+LATENCY = 5e-6  # assumed seconds for each of the 2 log2(n) stages of an all-reduce
+MIN_EFFICIENCY = 0.5  # of the largest number of devices that is listed as useful
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
     name: str
     flops: float  # dense bfloat16, per second
-    inside: float  # bytes per second that each device sends to the others of a group
-    outside: float  # and to those beyond it
+    inside: float  # bytes per second that each device sends within its group
+    outside: float  # bytes per second that each device sends to other groups
     group: int  # devices
 
 
@@ -55,26 +58,26 @@ CHIPS = (
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one training step of a config."""
+    """Cost of one training step of a config."""
 
     batch_size: int  # of the recipe
     flops: float  # per image
-    bytes: int  # summed over the devices: gradients and metrics, float32
+    bytes: int  # of gradients and metrics to all-reduce, float32
     statistics: int  # bytes of BatchNorm's sums, forward and backward
-    sums: int  # one after the other
+    sums: int  # all-reduces, one after the other
 
 
 def cost(name: str) -> Cost:
-    """XLA's count for the network as accelerators are given it; bytes as tests/many_devices.py finds them compiled."""
-    config = cli.parse(["--config", f"configs/{name}.py"]).config
+    """Return XLA's operation count for the accelerator version; `tests/many_devices.py` checks the bytes."""
+    config = arguments.parse(["--config", f"configs/{name}.py"]).config
     shape, names = (32, 32, 3), tuple("0123456789")
     info = DatasetInfo(
         name="", image_shape=shape, class_names=names, num_examples=50_000, mean=(0.0,) * 3, std=(255.0,) * 3
     )
-    task, init = experiment.build(config, info, jax.devices()[:1], platform="cuda")
+    task, init = setup(config, info, jax.devices()[:1], platform="cuda")
     state = jax.eval_shape(lambda: init(0, None))
     size = config.train.batch_size
-    step = task.layout.spread(functools.partial(steps.train_step, task), shared=0)
+    step = task.layout.parallelize(functools.partial(steps.train_step, task), shared=0)
     flops = step.lower(state, empty_batch(size, shape)).cost_analysis()["flops"]
     network = nnx.eval_shape(lambda: models.build(config.model, shape, 10, platform="cuda", rngs=nnx.Rngs(0)))
     norms = [module for _, module in nnx.iter_modules(network) if isinstance(module, nnx.BatchNorm)]
@@ -88,7 +91,7 @@ def cost(name: str) -> Cost:
 
 
 def sum_seconds(cost: Cost, chip: Chip, devices: int) -> float:
-    """A ring inside each group, then one over the groups, in which each device has its share of the sum."""
+    """Return the seconds of a ring all-reduce inside each group, followed by one over the groups."""
     if devices == 1:
         return 0.0
     inside, groups = min(devices, chip.group), math.ceil(devices / chip.group)
@@ -99,18 +102,18 @@ def sum_seconds(cost: Cost, chip: Chip, devices: int) -> float:
 
 
 def weak_efficiency(cost: Cost, chip: Chip, devices: int) -> float:
-    """Of so many devices, each with a batch of the recipe's size: their rate over that many times the rate of one."""
+    """Return the rate of `devices`, each with a batch of the recipe's size, over `devices` times the rate of one."""
     compute = cost.batch_size * cost.flops / (chip.flops * UTILISATION)
     return compute / (compute + sum_seconds(cost, chip, devices))
 
 
 def most_devices(cost: Cost, chip: Chip) -> int:
-    """The largest power of two that shares the recipe's batch and is still `WORTH` it."""
+    """Return the largest power of two that splits the recipe's batch with at least `MIN_EFFICIENCY`."""
     compute = cost.batch_size * cost.flops / (chip.flops * UTILISATION)
 
     def pays(devices: int) -> bool:
         each = compute / devices
-        return each / (each + sum_seconds(cost, chip, devices)) >= WORTH
+        return each / (each + sum_seconds(cost, chip, devices)) >= MIN_EFFICIENCY
 
     powers = [2**power for power in range(int(math.log2(cost.batch_size)) + 1)]
     return max(itertools.takewhile(pays, powers))
@@ -128,10 +131,10 @@ def print_prediction() -> None:
 
 
 def print_input(path: str, epochs: int) -> None:
-    """The first host's share alone, as it would read it; the other hosts do as much, at the same time."""
+    """Measure the rows of the first host; the other hosts read as many rows at the same time."""
     from cifar_flax.data.streaming import training_batches
 
-    config = cli.parse(["--config", path]).config
+    config = arguments.parse(["--config", path]).config
     arrays, size = sources.load(config.data, "train"), config.train.batch_size
     examples = np.arange(len(arrays.labels), dtype=np.int32)
     count = len(examples) // size
@@ -139,7 +142,7 @@ def print_input(path: str, epochs: int) -> None:
     shares = {hosts: training_batches(arrays, examples, rows=slice(0, size // hosts), **settings) for hosts in HOSTS}
     seconds: dict[int, list[float]] = {hosts: [] for hosts in HOSTS}
     touched: dict[int, int] = {}
-    for _ in range(epochs + 1):  # in turn, as the machine's speed changes; the first is to warm up
+    for _ in range(epochs + 1):  # alternately, as the machine's speed varies; the first epoch is a warm-up
         for hosts, batches in shares.items():
             start = time.perf_counter()
             for batch in itertools.islice(batches, count):

@@ -1,20 +1,20 @@
-"""How accurate and how fast a config is over many seeds, by the rules of the CIFAR-10 speedruns.
+"""Measure accuracy and time of a config over many seeds, by the rules of the CIFAR-10 speedruns.
 
     python -m benchmarks.speedrun --config configs/airbench94.py --trials 50
-    python -m benchmarks.speedrun --config configs/airbench94.py --trials 50 --peer cifar10-airbench
+    python -m benchmarks.speedrun --config configs/airbench94.py --trials 50 --baseline cifar10-airbench
 
-With `--peer`, the PyTorch original in a checkout of KellerJordan/cifar10-airbench, or any script of its kind, has its
-runs in turn with ours on the same machine.
+With `--baseline`, the PyTorch original in a checkout of KellerJordan/cifar10-airbench (or a similar script) runs
+alternately with this project on the same machine.
 """
 
 import time
 
-STARTED = time.perf_counter()  # of the process, but for Python's own start
+STARTED = time.perf_counter()  # start of the process, without Python's own start-up
 
-from cifar_flax import allocator
+from cifar_flax.runtime import allocator
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()  # starts this module again, so before the imports that take their time
+    allocator.keep_freed_memory()  # re-executes this module, so it comes before the slow imports
 
 import argparse
 import os
@@ -29,22 +29,23 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import report
 from benchmarks.arguments import at_least_one
-from benchmarks.peers import original
-from benchmarks.report import Record
-from cifar_flax import cli, compilation
+from benchmarks.baselines import original
+from benchmarks.report import Measurement
+from cifar_flax import arguments
 from cifar_flax.config import Config
 from cifar_flax.data import sources
 from cifar_flax.data.augment import VIEWS
 from cifar_flax.errors import ConfigError, UserError, require
-from cifar_flax.evaluate import final_evaluator
 from cifar_flax.files import write_json
-from cifar_flax.imports import installed
-from cifar_flax.loop import run_calls
 from cifar_flax.models.summary import forward_flops
-from cifar_flax.train import Trainer
+from cifar_flax.packages import has_module
+from cifar_flax.runtime import compilation
+from cifar_flax.training.evaluator import final_evaluator
+from cifar_flax.training.loop import run_calls
+from cifar_flax.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
-# config -> its original in a checkout of airbench
+# config -> script in a checkout of airbench
 ORIGINALS = {
     "airbench94": "airbench94_muon.py",
     "airbench95": "legacy/airbench95.py",
@@ -52,8 +53,8 @@ ORIGINALS = {
 }
 
 
-class Runner:
-    """A config, compiled once for any seed."""
+class Speedrun:
+    """A config, compiled once for all seeds."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -62,27 +63,27 @@ class Runner:
         self.compile()
 
     def compile(self) -> None:
-        """All that a run needs: the first weights, the calls of training, the evaluation."""
+        """Compile initialisation, training and evaluation."""
         trainer = self._trainer
         state = trainer.init(self._config.seed)
         self._train_call = trainer.compile(state)
         self._evaluator = final_evaluator(self._config, trainer.task, trainer.eval_arrays)
         self._evaluator.compile(state)
 
-    def run(self, seed: int) -> Record:
+    def run(self, seed: int) -> Measurement:
         trainer = self._trainer
         start = time.perf_counter()
         inputs = trainer.inputs(seed, 0)
         state = trainer.init(seed)
         calls = trainer.calls(0, trainer.total_steps)
         state = run_calls(self._train_call, state, inputs, calls, lambda step, values: None)
-        accuracy = self._evaluator(state).summary["accuracy"]  # on the host: the device has done all its work
+        accuracy = self._evaluator(state).summary["accuracy"]  # on the host, so the device has finished
         return {"seed": seed, "accuracy": accuracy, "seconds": time.perf_counter() - start}
 
     def flops(self) -> float:
-        """Operations of a run: an image takes three times its forward pass in training, and one for each view after it.
+        """Return the operations of a run: three forward passes per training image, one per view of a test image.
 
-        Where only images of which the network is unsure get several views, one view of each is counted.
+        With `eval.tta_below`, only one view of each test image is counted.
         """
         info, settings = self._trainer.info, self._config.eval
         views = len(VIEWS[settings.tta]) if settings.tta_below is None else 1
@@ -90,8 +91,8 @@ class Runner:
         return forward * (3 * self.num_images + views * len(self._trainer.eval_arrays.labels))
 
 
-def compile_seconds(runner: Runner) -> Record:
-    """To trace and compile all programs, with an empty cache and with one that holds them."""
+def compile_seconds(run: Speedrun) -> Measurement:
+    """Return the seconds to trace and compile all programs, with a cold and with a warm compilation cache."""
     kept = jax.config.jax_compilation_cache_dir
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -100,69 +101,69 @@ def compile_seconds(runner: Runner) -> Record:
             compilation_cache.reset_cache()
             jax.clear_caches()
             start = time.perf_counter()
-            runner.compile()
+            run.compile()
             seconds[cache] = time.perf_counter() - start
         jax.config.update("jax_compilation_cache_dir", kept)
         compilation_cache.reset_cache()
     return seconds
 
 
-def measure(config: Config, name: str, trials: int, script: Path | None, out: Path) -> Record:
-    """Prints each run; writes the result to `out` after each, so that none is lost."""
-    runner = Runner(config)
-    result = report.head(name, config, runner.num_images, runner.flops())
+def measure(config: Config, name: str, trials: int, script: Path | None, out: Path) -> Measurement:
+    """Measure `trials` seeds; print each run, and write the result to `out` after each run."""
+    compiled = Speedrun(config)
+    result = report.head(name, config, compiled.num_images, compiled.flops())
     with ExitStack() as stack:
         if script is not None:
-            peer = stack.enter_context(
+            baseline = stack.enter_context(
                 original.start(script, {split: sources.load(config.data, split) for split in ("train", "test")})
             )
-            peer.run()
+            baseline.run()
         if jax.default_backend() != "cpu":
-            runner.run(config.seed)
-        ours: list[Record] = []
-        theirs: list[Record] = []
+            compiled.run(config.seed)
+        ours: list[Measurement] = []
+        theirs: list[Measurement] = []
         for seed in range(config.seed, config.seed + trials):
-            ours.append(runner.run(seed))
+            ours.append(compiled.run(seed))
             print(f"seed {seed}: {report.shown(ours[-1])}", flush=True)
             result.setdefault("seconds_to_first_accuracy", time.perf_counter() - STARTED)
             if script is not None:
-                theirs.append(peer.run())
+                theirs.append(baseline.run())
                 print(f"{script.name}: {report.shown(theirs[-1])}", flush=True)
-            result |= report.figures(result, ours, script and script.name, theirs)
+            result |= report.metrics(result, ours, script and script.name, theirs)
             write_json(out, result)
-    result["compile_seconds"] = compile_seconds(runner)
+    result["compile_seconds"] = compile_seconds(compiled)
     result["process_seconds"] = time.perf_counter() - STARTED
     write_json(out, result)
     return result
 
 
 def original_of(path: Path, config_name: str) -> Path:
-    """The script to run in turn with the config; raises `ConfigError` where there is none."""
-    require(installed("torch"), "--peer", str(path), "needs PyTorch, which is not installed")
+    """Return the script to compare the config with; raise `ConfigError` if there is none."""
+    require(has_module("torch"), "--baseline", str(path), "needs PyTorch, which is not installed")
     if path.is_dir():
         known = f"is a folder: name a script in it (known for {', '.join(ORIGINALS)})"
-        require(config_name in ORIGINALS, "--peer", str(path), known)
+        require(config_name in ORIGINALS, "--baseline", str(path), known)
         path = path / ORIGINALS[config_name]
-    require(path.is_file(), "--peer", str(path), "no such file")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the card's memory is for both
+    require(path.is_file(), "--baseline", str(path), "no such file")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share the GPU's memory
     return path
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
-    parser.add_argument("--trials", type=at_least_one, default=10, help="seeds, from the config's on (default: 10)")
-    parser.add_argument("--peer", type=Path, metavar="PATH", help="a checkout of airbench, or a script of its kind")
+    parser.add_argument("--trials", type=at_least_one, default=10, help="seeds, starting at the config's (default: 10)")
+    parser.add_argument("--baseline", type=Path, metavar="PATH", help="a checkout of cifar10-airbench, or a script")
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
     args, overrides = parser.parse_known_args()
     compilation.keep_programs()
     try:
-        config = cli.parse(["--config", args.config, *overrides]).config
+        config = arguments.parse(["--config", args.config, *overrides]).config
         require(config.seed + args.trials <= 2**32, "--trials", args.trials, f"leads above the seed {2**32 - 1}")
-        script = None if args.peer is None else original_of(args.peer, Path(args.config).stem)
+        script = None if args.baseline is None else original_of(args.baseline, Path(args.config).stem)
         fraction = config.data.validation_fraction
         fits = script is None or fraction == 0
-        require(fits, "data.validation_fraction", fraction, "must be 0 beside a peer, which trains on all images")
+        require(fits, "data.validation_fraction", fraction, "must be 0 with --baseline, which trains on all images")
         device = re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
         out = args.out or RESULTS / f"speedrun_{Path(args.config).stem}_{device}.json"
         require(not out.is_dir(), "--out", str(out), "is a folder")
@@ -171,11 +172,11 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (UserError, OSError) as error:  # the peer's process ended, a folder cannot be written to
+    except (UserError, OSError) as error:  # the baseline's process ended, or a folder is not writable
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; every run that was finished has been written", file=sys.stderr)
+        print("interrupted; all finished runs are written", file=sys.stderr)
         return 130
     print(f"written: {out}")
     return 0

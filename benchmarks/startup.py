@@ -1,4 +1,4 @@
-"""Seconds from the start of `main.py` to its first finished step, with empty caches and with those of the first start.
+"""Measure the seconds from the start of `main.py` to its first finished step, with empty and with warm caches.
 
 python -m benchmarks.startup --config configs/quickstart.py configs/default.py --rounds 3
 """
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.005
 
 
 def first_step(config: str, folder: Path) -> float:
-    """Starts a run in `folder`, where its caches are too, and stops it when its first step has been recorded."""
+    """Start a run with its caches in `folder`, stop it after its first step is logged, and return the seconds."""
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         metrics = Path(workdir) / "metrics.jsonl"
         command = [sys.executable, str(REPOSITORY / "main.py"), "--config", config, "--config.train.log_every=1"]
@@ -43,7 +43,7 @@ def first_step(config: str, folder: Path) -> float:
 
 
 def import_tensorflow() -> float:
-    """Seconds of a process that does nothing else."""
+    """Return the seconds of a process that only imports TensorFlow."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import tensorflow"], check=True, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start

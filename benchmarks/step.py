@@ -1,9 +1,9 @@
-"""How long the training step of a config takes and, with `--profile`, which operations the time goes to.
+"""Measure the time of a config's training step and, with `--profile`, of each of its operations.
 
     python -m benchmarks.step --config configs/default.py --profile
 
-Beside each operation stand its floating-point operations and bytes, as XLA's cost analysis counts them, and how near it
-comes to the fastest matrix product and the fastest copy that the same process measures on the same machine.
+For each operation, the table lists the floating-point operations and bytes of XLA's cost analysis, and their rates as
+a fraction of the matrix product and the copy that are measured in the same process.
 """
 
 import argparse
@@ -24,13 +24,17 @@ from jaxlib import _hlo
 
 from benchmarks.arguments import at_least_one
 from benchmarks.hardware import Speed, measure_speed, median_seconds
-from cifar_flax import allocator, cli, compilation, steps, train
+from cifar_flax import arguments
+from cifar_flax.config import Config
 from cifar_flax.data.batches import Batch
 from cifar_flax.errors import UserError
-from cifar_flax.state import TrainState
+from cifar_flax.runtime import allocator, compilation
+from cifar_flax.training import steps
+from cifar_flax.training.state import TrainState
+from cifar_flax.training.trainer import Trainer
 
 TRACES = 9  # of one step each
-SECONDS = 5.0  # of steps that are timed
+SECONDS = 5.0  # of timed steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +42,20 @@ class Operation:
     """One instruction of the compiled step."""
 
     name: str
-    source: str  # the layer and the operation of JAX that it was made from
+    source: str  # the layer and the JAX operation that it was lowered from
     seconds: float  # per step
     flops: float
-    bytes: float  # of operands and result: caches may spare some of it
+    bytes: float  # of operands and result; caches may save part of the traffic
 
 
 class Step:
-    """The compiled training step of a config, on its data's first batch; alone, where training runs it in a loop."""
+    """The compiled training step of a config, on the first batch of its data, without the training loop."""
 
-    def __init__(self, config: train.Config):
-        trainer = train.Trainer(config)
+    def __init__(self, config: Config):
+        trainer = Trainer(config)
         index = trainer.examples[: config.train.batch_size]
         host = Batch(trainer.arrays.images[index], trainer.arrays.labels[index], index, 0 * index, index >= 0)
-        self._batch = trainer.layout.split(host)
+        self._batch = trainer.layout.shard_batch(host)
         step = functools.partial(steps.train_step, trainer.task)
         self.compiled = trainer.layout.compile(step, trainer.initial_state, self._batch, donate=True)
         self._state: TrainState = trainer.initial_state
@@ -62,13 +66,13 @@ class Step:
 
 
 def operations(compiled: jax.stages.Compiled, run: Callable[[], Any], traces: int) -> list[Operation]:
-    """The instructions of the program that take time when `run` runs it once, slowest first: medians of `traces`."""
+    """Return the instructions of the program that `run` runs once, slowest first; times are medians of `traces`."""
     (module,) = compiled.runtime_executable().hlo_modules()
     functions, entry = module.to_string().split("\nENTRY ")
     lines: dict[str, str] = {}
     shapes: dict[str, str] = {}
     operands: dict[str, list[str]] = {}
-    producers: dict[str, list[str]] = {}  # as operands, but through what only gives them another name
+    producers: dict[str, list[str]] = {}  # as operands, but looking through aliases
     aliases: set[str] = set()
     for line in entry.splitlines()[1:]:
         if match := re.match(r"\s+(?:ROOT )?%(\S+) = (.+?) ([a-z-]+)\((.*)", line):
@@ -97,7 +101,7 @@ def operations(compiled: jax.stages.Compiled, run: Callable[[], Any], traces: in
 
 
 def _operation_seconds(run: Callable[[], Any], traces: int, producers: dict[str, list[str]]) -> dict[str, float]:
-    """Name of an instruction -> seconds that one `run` spends in it, by JAX's profiler."""
+    """Return name of an instruction -> seconds per `run`, measured by JAX's profiler."""
     seconds = []
     for _ in range(traces):
         jax.block_until_ready(run())
@@ -105,17 +109,17 @@ def _operation_seconds(run: Callable[[], Any], traces: int, producers: dict[str,
             with jax.profiler.trace(folder):
                 jax.block_until_ready(run())
             (path,) = Path(folder).rglob("*.xplane.pb")
-            seconds.append(_shares(jax.profiler.ProfileData.from_file(str(path)), producers))
+            seconds.append(_attribute(jax.profiler.ProfileData.from_file(str(path)), producers))
     return {name: statistics.median(one.get(name, 0.0) for one in seconds) for name in set().union(*seconds)}
 
 
-def _shares(trace: jax.profiler.ProfileData, producers: dict[str, list[str]]) -> Counter[str]:
-    """Seconds of each instruction. Of a time when several run side by side each gets its share: they add up.
+def _attribute(trace: jax.profiler.ProfileData, producers: dict[str, list[str]]) -> Counter[str]:
+    """Return the seconds of each instruction; time with n concurrent instructions counts 1/n for each of them.
 
-    The call of some matrix products returns at once, while other threads go on with it. The trace has an event for
-    their end (linked by number: `_p` of the call, `_c` of the end), which comes late when the last of those threads
-    runs what uses the product before it records the end. So a product also ends when the first of its users begins;
-    `producers` names what each instruction uses.
+    The call of some matrix products returns at once, while other threads compute the product. The trace has an event
+    for its end (linked by number: `_p` of the call, `_c` of the end), which is late if the last of those threads runs
+    the product's user before it records the end. So a product also ends when the first of its users begins;
+    `producers` names the inputs of each instruction.
     """
     calls: list[tuple[float, float, dict[str, Any]]] = []
     ends: dict[int, float] = {}
@@ -127,11 +131,11 @@ def _shares(trace: jax.profiler.ProfileData, producers: dict[str, list[str]]) ->
                     calls.append((event.start_ns, event.start_ns + event.duration_ns, stats))
                 elif "_c" in stats:
                     ends[stats["_c"]] = event.start_ns
-    used: dict[str, list[float]] = defaultdict(list)  # when the users of an instruction begin
+    used: dict[str, list[float]] = defaultdict(list)  # instruction -> times at which its users begin
     for start, _, stats in calls:
         for producer in producers.get(stats["hlo_op"], ()):
             used[producer].append(start)
-    edges: list[tuple[float, int, str]] = []  # when, +1 for a beginning or -1 for an end, of what
+    edges: list[tuple[float, int, str]] = []  # (time, +1 at its begin or -1 at its end, instruction)
     for start, end, stats in calls:
         name = stats["hlo_op"]
         later = [ends.get(stats.get("_p", 0), end), *(time for time in used[name] if time > start)]
@@ -143,17 +147,17 @@ def _shares(trace: jax.profiler.ProfileData, producers: dict[str, list[str]]) ->
         for other, count in running.items():
             seconds[other] += (now - before) * count / running.total() / 1e9
         running[name] += change
-        running += Counter()  # drops what has ended
+        running += Counter()  # drops the instructions that have ended
         before = now
     return seconds
 
 
 def _cost(functions: str, line: str, operands: dict[str, str]) -> dict[str, float]:
-    """XLA's cost analysis of a program whose only instruction is that of `line`; `operands` are names and shapes."""
+    """Return XLA's cost analysis of a program with the single instruction `line`; `operands` maps names to shapes."""
     parameters = [f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(operands.items())]
     root = f"  ROOT {line.strip().removeprefix('ROOT ')}"
     program = "\n".join([functions, "ENTRY %main {", *parameters, root, "}"])
-    program = re.sub(r"^(HloModule \S+?),.*", r"\1", program, count=1)  # its layout is that of the whole step
+    program = re.sub(r"^(HloModule \S+?),.*", r"\1", program, count=1)  # the module's layout is that of the whole step
     module = _hlo.hlo_module_from_text(program)
     return xla_client._xla.hlo_module_cost_analysis(jax.devices()[0].client, module)
 
@@ -189,14 +193,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
     parser.add_argument("--profile", action="store_true", help="break the step down by operation")
-    parser.add_argument(
-        "--rows", type=at_least_one, default=25, help="operations that get a row of their own (default: 25)"
-    )
+    parser.add_argument("--rows", type=at_least_one, default=25, help="operations with their own row (default: 25)")
     args, overrides = parser.parse_known_args()
     allocator.keep_freed_memory()
     compilation.keep_programs()
     try:
-        config = cli.parse(["--config", args.config, *overrides]).config
+        config = arguments.parse(["--config", args.config, *overrides]).config
         step = Step(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

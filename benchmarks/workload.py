@@ -1,6 +1,6 @@
-"""What `benchmarks.compare` hands to its contestants: a folder with a config of ours, images, and learning rates.
+"""Write the workload of `benchmarks.compare`: a folder with a config of this project, images and learning rates.
 
-They read it without importing this project, so that neither its imports nor its memory count against them.
+Runners read it without importing this project, so that its imports and memory do not count against the baselines.
 """
 
 import json
@@ -9,20 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from cifar_flax import config as configs
-from cifar_flax import experiment, optim
 from cifar_flax.config import Config, TrainConfig
 from cifar_flax.data import order, sources
 from cifar_flax.data.augment import AugmentConfig
 from cifar_flax.data.cache import Arrays
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.models import AirbenchConfig, CNNConfig
-from cifar_flax.optim import OptimConfig
+from cifar_flax.training import optimizers
+from cifar_flax.training.optimizers import OptimConfig
 from configs import default
 
 
 def write_speed(folder: Path, network: str, batch_size: int) -> None:
-    """Plain training: Adam for the reference CNN, Nesterov SGD for airbench's network; random images.
+    """Write plain training on random images: Adam for the reference CNN, Nesterov SGD for airbench's network.
 
-    How fast a step is does not depend on what the images show.
+    The content of the images does not affect the speed of a step.
     """
     adam = OptimConfig(name="adam", learning_rate=1e-3, eps=1e-7)
     sgd = OptimConfig(name="sgd", learning_rate=0.01, momentum=0.85)
@@ -37,7 +38,7 @@ def write_speed(folder: Path, network: str, batch_size: int) -> None:
 
 
 def write_accuracy(folder: Path) -> None:
-    """The default config on CIFAR-10, where it reaches 73 %."""
+    """Write the default config with CIFAR-10."""
     config = default.get_config()
     _write(folder, config, sources.load(config.data, "train"), sources.load(config.data, "test"))
 
@@ -49,12 +50,12 @@ def _random_images(count: int) -> Arrays:
 
 
 def _write(folder: Path, config: Config, train: Arrays, test: Arrays) -> None:
-    info = experiment.DatasetInfo.of(train, np.arange(len(train.labels), dtype=np.int32), config.augment.normalization)
+    info = DatasetInfo.of(train, np.arange(len(train.labels), dtype=np.int32), config.augment.normalization)
     steps = order.total_steps(config.train.epochs, info.num_examples, config.train.batch_size)
-    schedule = optim.make_schedule(config.optim, steps, info.num_examples / config.train.batch_size)
+    schedule = optimizers.make_schedule(config.optim, steps, info.num_examples / config.train.batch_size)
     rates = np.broadcast_to(np.asarray(schedule(np.arange(steps)), np.float32), (steps,))
     values = {"config": configs.to_dict(config), "mean": info.mean, "std": info.std}
-    (folder / "setting.json").write_text(json.dumps(values))
+    (folder / "workload.json").write_text(json.dumps(values))
     arrays = {"learning_rates": rates}
     for name, split in (("train", train), ("test", test)):
         arrays |= {f"{name}_images": split.images, f"{name}_labels": split.labels}

@@ -24,7 +24,11 @@ from cifar_flax.training.setup import setup
 with np.load(REPOSITORY / "tests" / "fixtures" / "pytorch_step.npz", allow_pickle=False) as file:
     FIXTURE = dict(file)
 SETTINGS = json.loads(str(FIXTURE["settings"]))
-TOLERANCE = 2e-5  # of the largest element of each tensor
+CASES = [(name, optimizer) for name, network in SETTINGS["networks"].items() for optimizer in network["optimizers"]]
+# Largest allowed difference, as a fraction of a tensor's largest element. Rounding to float32 causes up to 2e-5 (with
+# SSE, AVX2 and AVX-512; Winograd's algorithm included). In the CNN, another momentum, epsilon or weight decay causes
+# over 1e-3.
+TOLERANCE = 1e-4
 
 # Our layer -> its number in PyTorch's `nn.Sequential`. A block of airbench is convolution, max-pool, BatchNorm, GELU,
 # convolution, BatchNorm, GELU.
@@ -61,12 +65,12 @@ def read(network, prefix, like):
 
 
 def make(network, optimizer):
-    """Return what `setup` makes of the fixture's settings: the task, and the state with the fixture's weights."""
+    """Return the task and the state that `setup` builds for the fixture's settings, with the fixture's weights."""
     settings = SETTINGS["networks"][network]
     config = from_dict(
         {
             "model": {"name": network} | settings["model"],
-            "optim": {"name": optimizer} | SETTINGS["optimizers"][optimizer],
+            "optim": {"name": optimizer} | settings["optimizers"][optimizer],
             "train": {"batch_size": settings["batch_size"], "label_smoothing": SETTINGS["label_smoothing"]},
         }
     )
@@ -91,7 +95,7 @@ def batches(network):
 
 
 def assert_close(ours, theirs):
-    """Within `TOLERANCE`: ours are sums of up to some thousand float32 numbers, in an order that depends on the CPU."""
+    """Check each tensor within `TOLERANCE`: the order in which float32 numbers are summed depends on the CPU."""
 
     def compare(path, one, other):
         error = np.max(np.abs(np.asarray(one) - other)) / np.max(np.abs(other))
@@ -108,26 +112,24 @@ def optimized_programs():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.mark.parametrize("network", SETTINGS["networks"])
-def test_logits_equal_pytorchs(network):
-    task, state = make(network, "sgd")
-    batch = next(batches(network))
+def test_logits_equal_pytorchs():
+    task, state = make("cnn", "sgd")
+    batch = next(batches("cnn"))
 
     def forward(params, batch_stats):
         model = nnx.merge(task.graphdef, params, batch_stats)
         keys = steps.example_keys(state.seed, batch.epoch, batch.index)  # which select training mode
         return model(normalize(batch.image, task.mean, task.std), keys)
 
-    assert_close(jax.jit(forward)(state.params, state.batch_stats), FIXTURE[f"{network}/logits"])
+    assert_close(jax.jit(forward)(state.params, state.batch_stats), FIXTURE["cnn/logits"])
 
 
-@pytest.mark.parametrize("optimizer", SETTINGS["optimizers"])
-@pytest.mark.parametrize("network", SETTINGS["networks"])
+@pytest.mark.parametrize(("network", "optimizer"), CASES)
 def test_two_steps_equal_pytorchs(network, optimizer):
     """Loss, accuracy, gradients, parameters, running statistics, and the probabilities of an evaluation after them."""
     task, state = make(network, optimizer)
     first, second = batches(network)
-    # The first transformation passes the gradients on, and has the last ones as its state.
+    # This transformation passes the gradients on, and its state is the last gradients.
     keep = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (grads, grads))
     task = dataclasses.replace(task, optimizer=optax.chain(keep, task.optimizer))
     state = state._replace(opt_state=task.optimizer.init(state.params))

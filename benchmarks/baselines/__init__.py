@@ -1,5 +1,4 @@
-"""The contestants of `benchmarks.compare`, each in a process of its own.
+"""The runners of `benchmarks.compare`: this project and its baselines, each in its own process.
 
-A module has `VERSIONS` and `Contestant(setting)`, with `train(steps)`, which returns when so many more steps are done,
-and `evaluate(batch_size)`, which returns the accuracy on the test split.
+A module defines `VERSIONS` (package -> version) and a class `Runner`, whose protocol is `benchmarks.runner.Runner`.
 """

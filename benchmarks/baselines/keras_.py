@@ -7,22 +7,22 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from benchmarks.contestant import EVAL_BATCHES, Setting
+from benchmarks.runner import EVAL_BATCHES, Workload
 
 VERSIONS = {"keras": keras.__version__, keras.backend.backend(): __import__(keras.backend.backend()).__version__}
 
 
-class Contestant:
-    def __init__(self, setting: Setting):
-        config = setting.config
+class Runner:
+    def __init__(self, workload: Workload):
+        config = workload.config
         keras.utils.set_random_seed(config.seed)
         self._model = cnn(config.model) if config.model.name == "cnn" else airbench(config.model)
         self._model.compile(
-            optimizer(config, setting.learning_rates),
+            optimizer(config, workload.learning_rates),
             keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.train.label_smoothing),
             metrics=["accuracy"],
         )
-        mean, std = (np.asarray(statistic, np.float32) for statistic in (setting.mean, setting.std))
+        mean, std = (np.asarray(statistic, np.float32) for statistic in (workload.mean, workload.std))
 
         def normalize(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             return (tf.cast(image, tf.float32) - mean) / std, tf.one_hot(label, 10)
@@ -33,12 +33,12 @@ class Contestant:
                 image = tf.image.random_crop(padded, tf.shape(image))
             return tf.image.random_flip_left_right(image) if config.augment.flip == "random" else image, label
 
-        examples = tf.data.Dataset.from_tensor_slices((setting.train_images, setting.train_labels))
-        examples = examples.shuffle(len(setting.train_labels)).repeat()
+        examples = tf.data.Dataset.from_tensor_slices((workload.train_images, workload.train_labels))
+        examples = examples.shuffle(len(workload.train_labels)).repeat()
         if config.augment.flip == "random" or config.augment.crop_padding:
             examples = examples.map(augment, num_parallel_calls=tf.data.AUTOTUNE)
         self._train = examples.batch(config.train.batch_size, drop_remainder=True).map(normalize).prefetch(2)
-        test = tf.data.Dataset.from_tensor_slices((setting.test_images, setting.test_labels))
+        test = tf.data.Dataset.from_tensor_slices((workload.test_images, workload.test_labels))
         self._test = {size: test.batch(size).map(normalize).prefetch(2) for size in EVAL_BATCHES}
 
     def train(self, steps: int) -> None:
@@ -49,7 +49,7 @@ class Contestant:
 
 
 def cnn(config: Any) -> keras.Model:
-    """The reference network for images [32, 32, 3] and 10 classes, as Keras spells it; it gives logits."""
+    """Return the reference network for images [32, 32, 3] and 10 classes; it returns logits."""
     return keras.Sequential(
         [
             layers.Input((32, 32, 3)),
@@ -90,7 +90,7 @@ def airbench(config: Any) -> keras.Model:
 
 
 class Table(keras.optimizers.schedules.LearningRateSchedule):
-    """The learning rate of each step, written out."""
+    """Look up the learning rate of each step in a table."""
 
     def __init__(self, values: np.ndarray):
         self._values = keras.ops.convert_to_tensor(values)

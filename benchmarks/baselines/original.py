@@ -1,8 +1,8 @@
-"""A PyTorch speedrun's own script, one of its runs at a time: `benchmarks.speedrun --peer`.
+"""Run the script of a PyTorch speedrun, one trial at a time, for `benchmarks.speedrun --baseline`.
 
-The script is left as it is, but for the `range(...)` of its loop over runs, outside of any function: what takes its
-place says READY and waits for a line on standard input before each run. It has a process of its own, and its data lies
-where its loader keeps what it has downloaded: in the folder cifar10 of its working folder.
+The script runs unchanged in its own process, except for the `range(...)` of its top-level loop over trials: the
+replacement prints READY and waits for a line on standard input before each trial. The data is written to the folder
+`cifar10` of the working directory, where the script's loader looks for its downloads.
 """
 
 import ast
@@ -22,8 +22,8 @@ READY = "ready for the next run"
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
-class Peer:
-    """The script in its process, up to its first run."""
+class Baseline:
+    """A script in its own process, stopped before its first run."""
 
     def __init__(self, script: Path, process: subprocess.Popen[str]):
         self._script, self._process = script, process
@@ -34,7 +34,7 @@ class Peer:
             raise ChildProcessError(f"{script} prints no table with columns tta_val_acc and time_seconds")
 
     def run(self) -> dict[str, Any]:
-        """One run more: its accuracy with test-time augmentation and its seconds, both as the script counts them."""
+        """Run one more trial; return accuracy (with test-time augmentation) and seconds as the script prints them."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -46,7 +46,7 @@ class Peer:
         return {"accuracy": float(found[-1]["tta_val_acc"]), "seconds": float(found[-1][self._time])}
 
     def _until_ready(self) -> list[str]:
-        """What it prints before it waits for its next run; raises `ChildProcessError` where it ends instead."""
+        """Return the lines printed before the next READY; raise `ChildProcessError` if the script ends instead."""
         assert self._process.stdout is not None
         lines: list[str] = []
         for line in self._process.stdout:
@@ -58,13 +58,13 @@ class Peer:
 
 
 @contextmanager
-def start(script: Path, splits: dict[str, Any]) -> Iterator[Peer]:
-    """`splits` are "train" and "test" as `cifar_flax.data.sources` loads them."""
+def start(script: Path, splits: dict[str, Any]) -> Iterator[Baseline]:
+    """Start `script` on `splits`: "train" and "test" as `cifar_flax.data.sources` loads them."""
     with tempfile.TemporaryDirectory() as folder:
         for name, arrays in splits.items():
             np.savez(Path(folder, name), images=arrays.images, labels=arrays.labels, classes=arrays.class_names)
         with subprocess.Popen(
-            [sys.executable, "-u", "-m", "benchmarks.peers.original", str(script.absolute())],
+            [sys.executable, "-u", "-m", "benchmarks.baselines.original", str(script.absolute())],
             cwd=folder,
             env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"},
             stdin=subprocess.PIPE,
@@ -72,7 +72,7 @@ def start(script: Path, splits: dict[str, Any]) -> Iterator[Peer]:
             text=True,
         ) as process:
             try:
-                yield Peer(script, process)
+                yield Baseline(script, process)
             finally:
                 process.kill()
 
@@ -82,7 +82,7 @@ def _cells(row: str) -> list[str]:
 
 
 class _TakeTurns(ast.NodeTransformer):
-    """Puts `turns()` in the place of each `range(...)`; functions, which may be compiled, stay as they are."""
+    """Replace each top-level `range(...)` by `turns()`; functions, which may be compiled, stay unchanged."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return node

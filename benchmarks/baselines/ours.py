@@ -6,35 +6,38 @@ import json
 
 import jax
 
-from benchmarks.contestant import EVAL_BATCHES, Setting
-from cifar_flax import compilation, evaluate, experiment, models, steps
+from benchmarks.runner import EVAL_BATCHES, Workload
 from cifar_flax import config as configs
+from cifar_flax import models
 from cifar_flax.data.batches import empty_batch, to_device
 from cifar_flax.data.cache import Arrays
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.data.streaming import training_batches
-from cifar_flax.evaluate import Evaluator
-from cifar_flax.experiment import DatasetInfo
-from cifar_flax.loop import run_calls
+from cifar_flax.runtime import compilation
+from cifar_flax.training import evaluator, steps
+from cifar_flax.training.evaluator import Evaluator
+from cifar_flax.training.loop import run_calls
+from cifar_flax.training.setup import setup
 
 VERSIONS = {"jax": jax.__version__}
 
 
-class Contestant:
-    def __init__(self, setting: Setting):
+class Runner:
+    def __init__(self, workload: Workload):
         compilation.keep_programs()
-        config = configs.from_dict(json.loads(json.dumps(setting.config, default=vars)))
+        config = configs.from_dict(json.loads(json.dumps(workload.config, default=vars)))
         names = tuple("0123456789")
-        train = Arrays(setting.train_images, setting.train_labels, names, "benchmark")
-        test = Arrays(setting.test_images, setting.test_labels, names, "benchmark")
-        examples = evaluate.all_examples(train)
+        train = Arrays(workload.train_images, workload.train_labels, names, "benchmark")
+        test = Arrays(workload.test_images, workload.test_labels, names, "benchmark")
+        examples = evaluator.all_examples(train)
         info = dataclasses.replace(
-            DatasetInfo.of(train, examples, "unit"), mean=tuple(setting.mean), std=tuple(setting.std)
+            DatasetInfo.of(train, examples, "unit"), mean=tuple(workload.mean), std=tuple(workload.std)
         )
         sample = train.images[: models.sample_size(config.model)]
-        task, init = experiment.build(config, info)
+        task, init = setup(config, info)
         self._state = init(config.seed, sample if len(sample) else None)
-        self._evaluators = {size: Evaluator(task, test, evaluate.all_examples(test), size) for size in EVAL_BATCHES}
-        batch = task.layout.split(empty_batch(config.train.batch_size, info.image_shape))
+        self._evaluators = {size: Evaluator(task, test, evaluator.all_examples(test), size) for size in EVAL_BATCHES}
+        batch = task.layout.shard_batch(empty_batch(config.train.batch_size, info.image_shape))
         self._step = task.layout.compile(functools.partial(steps.train_step, task), self._state, batch, donate=True)
         self._batches = to_device(
             training_batches(
@@ -43,9 +46,9 @@ class Contestant:
                 batch_size=config.train.batch_size,
                 seed=config.seed,
                 start=0,
-                stop=len(setting.learning_rates),
+                stop=len(workload.learning_rates),
             ),
-            task.layout.split,
+            task.layout.shard_batch,
         )
         self._done = 0
 

@@ -1,4 +1,4 @@
-"""PyTorch, as its tuning guide has it on a CPU: channels_last, a fused optimizer, images gathered from one tensor."""
+"""PyTorch as its tuning guide recommends for CPUs: channels_last, fused optimizer, images gathered from one tensor."""
 
 import os
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestant import Setting
+from benchmarks.runner import Workload
 
 VERSIONS = {"torch": torch.__version__}
 
 
-class Contestant:
-    def __init__(self, setting: Setting):
-        config = setting.config
+class Runner:
+    def __init__(self, workload: Workload):
+        config = workload.config
         torch.manual_seed(config.seed)
         torch.set_num_threads(os.cpu_count() or 1)
         self._config, self._batch_size = config, config.train.batch_size
@@ -22,10 +22,10 @@ class Contestant:
         self._model = build(config.model).to(memory_format=torch.channels_last)
         self._forward = torch.compile(self._model) if os.environ.get("COMPILE") else self._model
         self._optimizer = optimizer(config, self._model)
-        self._learning_rates = setting.learning_rates.tolist()
-        self._train = torch.from_numpy(setting.train_images), torch.from_numpy(setting.train_labels).long()
-        self._test = torch.from_numpy(setting.test_images), torch.from_numpy(setting.test_labels).long()
-        self._mean, self._std = torch.tensor(setting.mean), torch.tensor(setting.std)
+        self._learning_rates = workload.learning_rates.tolist()
+        self._train = torch.from_numpy(workload.train_images), torch.from_numpy(workload.train_labels).long()
+        self._test = torch.from_numpy(workload.test_images), torch.from_numpy(workload.test_labels).long()
+        self._mean, self._std = torch.tensor(workload.mean), torch.tensor(workload.std)
         self._order, self._done = torch.empty(0, dtype=torch.long), 0
 
     def train(self, steps: int) -> None:
@@ -55,11 +55,11 @@ class Contestant:
         return images[index], labels[index]
 
     def _normalize(self, image: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] to float32 [B, C, H, W], which in memory stays channels last."""
+        """Convert uint8 [B, H, W, C] to float32 [B, C, H, W], which stays channels last in memory."""
         return ((image.float() - self._mean) / self._std).permute(0, 3, 1, 2)
 
     def _augment(self, image: Tensor) -> Tensor:
-        """Flips and reflect-padded crops: source rows and columns of each image, gathered at once."""
+        """Flip and crop (reflect padding) by gathering the source rows and columns of each image at once."""
         settings, (batch, height, width, _) = self._config.augment, image.shape
         if settings.flip == "none" and not settings.crop_padding:
             return image
@@ -75,7 +75,9 @@ class Contestant:
         return image[torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def cnn(config: Any) -> nn.Module:
+def cnn(config: Any, image_size: int = 32) -> nn.Module:
+    """Return the reference network for images [3, image_size, image_size] and 10 classes; it returns logits."""
+    pooled = (image_size - 2) // 2
     model = nn.Sequential(
         nn.Conv2d(3, config.width, 3),
         nn.ReLU(),
@@ -83,7 +85,7 @@ def cnn(config: Any) -> nn.Module:
         nn.BatchNorm2d(config.width, eps=1e-3, momentum=0.01),
         nn.Dropout(config.conv_dropout),
         nn.Flatten(),
-        nn.Linear(225 * config.width, config.hidden),
+        nn.Linear(pooled * pooled * config.width, config.hidden),
         nn.ReLU(),
         nn.Dropout(config.hidden_dropout),
         nn.Linear(config.hidden, 10),
@@ -105,6 +107,7 @@ class Scale(nn.Module):
 
 
 def airbench(config: Any) -> nn.Module:
+    """Return airbench's network, with `config.init` = "muon"; the whitening kernel is not fitted."""
     layers: list[nn.Module] = [nn.Conv2d(3, 24, 2), nn.GELU()]
     layers[0].weight.requires_grad = False
     c_in = 24
@@ -122,12 +125,14 @@ def airbench(config: Any) -> nn.Module:
 
 
 def optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer with learning rate 1; tensors of one axis (biases, BatchNorm) have no weight decay."""
     settings = config.optim
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if settings.name == "sgd":
-        return torch.optim.SGD(parameters, lr=1.0, momentum=settings.momentum or 0.0, nesterov=True, fused=True)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
+    if settings.name == "sgd":
+        momentum = settings.momentum or 0.0
+        return torch.optim.SGD(groups, lr=1.0, momentum=momentum, nesterov=momentum > 0, fused=True)
     return torch.optim.AdamW(groups, lr=1.0, eps=settings.eps or 1e-8, fused=True)
