@@ -104,6 +104,26 @@ def test_jax_own_variables_are_the_switch(tmp_path, variable, value, used):
     assert written == ({used} if used else set())
 
 
+BOUNDED = """
+import jax
+from cifar_flax.runtime import compilation
+assert compilation._SIZE == 2 * 2**30
+compilation._SIZE = 20_000  # bytes
+compilation.keep_programs()
+for number in range(20):
+    jax.jit(lambda x: x + number)(0)
+"""
+
+
+def test_the_folder_of_compiled_programs_is_bounded(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    subprocess.run([sys.executable, "-c", BOUNDED], env=environment, check=True)
+    sizes = [path.stat().st_size for path in tmp_path.glob("cifar_flax/compiled/*-cache")]
+    assert 1 < len(sizes) < 20
+    assert sum(sizes) <= 20_000
+
+
 @pytest.fixture
 def no_folder_yet():
     before = {name: getattr(jax.config, name) for name in CHANGED}

@@ -203,7 +203,7 @@ class Checkpoints:
         return processes.from_main(max(steps_to_keep(accuracies, 0, 1), default=0)) or None
 
     def metadata(self, step: int) -> Metadata:
-        """What lies beside the state of `step`; raises `UserError` if it cannot be read."""
+        """Return the metadata of the checkpoint of `step`; raise `UserError` if it cannot be read."""
         return read_metadata(self._folder, step)
 
     def restore_newest(self, template: PyTree) -> tuple[PyTree, Metadata] | None:

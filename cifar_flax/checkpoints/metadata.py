@@ -1,4 +1,4 @@
-"""What lies beside the state in a checkpoint: `checkpoints/<step>/record.json`.
+"""The metadata of a checkpoint, beside its state: `checkpoints/<step>/record.json`.
 
 It holds what the run must know to go on, the shapes of the arrays, the SHA-256 sums of the state's files and one of
 itself. Nothing here needs Orbax, JAX's devices or the other processes.

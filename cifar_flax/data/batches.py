@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int32, UInt8
 GROUP = 4
 
 
-T = TypeVar("T")  # what one call takes: a batch, or the positions of several
+T = TypeVar("T")  # what one call takes: a batch, or the indices of several
 
 
 @jax.tree_util.register_dataclass
@@ -42,10 +42,10 @@ class Indices:
     mask: Bool[Any, "*steps batch"]
 
 
-def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n"], positions: Indices) -> Batch:
+def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n"], indices: Indices) -> Batch:
     """The batch of one step, from a split on the host or, in a compiled program, on the device."""
-    index = positions.index
-    return Batch(images[index], labels[index], index, positions.epoch, positions.mask)
+    index = indices.index
+    return Batch(images[index], labels[index], index, indices.epoch, indices.mask)
 
 
 def empty_indices(*shape: int) -> Indices:

@@ -29,7 +29,7 @@ def training_indices(
     drop_last: bool,
     rows: slice = slice(None),
 ) -> Iterator[Indices]:
-    """The positions of the steps from `start` up to `stop`, `steps_per_call` at a time, of each batch those in `rows`.
+    """The indices of the steps from `start` up to `stop`, `steps_per_call` at a time, of each batch those in `rows`.
 
     An epoch's order takes the host milliseconds: it is made when it is needed, while the device trains on the one
     before.

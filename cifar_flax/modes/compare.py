@@ -25,7 +25,7 @@ class _Run:
 
 
 def compare(workdirs: Sequence[Path], output: Path) -> None:
-    """Write a page that shows the runs in `workdirs` side by side, and print their figures.
+    """Write a page that shows the runs in `workdirs` side by side, and print their metrics.
 
     Raises `ConfigError` if there are fewer than two, one is no run or given twice, or `output` is no page, and
     `OSError` if it cannot be written.
@@ -37,7 +37,7 @@ def compare(workdirs: Sequence[Path], output: Path) -> None:
     splits = dict.fromkeys(f"{run.result['dataset']}, {run.result['split']} split" for run in runs if run.result)
     lead = element("p", "; ".join(splits) or "None of them is finished.", class_="lead")
     sections = [
-        Section("figures", "Figures", _figures(runs)),
+        Section("figures", "Figures", _metrics(runs)),
         Section("curves", "Curves", _curves(runs)),
         Section("classes", "Classes", _classes(runs)),
         Section("config", "What differs in their configs", _config(runs)),
@@ -80,7 +80,7 @@ def _titled(run: _Run) -> Markup:
     return join([element("b", run.key), f"\u2002{run.name}"])
 
 
-def _figures(runs: Sequence[_Run]) -> Markup:
+def _metrics(runs: Sequence[_Run]) -> Markup:
     key = runs[0].key
     header = ("run", "accuracy", "95\u202f% interval", f"minus {key}", "top-5", "loss", "calibration error")
     rows = []

@@ -1,4 +1,4 @@
-"""The figures and the settings of a run, as text."""
+"""The metrics and the settings of a run, as text."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from cifar_flax.training import metrics
 
 Result = Mapping[str, Any]  # what eval.json holds
 
-_FIGURES = ("accuracy", "num_examples", "loss", "top5_accuracy", "expected_calibration_error")
+_METRICS = ("accuracy", "num_examples", "loss", "top5_accuracy", "expected_calibration_error")
 
 
 def read_result(folder: Path) -> Result | None:
@@ -26,9 +26,9 @@ def read_result(folder: Path) -> Result | None:
         return None
     try:
         result = files.read_json(path)
-        figures = [result[name] for name in _FIGURES]
-        figures += [row[name] for row in result["per_class"].values() for name in ("recall", "f1")]
-        fits = all(map(math.isfinite, figures)) and 0 <= result["accuracy"] <= 1 and result["num_examples"] >= 1
+        values = [result[name] for name in _METRICS]
+        values += [row[name] for row in result["per_class"].values() for name in ("recall", "f1")]
+        fits = all(map(math.isfinite, values)) and 0 <= result["accuracy"] <= 1 and result["num_examples"] >= 1
         fits = fits and isinstance(result["dataset"], str) and isinstance(result["split"], str)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         fits = False

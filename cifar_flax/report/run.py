@@ -18,13 +18,13 @@ _CONFUSIONS = 12  # pairs of classes in the list of the most frequent
 def write_report(
     workdir: Path,
     result: dict[str, Any],
-    record: dict[str, Any],
+    metadata: dict[str, Any],
     arrays: Arrays,
     probabilities: Float[np.ndarray, "n classes"],
 ) -> None:
     """Write report.html, a page that loads nothing from elsewhere; raises `OSError`.
 
-    `result` is the content of eval.json, `record` the checkpoint's metadata, `arrays` the split in the order of
+    `result` is the content of eval.json, `metadata` the checkpoint's metadata, `arrays` the split in the order of
     `probabilities`.
     """
     log = read_log(workdir / "metrics.jsonl")
@@ -37,8 +37,8 @@ def write_report(
         Section("calibration", "Calibration", _calibration(result)),
         Section("mistakes", "Most confident mistakes", pictures.mistakes(arrays, probabilities)),
         Section("hardest", "Hardest examples", pictures.hardest(arrays, probabilities)),
-        Section("config", "Config", _config(record["config"])),
-        Section("origin", "How it was made", _origin(record.get("made_by"))),
+        Section("config", "Config", _config(metadata["config"])),
+        Section("origin", "How it was made", _origin(metadata.get("made_by"))),
     ]
     page.write(workdir / "report.html", title, _headline(name, result, log), sections)
 
@@ -49,8 +49,8 @@ def _headline(name: str, result: dict[str, Any], log: Log) -> Markup:
         lead += f", test-time augmentation {result['tta']}"
     if result.get("tta_below") is not None:
         lead += f" where the top probability is below {result['tta_below']}"
-    figures = {"top-5 accuracy": percent(result["top5_accuracy"])} if len(result["per_class"]) > 5 else {}  # not 100 %
-    figures |= {
+    metrics = {"top-5 accuracy": percent(result["top5_accuracy"])} if len(result["per_class"]) > 5 else {}  # not 100 %
+    metrics |= {
         "loss": f"{result['loss']:.4f}",
         "calibration error": percent(result["expected_calibration_error"]),
         "classes": f"{len(result['per_class']):,}",
@@ -64,7 +64,7 @@ def _headline(name: str, result: dict[str, Any], log: Log) -> Markup:
         element("p", f"95\u202f% interval {results.interval(result)}", class_="lead"),
         element("p", f"{results.correct(result):,} of {result['num_examples']:,} right", class_="lead"),
     )
-    headline = element("div", accuracy, page.definitions(figures), class_="headline")
+    headline = element("div", accuracy, page.definitions(metrics), class_="headline")
     return join([element("h1", name), element("p", lead, class_="lead"), headline])
 
 
@@ -139,10 +139,10 @@ def _confusions(result: dict[str, Any]) -> Markup:
 def _classes(result: dict[str, Any]) -> Markup:
     sizes = [sum(row) for row in result["confusion_matrix"]]
     rows: list[tuple[Content, ...]] = []
-    for size, (name, figures) in zip(sizes, result["per_class"].items(), strict=True):
-        bar = element("span", class_="bar", style=f"--share: {100 * figures['f1']:.1f}%")
-        f1 = join([bar, element("span", percent(figures["f1"]), class_="share")])
-        rows.append((name, f"{size:,}", percent(figures["precision"]), percent(figures["recall"]), f1))
+    for size, (name, metrics) in zip(sizes, result["per_class"].items(), strict=True):
+        bar = element("span", class_="bar", style=f"--share: {100 * metrics['f1']:.1f}%")
+        f1 = join([bar, element("span", percent(metrics["f1"]), class_="share")])
+        rows.append((name, f"{size:,}", percent(metrics["precision"]), percent(metrics["recall"]), f1))
     return page.table(("class", "images", "precision", "recall", "F1"), rows, label="Figures of each class")
 
 

@@ -17,7 +17,7 @@ def printable(text: str) -> str:
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
-    """The figures of eval.json for people."""
+    """Return the metrics of eval.json as a table for people."""
     name_width = max(len("class"), *(len(name) for name in result["per_class"]))
     correct = round(result["accuracy"] * result["num_examples"])
     below = f" where the top probability is below {result['tta_below']}" if result.get("tta_below") else ""

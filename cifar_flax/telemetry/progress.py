@@ -42,17 +42,17 @@ class Progress:
     def step(self, count: int) -> None:
         self._bar.update(count)
 
-    def train(self, record: Metrics) -> None:
-        self._train = record
-        self._bar.set_description(f"epoch {record['epoch']:.1f}/{self._epochs:g}", refresh=False)
-        rate = f"{record['images_per_second']:,.0f} images/s"
-        self._bar.set_postfix_str(f"{_training(record)}, {rate}")
+    def train(self, metrics: Metrics) -> None:
+        self._train = metrics
+        self._bar.set_description(f"epoch {metrics['epoch']:.1f}/{self._epochs:g}", refresh=False)
+        rate = f"{metrics['images_per_second']:,.0f} images/s"
+        self._bar.set_postfix_str(f"{_training(metrics)}, {rate}")
 
-    def evaluation(self, record: Metrics) -> None:
-        train, step = self._train, record["step"]
+    def evaluation(self, metrics: Metrics) -> None:
+        train, step = self._train, metrics["step"]
         columns = [
-            f"epoch {record['epoch']:.1f}/{self._epochs:g}",
-            f"{record['split']} loss {record['loss']:.4f} accuracy {record['accuracy']:.2%}",
+            f"epoch {metrics['epoch']:.1f}/{self._epochs:g}",
+            f"{metrics['split']} loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}",
         ]
         if train:  # not where a run goes on with an evaluation
             left = (time.monotonic() - self._begin) * (self._total - step) / (step - self._start)
@@ -65,8 +65,8 @@ class Progress:
         self._bar.write(" | ".join(columns))
 
 
-def _training(record: Metrics) -> str:
-    skipped = f", {record['skipped_steps']} steps skipped" if record["skipped_steps"] else ""
-    if record["loss"] is None:
+def _training(metrics: Metrics) -> str:
+    skipped = f", {metrics['skipped_steps']} steps skipped" if metrics["skipped_steps"] else ""
+    if metrics["loss"] is None:
         return f"train{skipped}"
-    return f"train loss {record['loss']:.4f} accuracy {record['accuracy']:.2%}{skipped}"
+    return f"train loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}{skipped}"

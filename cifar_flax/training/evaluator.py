@@ -112,8 +112,8 @@ class Evaluator:
         """This process' rows of the batches."""
         rows = self._layout.local_slice(self._batch_size)
         for whole in evaluation_indices(examples, self._batch_size):
-            positions = jax.tree.map(operator.itemgetter(rows), whole)
-            yield positions if self._resident else gather(self._arrays.images, self._arrays.labels, positions)
+            indices = jax.tree.map(operator.itemgetter(rows), whole)
+            yield indices if self._resident else gather(self._arrays.images, self._arrays.labels, indices)
 
     def _outputs(
         self, step: Callable[..., Any], weights: PyTree, inputs: Iterable[Batch | Indices], stopping: Callable[[], int]
@@ -132,7 +132,7 @@ class Evaluator:
 
 
 def on_inputs(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step` for a batch, or for the positions of one with the split to gather it from."""
+    """`step` for a batch, or for the indices of one with the split to gather it from."""
 
     def run(weights: PyTree, inputs: Any, images: Array | None = None, labels: Array | None = None) -> Any:
         return step(weights, inputs if images is None else gather(images, labels, inputs))

@@ -1,4 +1,4 @@
-"""From sums over examples to the figures people read."""
+"""From sums over examples to the metrics that people read."""
 
 import math
 import statistics
@@ -56,7 +56,7 @@ def add(total: Sums | None, sums: Sums) -> Sums:
 
 
 def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """Accuracy, loss, calibration and per-class figures of a whole split, as plain numbers.
+    """Accuracy, loss, calibration and per-class metrics of a whole split, as plain numbers.
 
     `confusion_matrix[i][j]` counts examples of class i that were taken for class j. `expected_calibration_error` is
     that of Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2, and `calibration` the bins that it
