@@ -48,7 +48,8 @@ def test_two_processes_train_as_one_does(folder):
 @pytest.mark.slow
 def test_two_processes_go_on_where_four_were_killed(folder):
     """One of four is killed: the others end with an error, and soon. Two go on from what is saved."""
-    arguments = ("--config", "config.py", "--config.train.epochs=12")
+    # At a low learning rate, the rounding errors of 136 steps on other numbers of devices do not grow.
+    arguments = ("--config", "config.py", "--config.train.epochs=12", "--config.optim.learning_rate=1e-4")
     reference(folder, 2, *arguments)
     processes = start_all(folder, [1] * 4, *arguments, "--workdir=four")
     wait_for_checkpoint(folder / "four", processes)
@@ -61,7 +62,7 @@ def test_two_processes_go_on_where_four_were_killed(folder):
     end(processes)
     first, _ = run(folder, [1, 1], *arguments, "--workdir=four")
     assert re.search(r"resuming at step \d+ of 136, on 2 x cpu", first)
-    assert_same_run(folder, "one", "four")
+    assert_same_run(folder, "one", "four", rel=1e-3)
 
 
 @pytest.mark.slow
