@@ -1,4 +1,4 @@
-"""The command line: arguments -> what to do, with every mistake as one line."""
+"""The arguments of the command line, parsed and checked."""
 
 import argparse
 import contextlib
@@ -43,11 +43,11 @@ _OVERRIDE = r"--?(?:no)?config\.([^=]*)=?(.*)"  # such as --config.seed=1
 
 @dataclass(frozen=True, slots=True)
 class _Mode:
-    """What belongs to a mode, and what it cannot do without; the options by their names on the command line."""
+    """The options that a mode accepts and requires, by their names on the command line."""
 
     takes: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    paths: int = 0  # at least so many; 0: takes none
+    paths: int = 0  # the minimum number of PATH arguments; 0: none are accepted
 
 
 MODES = {
@@ -188,7 +188,7 @@ def _load(name: str) -> Config:
     try:
         with _siblings(Path(path).resolve().parent):
             config = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # whatever the file does wrong
+    except Exception as error:  # a config file may raise anything
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -201,7 +201,7 @@ def _load(name: str) -> Config:
 
 
 def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, Any], list[str]]:
-    """Return a copy with the fields set that arguments such as `--config.seed=1` name, path -> new value, the rest."""
+    """Apply arguments such as `--config.seed=1`; return the new config, field -> new value, and the other arguments."""
     overrides = [match for argument in arguments if (match := re.match(_OVERRIDE, argument))]
     allowed = {match[1]: describe_field(config, match[1], match[2]) for match in overrides}
     values = flags.FlagValues()

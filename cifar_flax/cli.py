@@ -1,4 +1,4 @@
-"""The command line of `python main.py`, `python -m cifar_flax` and `cifar-flax`: from its start to its exit code.
+"""The command line of `python main.py`, `python -m cifar_flax` and `cifar-flax`: from start to exit code.
 
 Imports nothing heavy before the installed packages have been checked.
 """
@@ -33,13 +33,13 @@ def entry_point() -> NoReturn:
 
 
 def check_installation() -> UserError | None:
-    """Import what every mode needs; return the error, with the version that is needed, if that is impossible."""
+    """Import what every mode needs. If that fails, return an error that names the package and the required version."""
     try:
         packages.require(packages.REQUIRED)
         from cifar_flax import arguments  # noqa: F401  # and with it JAX, Flax, Optax and Orbax
     except UserError as error:
         return error
-    except Exception as error:  # whatever packages do that were built for others than those which are installed
+    except Exception as error:  # an import of incompatible packages may raise anything
         name = packages.culprit(error)
         if name is None:
             raise
@@ -57,12 +57,12 @@ def _report_installation(error: UserError) -> int:
 
 
 def main() -> int:
-    """Do what the arguments of this process say; return the exit code, after one line for a user's mistake."""
+    """Run the mode that the arguments name, and return the exit code. A user's mistake is reported in one line."""
     from cifar_flax import arguments
     from cifar_flax.runtime import compilation, devices, processes, signals
 
     def fail(line: str, code: int) -> int:
-        with contextlib.suppress(OSError):  # of nobody who reads it
+        with contextlib.suppress(OSError):  # nobody may be reading stderr
             print(f"{processes.label()}{line}", file=sys.stderr)
         return code
 
@@ -71,10 +71,10 @@ def main() -> int:
         sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once, and keeps it if the run is killed
     try:
         command = arguments.parse(sys.argv[1:])
-        if command.mode in ("train", "eval"):  # the others are of one process
+        if command.mode in ("train", "eval"):  # the other modes run in one process
             processes.start(command.config.parallel)
         if command.mode not in ("compare", "doctor"):
-            devices.all_devices()  # the first use of JAX says what is wrong with it
+            devices.all_devices()  # report a missing device before anything else
         with signals.signals_end_the_process():
             _run(command)
     except UserError as error:

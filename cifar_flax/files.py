@@ -79,7 +79,7 @@ def read_json(path: Path) -> Any:
 
 
 def json_checksum(content: Any) -> str:
-    """Return the SHA-256 of `content` (of JSON), whatever the order of its keys."""
+    """Return the SHA-256 of `content` (of JSON), independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

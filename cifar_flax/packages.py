@@ -1,4 +1,4 @@
-"""The packages that this one needs: which are installed, in which versions, and whether they work.
+"""The required and optional packages: which are installed, in which versions, and whether they can be imported.
 
 Imports nothing but the standard library, so that it can report a package that is missing, too old or broken.
 """
@@ -26,10 +26,10 @@ PYTHONS = ((3, 11), (3, 14))  # the oldest and the newest that are supported
 class Package:
     module: str  # the module that is imported
     oldest: str  # the oldest version that works, as in pyproject.toml
-    used_for: str = ""  # what does not work without it; "": nothing works
+    used_for: str = ""  # the feature that needs it; "": every run does
 
 
-# Name in the package index -> what this project asks of it. The first ones are needed by every run.
+# Name in the package index -> requirement. Every run needs those without `used_for`.
 PACKAGES = {
     "jax": Package("jax", "0.10"),
     "flax": Package("flax", "0.12.6"),
@@ -79,12 +79,12 @@ def has_module(module: str) -> bool:
     """Return whether the top-level `module` is there; it is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # it is in sys.modules, without a spec: somebody hides it
+    except ValueError:  # sys.modules has an entry without a spec
         return False
 
 
 def fault(name: str) -> str | None:
-    """Return why the package `name` cannot be used, if it is missing or too old; None if its version will do."""
+    """Return why the package `name` cannot be used (missing or too old), or None if its version is recent enough."""
     wanted, found = PACKAGES[name].oldest, version(name)
     if not installed(name):
         is_new = sys.version_info >= (3, 14) and name.startswith("tensorflow")
@@ -111,7 +111,7 @@ def load(name: str) -> ModuleType:
     require([name], package.used_for)
     try:
         return importlib.import_module(package.module)
-    except Exception as error:  # whatever a package does that was built for others than those which are installed
+    except Exception as error:  # an import of incompatible packages may raise anything
         raise broken(name, error) from error
 
 
@@ -138,7 +138,7 @@ def _advice(names: Iterable[str]) -> str:
 
 
 def numbers(version: str) -> list[int]:
-    """Return the numbers of a version, for comparisons; those of a pre-release are left out."""
+    """Return the release segment of `version` as numbers: "2.20.0rc1" gives [2, 20, 0]."""
     match = re.match(r"\d+(\.\d+)*", version)
     return [int(number) for number in match[0].split(".")] if match else []
 

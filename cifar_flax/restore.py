@@ -1,4 +1,4 @@
-"""A trained network, from the folder of its run."""
+"""Restore a run from its workdir: for evaluation and prediction, or as the initial weights of another run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +36,13 @@ class RestoredRun:
 
     @property
     def weights(self) -> PyTree:
-        """Parameters and batch statistics as they are evaluated."""
+        """Parameters and batch statistics for evaluation: their average, if `averaging` keeps one."""
         state = self.state
         return averaging.evaluated(self.config.averaging, (state.params, state.batch_stats), state.average)
 
 
 def saved_config(workdir: Path, field: str = "--workdir") -> Config:
-    """The config saved with the newest checkpoint of `workdir`; raises `UserError` if there is none.
+    """Return the config saved with the newest checkpoint of `workdir`; raise `UserError` if there is none.
 
     But for `parallel`: what is trained is used where that is started. It may be by several processes, so nothing here
     makes JAX look for devices. `field` is what has named the folder.
@@ -57,7 +57,7 @@ def saved_config(workdir: Path, field: str = "--workdir") -> Config:
 
 
 def restore(config: Config, workdir: Path, field: str = "--workdir") -> RestoredRun:
-    """The checkpoint of `workdir` that `config.eval.checkpoint` names, on the devices of `config.parallel`.
+    """Restore the checkpoint of `workdir` that `config.eval.checkpoint` names, on the devices of `config.parallel`.
 
     Raises `UserError` where there is none, or it is not as it was saved.
     """
@@ -93,12 +93,12 @@ _FIELD = "train.init_from"
 
 
 def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) -> TrainState:
-    """The first state `state` with the weights that `config.train.init_from` has trained, as far as they fit.
+    """Return the initial state `state` with the matching weights of the run `config.train.init_from`.
 
-    A weight fits where one of the same name, such as "hidden.kernel", has the same shape: a head for another number of
-    classes does not, and stays as it is. So does the optimizer. What does not fit is told, a line for each.
+    Weights match if their names, such as "hidden.kernel", and their shapes are equal. Weights that do not match (such
+    as a head for another number of classes) and the optimizer keep their fresh initialization; they are listed.
 
-    Raises `ConfigError` where there is no checkpoint, `UserError` where none of its parameters fits.
+    Raises `ConfigError` if that run has no checkpoint, `UserError` if none of its parameters matches.
     """
     folder = Path(config.train.init_from)
     saved = saved_config(folder, _FIELD)
@@ -115,10 +115,10 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
         if name not in fits
     ]
     if not fits & named_leaves(state.params, ".").keys():
-        raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights fits this network ({'; '.join(unfit)})")
-    processes.log(f"begins with {len(fits)} of its {len(ours)} weights from {folder}, step {run.step}")
+        raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights matches this network ({'; '.join(unfit)})")
+    processes.log(f"initialized {len(fits)} of {len(ours)} weights from {folder}, step {run.step}")
     if run.info.class_names != info.class_names and len(run.info.class_names) == len(info.class_names):
-        processes.log(f"  its head is of other classes: {', '.join(run.info.class_names)}")
+        processes.log(f"  that run has other classes: {', '.join(run.info.class_names)}")
     for line in unfit:
         processes.log(f"  does not match: {line}")
     leaves = [theirs[name] if name in fits else array for name, array in ours.items()]

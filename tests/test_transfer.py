@@ -38,7 +38,7 @@ def test_all_weights_are_taken_and_nothing_else(straight, capsys):
     trained, (fresh, first) = final_state(make_tiny_config(), run), begun(config_from(run))
     assert_equal((first.params, first.batch_stats), (trained.params, trained.batch_stats))
     assert_equal((first.step, first.seed, first.opt_state), (fresh.step, fresh.seed, fresh.opt_state))
-    assert capsys.readouterr().out.splitlines()[-1] == f"begins with 10 of its 10 weights from {run}, step 34"
+    assert capsys.readouterr().out.splitlines()[-1] == f"initialized 10 of 10 weights from {run}, step 34"
 
 
 def test_a_new_head_where_the_number_of_classes_differs(straight, monkeypatch, capsys):
@@ -65,7 +65,7 @@ def test_other_classes_of_the_same_number_are_told(straight, capsys):
     trainer = Trainer(config)
     info = dataclasses.replace(trainer.info, class_names=tuple("abcdefghij"))
     restore.init_from(config, info, trainer.task, trainer.initial_state)
-    assert "its head is of other classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
+    assert "that run has other classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
 
 
 def test_what_the_evaluation_uses_is_what_is_taken(tmp_path):
@@ -88,7 +88,7 @@ def test_another_network_is_refused_with_the_difference(straight):
     with pytest.raises(UserError) as caught:
         begun(config_from(straight[0], model=AirbenchConfig(widths=(8, 8, 8))))
     message = str(caught.value)
-    assert message.startswith(f"train.init_from={str(straight[0])!r}: none of its weights fits this network (")
+    assert message.startswith(f"train.init_from={str(straight[0])!r}: none of its weights matches this network (")
     assert "conv.kernel: (3, 3, 3, 4) there, absent here" in message
     _, first = begun(config_from(straight[0], model=CNNConfig(width=4, hidden=24)))  # a part of it is
     assert first.params["hidden"]["kernel"].shape[1] == 24

@@ -39,7 +39,7 @@ def test_resuming_drops_what_will_come_again(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     write(tmp_path, [1, 2])  # from the start
     assert steps_in(tmp_path) == [1, 2]
-    assert "there is no checkpoint: begun anew, 5 lines of" in capsys.readouterr().out
+    assert "there is no checkpoint: starting from step 0 and deleting 5 lines of" in capsys.readouterr().out
 
 
 TORN = ['{"step": 3, "lo', '{"step": 3}', "\x00\x00\n", "3\n", '{"loss": 1}\n', '{"step": true}\n', "[" * 10**5 + "\n"]

@@ -99,7 +99,7 @@ class Checkpoints:
             self._orbax.close()
 
     def save(self, state: Any, content: Metadata, accuracy: float | None = None, *, is_extra: bool = False) -> None:
-        """Saves `state`, a pytree with a `step`, and `content` (of JSON) in the background.
+        """Save `state`, a pytree with a `step`, and `content` (of JSON) in the background.
 
         Returns when the state may be changed.
 
@@ -207,7 +207,7 @@ class Checkpoints:
         return read_metadata(self._folder, step)
 
     def restore_newest(self, template: PyTree) -> tuple[PyTree, Metadata] | None:
-        """State and metadata of the newest checkpoint that is as it was saved; None where none has ever been.
+        """Return state and metadata of the newest intact checkpoint, or None if the run has no checkpoint.
 
         Those that are not are set aside, with a line that says why.
 

@@ -68,7 +68,7 @@ def load(folder: Path) -> Arrays | None:
         class_names, dataset = verify(folder)
     except ValueError as error:
         reason = f"is damaged or of another version ({error})"
-        warnings.warn(f"the data cache {folder} {reason}; it is built anew", stacklevel=2)
+        warnings.warn(f"the data cache {folder} {reason}; rebuilding it", stacklevel=2)
         _remove(folder)
         return None
     # Copy on write: TensorFlow shares memory only where it may be written to, and the file stays as it is.

@@ -1,4 +1,4 @@
-"""The description of a data set that a trained network carries with it."""
+"""The description of the training data in a checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _CHUNK = 1000  # images
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetInfo:
-    """What a trained network must know of its training data; saved with every checkpoint."""
+    """Image shape, classes and normalization statistics of the training data; saved with every checkpoint."""
 
     name: str  # with its version
     image_shape: tuple[int, int, int]  # height, width, channels
@@ -27,7 +27,7 @@ class DatasetInfo:
 
     @classmethod
     def of(cls, arrays: Arrays, examples: Int32[np.ndarray, " n"], normalization: str) -> "DatasetInfo":
-        """Describes `examples`. Statistics are exact: integers are summed, then divided once."""
+        """Return the description of `examples` in `arrays`. Statistics are exact: integer sums, divided once."""
         _, height, width, channels = arrays.images.shape
         mean, std = (0.0,) * channels, (255.0,) * channels
         if normalization == "standard":
@@ -50,7 +50,7 @@ class DatasetInfo:
         return dataclasses.asdict(self)
 
     def check(self, arrays: Arrays) -> None:
-        """Raises `UserError` if `arrays` cannot be classified by a network trained on this data."""
+        """Raise `UserError` unless `arrays` has the image shape and the classes of this data."""
         for what, ours, theirs in (
             ("images of shape", self.image_shape, arrays.images.shape[1:]),
             ("classes", self.class_names, arrays.class_names),
@@ -60,7 +60,7 @@ class DatasetInfo:
 
 
 def _mean_and_std(images: np.ndarray, examples: Int32[np.ndarray, " n"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per channel, over all pixels of `examples`."""
+    """Return mean and standard deviation per channel, over all pixels of `examples`."""
     histogram = np.zeros((images.shape[-1], 256), np.int64)
     for start in range(0, len(examples), _CHUNK):
         chunk = images[examples[start : start + _CHUNK]]

@@ -20,7 +20,7 @@ from cifar_flax.runtime.environment import machine
 
 
 def devices(visit: Visit) -> Iterator[Finding]:
-    with _told_by_jax() as records:
+    with _jax_warnings() as records:
         try:
             found = all_devices()
         except UserError as error:
@@ -31,22 +31,22 @@ def devices(visit: Visit) -> Iterator[Finding]:
         kinds = Counter(device.device_kind for device in found)
         names = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         yield Finding(OK, f"{names}; {machine()}")
-    told = " ".join("; ".join(record.getMessage() for record in records).split())
+    warned = " ".join("; ".join(record.getMessage() for record in records).split())
     if visit.platform in ("", "cpu"):
-        if reason := nvidia.why_unused(told):
+        if reason := nvidia.why_unused(warned):
             yield Finding(NOTE, f"NVIDIA GPU: {reason}")
         elif found and has_module("libtpu") and not os.environ.get("JAX_PLATFORMS"):
             try:
                 jax.devices("tpu")
             except RuntimeError as error:
                 yield Finding(NOTE, f"TPU: libtpu is installed, but JAX finds none ({one_line(error)})")
-        elif told:  # such as that there is a TPU, but no libtpu
-            yield Finding(NOTE, told)
+        elif warned:  # such as a TPU without libtpu
+            yield Finding(NOTE, warned)
 
 
 @contextlib.contextmanager
-def _told_by_jax() -> Iterator[list[logging.LogRecord]]:
-    """What JAX and its plugins warn of while they look for devices, instead of on the screen."""
+def _jax_warnings() -> Iterator[list[logging.LogRecord]]:
+    """Collect the warnings that JAX and its plugins log while they search for devices; keep them off the terminal."""
     handler, loggers = logging.handlers.BufferingHandler(1000), [logging.getLogger(n) for n in ("jax", "jax_plugins")]
     for logger in loggers:
         logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""A finding of the doctor, and what its checks know of the run."""
+"""The run that the doctor examines."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +10,11 @@ _STATE = 50_000_000  # bytes, if it is not known: the reference network with Ada
 
 @dataclass(slots=True)
 class Visit:
-    """The run that is examined, and what checks find that later ones need."""
+    """The run that is examined, and results of checks that later checks need."""
 
     config: Config
     workdir: Path
     platform: str = ""  # that JAX computes on
     has_data: bool = False  # nothing must be downloaded or decoded
     state_bytes: int = _STATE
-    needs: list[tuple[str, Path, int]] = field(default_factory=list)  # what is written, where, at least so many bytes
+    needs: list[tuple[str, Path, int]] = field(default_factory=list)  # (content, folder, minimum size in bytes)

@@ -37,7 +37,7 @@ def required_packages() -> Iterator[Finding]:
 
 
 def optional_packages(needed: tuple[str, ...] = ()) -> Iterator[Finding]:
-    """Check the packages that some runs need: those in `needed` fail, others are noted."""
+    """Check the optional packages: a fault of one in `needed` is FAIL, of another a NOTE."""
     for name in packages.OPTIONAL:
         if reason := packages.fault(name) or _import_fault(name):
             yield Finding(FAIL if name in needed else NOTE, f"{reason}, for {packages.PACKAGES[name].used_for}")
@@ -47,7 +47,7 @@ def _import_fault(name: str) -> str | None:
     if name.startswith("tensorflow"):  # seconds; a run that needs it reports it
         return None
     try:
-        importlib.import_module(packages.PACKAGES[name].module.partition(".")[0])  # no more: pyplot writes files
+        importlib.import_module(packages.PACKAGES[name].module.partition(".")[0])  # not pyplot, which writes files
     except Exception as error:
         return str(packages.broken(name, error))
     return None

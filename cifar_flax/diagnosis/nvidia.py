@@ -15,16 +15,19 @@ PCI = Path("/sys/bus/pci/devices")
 OLDEST_DRIVER = {13: 580, 12: 525}
 
 
-def why_unused(told: str) -> str | None:
-    """Return why JAX, which has logged `told`, has found no GPU, and what to do; None if there is no GPU."""
+def why_unused(warned: str) -> str | None:
+    """Return why JAX does not use an NVIDIA GPU and how to fix it, or None if there is no GPU.
+
+    `warned` is what JAX logged while it searched for devices.
+    """
     match = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)\s", DRIVER.read_text()) if DRIVER.exists() else None
     driver = match[1] if match else None  # such as "580.65.06"
     if driver is None and not any(path.exists() for path in DEVICES):
         return "there is one, but its driver is not installed" if _is_plugged_in() else None
-    return f"driver {driver or 'of unknown version'}, not used: {_reason(driver, told)}"
+    return f"driver {driver or 'of unknown version'}, not used: {_reason(driver, warned)}"
 
 
-def _reason(driver: str | None, told: str) -> str:
+def _reason(driver: str | None, warned: str) -> str:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return f"JAX_PLATFORMS={platforms} leaves it out"
@@ -47,7 +50,7 @@ def _reason(driver: str | None, told: str) -> str:
     jaxlib = packages.version("jaxlib") or ""
     if packages.numbers(version)[:3] != packages.numbers(jaxlib)[:3]:
         return f"jax-cuda{cuda}-plugin is {version}, jaxlib {jaxlib}: they must be equal; {install}"
-    return told or "JAX does not say why; JAX_PLATFORMS=cuda makes it do so"
+    return warned or "JAX does not say why; JAX_PLATFORMS=cuda makes it do so"
 
 
 def _is_plugged_in() -> bool:

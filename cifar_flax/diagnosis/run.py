@@ -40,7 +40,7 @@ def data(visit: Visit) -> Iterator[Finding]:
                 cache.verify(folder)
                 intact.append(split)
         except ValueError as error:
-            yield Finding(NOTE, f"{split}: {folder} is damaged ({error}); a run decodes it anew")
+            yield Finding(NOTE, f"{split}: {folder} is damaged ({error}); a run will rebuild it")
     missing = [split for split in splits if split not in intact]
     if intact:
         yield Finding(OK, f"{data.name}: {' and '.join(intact)} decoded and intact in {sources.cache_dir(data)}")
@@ -72,7 +72,7 @@ def _preparation(visit: Visit, splits: list[str]) -> Iterator[Finding]:
 
 
 def _unreachable(urls: Iterable[str]) -> list[str]:
-    """Those of the hosts, or of the proxies before them, that do not answer, and why."""
+    """Return the hosts of `urls`, or their proxies, that cannot be reached, each with the reason."""
     addresses, failed = set(), []
     for url in urls:
         parts = urlsplit(url)

@@ -1,1 +1,1 @@
-"""The network as one program for others, and a script that runs it."""
+"""Export: the network as one serialized program, and a script that runs it."""

@@ -24,14 +24,14 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def tensors(run: RestoredRun) -> dict[str, np.ndarray]:
-    """Name -> weights, such as "conv.kernel"; parameters and batch statistics, as they are evaluated."""
+    """Return name, such as "conv.kernel", -> array: the parameters and batch statistics of evaluation."""
     params, batch_stats = run.weights
     arrays = named_leaves(params, ".") | named_leaves(batch_stats, ".")  # no name is in both
     return {name: np.ascontiguousarray(jax.device_get(array)) for name, array in arrays.items()}
 
 
 def stablehlo(run: RestoredRun) -> bytes:
-    """The network, its weights inside, as one program for any number of images and for all of `PLATFORMS`."""
+    """Serialize the network with its weights as one program, for any batch size and all of `PLATFORMS`."""
     config, info = run.config, run.info
     alone = configs.from_dict(configs.to_dict(config))
     alone.parallel = ParallelConfig()  # on one device
@@ -47,7 +47,7 @@ def stablehlo(run: RestoredRun) -> bytes:
     on_cpu, on_accelerator = step("cpu"), step("cuda")
 
     def probabilities(image: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        # A network may be written, or be of another precision, for each.
+        # The kernels and the precision may depend on the platform.
         return jax.lax.platform_dependent(image, cpu=on_cpu, default=on_accelerator)
 
     (batch,) = jax.export.symbolic_shape("batch")
@@ -59,7 +59,7 @@ def run_in_new_process(folder: Path, images: UInt8[np.ndarray, "n h w c"]) -> Fl
     with tempfile.TemporaryDirectory() as temporary:
         given, answer = Path(temporary) / "images.npy", Path(temporary) / "probabilities.npy"
         np.save(given, images, allow_pickle=False)
-        # -P: the folder of this package is not where it looks for modules.
+        # -P: do not search the folder of the script for modules.
         command = [sys.executable, "-P", run_program.__file__, str(folder), str(given), str(answer)]
         leave_memory = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         done = subprocess.run(command, env=leave_memory, capture_output=True, text=True)

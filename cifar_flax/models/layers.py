@@ -70,7 +70,7 @@ def _suits_patches(kernel: Array, padding: str, stride: int) -> bool:
 
 
 def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[Array, "batch h_out w_out c"]:
-    """Maximum over disjoint `window` x `window` squares; rows and columns that fill no window are dropped.
+    """Return the maximum over disjoint `window` x `window` squares; rows and columns that fill no window are dropped.
 
     Written as reshape + max because the gradient of XLA's `reduce_window` is several times slower on a CPU. Where a
     window holds its maximum more than once, the gradient is shared among those places.

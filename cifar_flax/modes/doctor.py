@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Check = Callable[[], Iterator[Finding]]
 
-# Paths stay whole, to be copied.
+# Do not break paths, so that they can be copied.
 _wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False).fill
 
 
@@ -32,13 +32,13 @@ def doctor(config: "Config", workdir: Path) -> None:
     needed += ["scikit-learn"] if config.data.name == "digits" else []
     visit = Visit(config, workdir)
     print(f"cifar_flax {cifar_flax.__version__}: can a run with {config.data.name} start here?")
-    # In the order in which they are printed: a check may need what those before it have found.
+    # In the order of printing: a check may need the results of those before it.
     checks: list[tuple[str, Check]] = [
         ("python", installation.python),
         ("packages", installation.required_packages),
         ("packages", partial(installation.optional_packages, tuple(needed))),
         ("devices", partial(devices.devices, visit)),
-        # Before others compile: JAX opens the folder once, and reports once what is wrong with it.
+        # Before anything is compiled: JAX opens the cache folder once, and reports its errors once.
         ("programs", partial(devices.programs, visit)),
         ("memory", partial(devices.memory, visit)),
         ("data", partial(run.data, visit)),
@@ -53,7 +53,7 @@ def doctor(config: "Config", workdir: Path) -> None:
 
 
 def examine_installation(error: UserError) -> None:
-    """Print the part of `doctor` that works where the packages that every mode needs do not: `error` says why."""
+    """Print the checks of the installation, when `error` keeps the other checks from being imported."""
     print(f"cifar_flax {cifar_flax.__version__}: can a run start here?")
     found = _print([("python", installation.python), ("packages", installation.required_packages)])
     if not any(reason.startswith("packages") for reason in found):  # their versions are fine
@@ -76,5 +76,5 @@ def _findings(check: Check) -> Iterator[Finding]:
         yield from check()
     except UserError as error:
         yield Finding(FAIL, str(error))
-    except Exception as error:  # whatever is odd here is why the doctor has been called
+    except Exception as error:  # the doctor must not fail on the machine that it examines
         yield Finding(NOTE, f"the check itself failed: {one_line(error)}")

@@ -120,7 +120,7 @@ def _many(counts: np.ndarray, depth: np.ndarray) -> Markup:
     return svg(parts, len(counts), len(counts), _WORDS, style=f"max-width: {_SIDE}px")
 
 
-_WORDS = "Confusion matrix: rows are true classes, columns predicted ones; the table tells the most frequent mistakes"
+_WORDS = "Confusion matrix: rows are true classes, columns predicted ones; the table lists the most frequent mistakes"
 
 
 def opaque(depth: float) -> float:

@@ -24,7 +24,7 @@ _FOLDER = "jax_compilation_cache_dir"
 _IS_USED = "jax_enable_compilation_cache"
 _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 _MAX_BYTES = "jax_compilation_cache_max_size"  # -1: without limit
-_SIZE = 2 * 2**30  # bytes, of thousands of programs: those of the quickstart take 350 kB together
+_SIZE = 2 * 2**30  # bytes; the programs of the quickstart take 350 kB
 
 
 def options(platform: str, *, deterministic: bool = False) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def keep_programs() -> None:
             return
         jax.config.update(_FOLDER, str(folder))
         if getattr(jax.config, _MAX_BYTES) < 0:
-            jax.config.update(_MAX_BYTES, _SIZE)  # those used least recently go
+            jax.config.update(_MAX_BYTES, _SIZE)  # JAX evicts the least recently used programs
     jax.config.update(_MIN_SECONDS, 0)  # the many small ones add up to seconds
 
 

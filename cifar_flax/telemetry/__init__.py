@@ -1,1 +1,1 @@
-"""What a run prints and logs."""
+"""Logging: the terminal, metrics.jsonl and TensorBoard."""

@@ -6,13 +6,13 @@ from typing import Any
 
 
 def show(text: str) -> None:
-    """Prints what its user asked for; that nobody reads it any more is no error."""
+    """Print `text`; a closed pipe is not an error."""
     with contextlib.suppress(OSError):
         print(text)
 
 
 def printable(text: str) -> str:
-    """The name of a file, or of what else comes from outside, without what a terminal would obey."""
+    """Return `text`, such as a file name, with control characters replaced by "?"."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

@@ -17,7 +17,7 @@ Metrics = dict[str, Any]  # one line of metrics.jsonl
 
 
 class MetricsWriter:
-    """Appends lines to metrics.jsonl and to TensorBoard's event files; in the main process alone.
+    """Append lines to metrics.jsonl and to TensorBoard's event files; in the main process alone.
 
     Raises `OSError`, with the file's name, from the call that could not write.
     """
@@ -76,7 +76,7 @@ class MetricsWriter:
 
 
 def _written_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> bytes:
-    """Leaves of metrics.jsonl what was written up to `mark`; returns that.
+    """Truncate metrics.jsonl to what was written up to `mark`, and return it.
 
     Where that has been changed meanwhile, lines up to `step` stay if they can be read; a line on the screen says so.
     """
@@ -88,14 +88,14 @@ def _written_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> byt
         found = f"{left} of its {len(lines)} lines are kept" if content else "it is not there"
         processes.log(f"{path} is not what the run had written at step {step}: {found}")
     elif lines and not mark:
-        processes.log(f"there is no checkpoint: begun anew, {len(lines)} lines of {path} are dropped")
+        processes.log(f"there is no checkpoint: starting from step 0 and deleting {len(lines)} lines of {path}")
     if kept != content:
         files.replace(path, kept)
     return kept
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinite for what is none."""
+    """Return the step of a line of metrics.jsonl, or infinity if the line is invalid."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

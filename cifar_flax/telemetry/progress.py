@@ -11,7 +11,7 @@ from cifar_flax.telemetry.metrics_log import Metrics
 
 
 class Lines:
-    """In place of tqdm's bar: of all that it shows, only the lines that stay."""
+    """A stand-in for tqdm's bar that prints the lines of `write` and no bar."""
 
     write = staticmethod(processes.log)
 

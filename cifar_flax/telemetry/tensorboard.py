@@ -1,4 +1,4 @@
-"""TensorBoard's event files. The only file that imports tensorboardX, whose absence a run survives."""
+"""TensorBoard's event files. The only file that imports tensorboardX, which may be missing."""
 
 import shutil
 import time
@@ -14,13 +14,13 @@ _EVALUATION_METRICS = ("accuracy", "top5_accuracy", "loss", "expected_calibratio
 
 
 class Events:
-    """One event file, written by the caller's thread: the thread of tensorboardX itself would die of a full disk.
+    """An event file, written in the caller's thread: tensorboardX's own thread would hang the run on a full disk.
 
     Raises `UserError` if tensorboardX is missing, too old or broken, and `OSError` if the file cannot be written.
     """
 
     def __init__(self, folder: Path):
-        with without("torch"):  # seconds, and hundreds of megabytes, for tensors that are never met here
+        with without("torch"):  # seconds, and hundreds of megabytes, for tensors that this project does not use
             packages.load("tensorboardX")
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto import event_pb2, summary_pb2
@@ -29,7 +29,7 @@ class Events:
         self._writer = event_file_writer.EventsWriter(str(folder / "events"))
 
     def start(self, step: int, settings: Mapping[str, Any]) -> None:
-        """Begin a session at `step`: hide what an earlier session wrote after it, and write the hyper-parameters."""
+        """Begin a session at `step`: hide later events of earlier sessions, and write the hyper-parameters."""
         session = self._event.SessionLog(status=self._event.SessionLog.START)
         self._write(step + 1, session_log=session)
         values = {name: value if type(value) in (bool, int, float) else str(value) for name, value in settings.items()}

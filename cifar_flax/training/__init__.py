@@ -1,1 +1,1 @@
-"""The training step, its loop and what they consist of."""
+"""Training: state, steps, optimizers, evaluation, metrics and the loop."""

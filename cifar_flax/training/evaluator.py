@@ -50,7 +50,7 @@ class Evaluator:
         tta: str = "none",
         tta_below: float | None = None,
     ):
-        processes.require_agreement(data=arrays.digest())  # else their numbers of batches might not be the same
+        processes.require_agreement(data=arrays.digest())  # or the processes would run different numbers of batches
         self._task, self._arrays, self._examples = task, arrays, examples
         self._layout = task.layout
         self._batch_size = self._layout.round_up(min(batch_size, len(examples)))
@@ -132,7 +132,7 @@ class Evaluator:
 
 
 def on_inputs(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step` for a batch, or for the indices of one with the split to gather it from."""
+    """Return `step` for a batch, or for the indices of a batch and the split to gather it from."""
 
     def run(weights: PyTree, inputs: Any, images: Array | None = None, labels: Array | None = None) -> Any:
         return step(weights, inputs if images is None else gather(images, labels, inputs))

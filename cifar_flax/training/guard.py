@@ -7,14 +7,14 @@ from cifar_flax.training.metrics import StepMetrics
 
 
 class NonFiniteGuard:
-    """Ends a run whose loss or gradient is not finite, unless such steps are skipped and there are not too many."""
+    """Ends a run at a loss or gradient that is not finite, or after too many skipped steps in a row."""
 
     def __init__(self, max_skipped: int, loss: float | None = None, skipped: int = 0):
-        """`max_skipped` is 0 where none is; `loss` is the last that was finite, `skipped` the steps since."""
+        """`max_skipped`: 0 if no step is skipped. `loss`: the last finite loss. `skipped`: the number of steps since."""
         self._max_skipped, self.loss, self.skipped = max_skipped, loss, skipped
 
     def check(self, first_step: int, values: StepMetrics) -> None:
-        """Raises `UserError` at the first step that ends the run, of those whose `values` these are."""
+        """Raise `UserError` if one of the steps from `first_step` on, with the metrics `values`, ends the run."""
         for step, loss in enumerate(values["loss"].tolist(), start=first_step):
             if values["finite"][step - first_step]:
                 self.loss, self.skipped = loss, 0

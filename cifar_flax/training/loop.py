@@ -23,15 +23,15 @@ from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Inputs, TrainCall
 from cifar_flax.training.trainer import Trainer
 
-# An accelerator's metrics are read when this many later calls have been given to it, so it never waits for the host.
+# Metrics of an accelerator are read after this many later calls have been dispatched, so it never waits for the host.
 READ_LAG = 2
 
 
 def read_lag(platform: str, steps_per_call: int) -> int:
-    """How many calls a training run gives to the device ahead of the one that it reads.
+    """Return how many calls are dispatched ahead of the one whose metrics are read.
 
-    A signal has to wait for all that have been given. Those of many steps, and those of a CPU, take so long that the
-    host's word between two of them hardly counts (0.4 % of the reference network's step on two cores): none is ahead.
+    A signal has to wait for all calls that were dispatched. On a CPU, and for calls of many steps, a call takes so long
+    that the host's work between two calls hardly counts (0.4 % of the reference network's step on two cores): 0.
     """
     return READ_LAG if steps_per_call == 1 and platform != "cpu" else 0
 
@@ -45,7 +45,7 @@ def run_calls(
     stopping: Callable[[], int] = lambda: 0,
     lag: int = READ_LAG,
 ) -> TrainState:
-    """Runs the calls, each given as the number of steps done after it, and calls `read` with it and its metrics.
+    """Run the calls, each named by the number of steps done after it, and call `read` with that number and its metrics.
 
     They are read `lag` calls late, the last ones when there is nothing more to run, or when `stopping`, which is asked
     before each call, says so.

@@ -1,4 +1,4 @@
-"""From sums over examples to the metrics that people read."""
+"""Metrics: of an evaluation, from sums over its batches, and of training, from those of its steps."""
 
 import math
 import statistics
@@ -56,7 +56,7 @@ def add(total: Sums | None, sums: Sums) -> Sums:
 
 
 def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """Accuracy, loss, calibration and per-class metrics of a whole split, as plain numbers.
+    """Return accuracy, loss, calibration and per-class metrics of a whole split, as plain numbers.
 
     `confusion_matrix[i][j]` counts examples of class i that were taken for class j. `expected_calibration_error` is
     that of Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2, and `calibration` the bins that it
@@ -111,7 +111,7 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 
 
 class MetricsAccumulator:
-    """Means and rates of the steps since the last line of the log.
+    """Accumulates the metrics of the steps since the last line of metrics.jsonl, for their means and rates.
 
     `blocked` says for how many seconds in all the loop has waited for checkpoints. `values` are those of steps that an
     earlier start of the run has done since that line: they count in the means, not in the rates.
@@ -124,7 +124,7 @@ class MetricsAccumulator:
         self.resume()
 
     def resume(self) -> None:
-        """The clock starts: what the loop has done besides training does not count."""
+        """Restart the clock: evaluations and saves do not count as training time."""
         self._begin, self._waited, self._timed = time.perf_counter(), self._inputs.seconds, 0
 
     def add(self, values: StepMetrics) -> None:
@@ -132,11 +132,11 @@ class MetricsAccumulator:
         self._timed += len(values["loss"])
 
     def values(self) -> dict[str, list[Any]]:
-        """Those of the steps added, exact in JSON; empty where there are none."""
+        """Return the metrics of the accumulated steps, exact in JSON; empty if there are none."""
         return {name: column.tolist() for name, column in self._columns().items()} if self._values else {}
 
     def close(self, batch_size: int) -> dict[str, Any]:
-        """The means over the steps added but for those that were skipped; opens the next interval."""
+        """Return the means over the accumulated steps that were not skipped, and start again."""
         seconds = time.perf_counter() - self._begin
         values, blocked = self._columns(), self._blocked()
         taken = values["finite"].astype(bool)

@@ -61,7 +61,7 @@ class Trainer:
             self.evaluator = Evaluator(self.task, eval_arrays, everything, config.eval.batch_size)
 
     def require_same_data(self, saved: dict[str, Any]) -> None:
-        """Raise `UserError` unless `saved`, of a checkpoint, is this data: indices would mean other examples."""
+        """Raise `UserError` unless `saved`, from a checkpoint, describes this data: its indices name examples."""
         was = DatasetInfo.from_dict(saved)
         for field in dataclasses.fields(was):
             before, now = getattr(was, field.name), getattr(self.info, field.name)

@@ -16,7 +16,7 @@ def conv(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def conv_max_pool(x: Array, kernel: Array) -> Array:
-    """4x4 patches times a matrix that gives the four outputs of a square."""
+    """Multiply 4x4 patches by a matrix that gives the four outputs of a 2x2 square, and take their maximum."""
     batch, height, width, c_in = x.shape
     rows, columns, c_out = (height - 2) // 2, (width - 2) // 2, kernel.shape[-1]
     x = lax.optimization_barrier(x)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Key, UInt32
 
 
 def random_words(keys: Key[Array, " batch"], count: int) -> UInt32[Array, "batch count"]:
-    """The bits of `jax.random.bits` for each of the keys, which are Threefry's, all of them in one fusion.
+    """Return the bits of `jax.random.bits` for each of the Threefry keys, computed in one fusion.
 
     On a CPU, JAX has the cipher as a loop that writes its state to memory between its rounds.
 
