@@ -55,6 +55,15 @@ def test_an_old_jax_is_one_line_in_every_mode(tmp_path, arguments):
     assert {path.name for path in tmp_path.iterdir()} == {"first"}
 
 
+@pytest.mark.parametrize(("name", "version"), [("flax", "0.10.7"), ("optax", "0.2.5"), ("numpy", "1.26.4")])
+def test_other_old_packages_are_one_line(tmp_path, name, version):
+    old(tmp_path / "first", name, version)
+    done = start(tmp_path, "--config=quickstart")
+    wanted = f"{name}>={packages.PACKAGES[name].oldest}"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f'error: {name} {version} is too old; {wanted} is needed (pip install -U "{wanted}")\n'
+
+
 @pytest.mark.parametrize(("module", "name"), [("optax", "optax"), ("orbax", "orbax-checkpoint")])
 @pytest.mark.parametrize("mode", ["--config=quickstart", "--mode=doctor"])
 def test_a_broken_package_that_every_mode_needs_is_one_line(tmp_path, module, name, mode):
@@ -97,6 +106,24 @@ def test_a_broken_package_that_the_run_needs_is_one_line(tmp_path, module, name,
     assert len(done.stderr.splitlines()) == 1
     assert f"{name} {packages.version(name)} cannot be imported (ImportError: it was built for" in done.stderr
     assert f"{name}>={packages.PACKAGES[name].oldest} is needed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "arguments"),
+    [
+        ("PIL", "pillow", ("--mode=predict", "image.png")),
+        ("safetensors", "safetensors", ("--mode=export", "--output=exported")),
+    ],
+)
+def test_a_broken_package_that_a_mode_needs_is_one_line(straight, tmp_path, module, name, arguments):
+    broken(tmp_path / "first", module)
+    (tmp_path / "image.png").touch()
+    done = start(tmp_path, *arguments, f"--workdir={straight[0]}")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert f"{name} {packages.version(name)} cannot be imported (ImportError: it was built for" in done.stderr
+    assert f"{name}>={packages.PACKAGES[name].oldest} is needed" in done.stderr
+    assert not (tmp_path / "exported").exists()
 
 
 def test_old_optional_packages_are_refused(tmp_path, monkeypatch):

@@ -49,13 +49,13 @@ def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n
 
 
 def empty_indices(*shape: int) -> Indices:
-    """Positions to compile a call for."""
+    """Return indices, all 0, to compile a call for."""
     zeros = np.zeros(shape, np.int32)
     return Indices(zeros, zeros, zeros > 0)
 
 
 def empty_batch(batch_size: int, image_shape: tuple[int, int, int]) -> Batch:
-    """A batch to compile a step for."""
+    """Return an empty batch to compile a step for."""
     images, labels = np.zeros((1, *image_shape), np.uint8), np.zeros(1, np.int32)
     return gather(images, labels, empty_indices(batch_size))
 

@@ -10,7 +10,7 @@ class NonFiniteGuard:
     """Ends a run at a loss or gradient that is not finite, or after too many skipped steps in a row."""
 
     def __init__(self, max_skipped: int, loss: float | None = None, skipped: int = 0):
-        """`max_skipped`: 0 if no step is skipped. `loss`: the last finite loss. `skipped`: the number of steps since."""
+        """`max_skipped`: 0 if no step is skipped; `loss`: the last finite loss; `skipped`: the steps since then."""
         self._max_skipped, self.loss, self.skipped = max_skipped, loss, skipped
 
     def check(self, first_step: int, values: StepMetrics) -> None:
