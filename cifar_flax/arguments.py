@@ -135,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=tuple(MODES), default="train", help=argparse.SUPPRESS)
     run = parser.add_argument_group("which run")
     run.add_argument(
-        "--config", metavar="FILE", help="train, doctor: the config file; --config.FIELD=VALUE sets a field"
+        "--config",
+        metavar="FILE",
+        help="train, doctor: a config file, or the name of one that ships; --config.FIELD=VALUE sets a field",
     )
     run.add_argument("--workdir", metavar="DIR", help="where the run lives (train: runs/<name of the config file>)")
     results = parser.add_argument_group("results")

@@ -39,7 +39,6 @@ PACKAGES = {
     "ml-collections": Package("ml_collections", "1.1"),
     "absl-py": Package("absl", "2.1"),
     "jaxtyping": Package("jaxtyping", "0.3.2"),
-    "filelock": Package("filelock", "3.12"),
     "tensorflow": Package("tensorflow", "2.20", "data.pipeline=streaming and preparing TFDS data sets"),
     "tensorflow-datasets": Package("tensorflow_datasets", "4.9.10", "preparing TFDS data sets"),
     "scikit-learn": Package("sklearn.datasets", "1.6", "data.name=digits"),

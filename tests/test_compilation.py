@@ -104,26 +104,6 @@ def test_jax_own_variables_are_the_switch(tmp_path, variable, value, used):
     assert written == ({used} if used else set())
 
 
-BOUNDED = """
-import jax
-from cifar_flax.runtime import compilation
-assert compilation._SIZE == 2 * 2**30
-compilation._SIZE = 20_000  # bytes
-compilation.keep_programs()
-for number in range(20):
-    jax.jit(lambda x: x + number)(0)
-"""
-
-
-def test_the_folder_of_compiled_programs_is_bounded(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    subprocess.run([sys.executable, "-c", BOUNDED], env=environment, check=True)
-    sizes = [path.stat().st_size for path in tmp_path.glob("cifar_flax/compiled/*-cache")]
-    assert 1 < len(sizes) < 20
-    assert sum(sizes) <= 20_000
-
-
 @pytest.fixture
 def no_folder_yet():
     before = {name: getattr(jax.config, name) for name in CHANGED}
@@ -131,6 +111,22 @@ def no_folder_yet():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+def test_the_folder_of_compiled_programs_is_bounded(monkeypatch, no_folder_yet):
+    folder = files.user_cache() / "compiled"
+    folder.mkdir(parents=True)
+    for age in range(10):
+        (folder / f"{age}-cache").write_bytes(bytes(1000))
+        os.utime(folder / f"{age}-cache", (10**9 - age, 10**9 - age))
+    compilation.keep_programs()
+    assert len(list(folder.iterdir())) == 10
+    monkeypatch.setattr(compilation, "_MAX_BYTES", 3500)
+    compilation.keep_programs()
+    assert len(list(folder.iterdir())) == 10  # it has been named already, perhaps by the user
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation.keep_programs()
+    assert sorted(path.name for path in folder.iterdir()) == ["0-cache", "1-cache", "2-cache"]
 
 
 def test_a_folder_open_to_others_is_closed(tmp_path, no_folder_yet):

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 import jax
 
-from cifar_flax import packages
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
 from cifar_flax.data import cache, sources
 from cifar_flax.diagnosis.finding import Visit
@@ -52,7 +51,6 @@ def data(visit: Visit) -> Iterator[Finding]:
 def _preparation(visit: Visit, splits: list[str]) -> Iterator[Finding]:
     data, names = visit.config.data, " and ".join(splits)
     sources.require_tfds(data, splits[0])
-    packages.require(["tensorflow", "tensorflow-datasets"])
     work = sources.preparation(data, splits)
     size = sum(work.downloads.values())
     decoded = work.decoded or (0 if data.image_size else size)  # files hold images compressed

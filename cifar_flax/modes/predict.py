@@ -1,4 +1,4 @@
-"""Image files -> their classes: a table for people, or a file for programs."""
+"""--mode=predict: classify image files; print a table, or write a .csv, .json or .jsonl file."""
 
 import csv
 import dataclasses

@@ -41,18 +41,18 @@ def correct(result: Result) -> int:
 
 
 def interval(result: Result) -> str:
-    """Of the accuracy, with 95 % confidence, such as "74.64 to 76.33 %"."""
+    """Return the 95 % confidence interval of the accuracy, such as "74.64 to 76.33 %"."""
     low, high = metrics.wilson_interval(correct(result), result["num_examples"])
     return f"{100 * low:.2f} to {percent(high)}"
 
 
 def comparable(result: Result, other: Result) -> bool:
-    """Whether both are of the same images, as far as they tell."""
+    """Return whether both have the same data set, split and number of examples."""
     return all(result[name] == other[name] for name in ("dataset", "split", "num_examples"))
 
 
 def difference(result: Result, reference: Result) -> str:
-    """Of the accuracies in percentage points, and its standard error as if they were of different images."""
+    """Return the difference of the accuracies in percentage points ± its standard error (for independent images)."""
     variances = [r["accuracy"] * (1 - r["accuracy"]) / r["num_examples"] for r in (result, reference)]
     points = 100 * (result["accuracy"] - reference["accuracy"])
     sign = "\u2212" if points < 0 else "+"

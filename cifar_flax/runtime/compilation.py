@@ -23,8 +23,7 @@ _NAME = "compiled"  # the folder in the user's cache folder
 _FOLDER = "jax_compilation_cache_dir"
 _IS_USED = "jax_enable_compilation_cache"
 _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
-_MAX_BYTES = "jax_compilation_cache_max_size"  # -1: without limit
-_SIZE = 2 * 2**30  # bytes; the programs of the quickstart take 350 kB
+_MAX_BYTES = 2 * 2**30  # of the folder; the programs of the quickstart take 350 kB
 
 
 def options(platform: str, *, deterministic: bool = False) -> dict[str, Any]:
@@ -38,8 +37,7 @@ def keep_programs() -> None:
     """Keeps compiled programs in the user's cache folder, where the next start finds them.
 
     What lies there is run: the folder is open to its owner alone, and not used where that cannot be had. JAX's own
-    variables count: JAX_COMPILATION_CACHE_DIR names another folder (of which JAX_COMPILATION_CACHE_MAX_SIZE bounds the
-    size), JAX_ENABLE_COMPILATION_CACHE=false is the switch.
+    variables count: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false is the switch.
     """
     if programs_folder() is None:
         folder = files.user_cache() / _NAME
@@ -49,9 +47,22 @@ def keep_programs() -> None:
         except OSError:
             return
         jax.config.update(_FOLDER, str(folder))
-        if getattr(jax.config, _MAX_BYTES) < 0:
-            jax.config.update(_MAX_BYTES, _SIZE)  # JAX evicts the least recently used programs
+        _remove_oldest(folder)
     jax.config.update(_MIN_SECONDS, 0)  # the many small ones add up to seconds
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Remove the oldest files of `folder` until the others take at most `_MAX_BYTES`.
+
+    JAX's own limit (jax_compilation_cache_max_size) fails in jax 0.10 on an entry that a killed process has left
+    without its time of access: from then on, no program is cached.
+    """
+    total = 0
+    with contextlib.suppress(OSError):  # another process may be removing the same files
+        for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            total += path.stat().st_size
+            if total > _MAX_BYTES:
+                path.unlink()
 
 
 def programs_folder() -> str | None:
