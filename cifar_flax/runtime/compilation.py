@@ -1,4 +1,4 @@
-"""How programs are compiled, and where compiled ones are kept."""
+"""Compiler options, and the persistent compilation cache."""
 
 import contextlib
 import secrets
@@ -34,10 +34,11 @@ def options(platform: str, *, deterministic: bool = False) -> dict[str, Any]:
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs in the user's cache folder, where the next start finds them.
+    """Enable JAX's persistent compilation cache, in the user's cache folder.
 
-    What lies there is run: the folder is open to its owner alone, and not used where that cannot be had. JAX's own
-    variables count: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false is the switch.
+    JAX runs what it loads from there, so the folder is accessible to its owner only; if that is impossible, it is not
+    used. JAX's variables take precedence: JAX_COMPILATION_CACHE_DIR names another folder, whose size is not limited,
+    and JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
     """
     if programs_folder() is None:
         folder = files.user_cache() / _NAME
@@ -66,12 +67,12 @@ def _remove_oldest(folder: Path) -> None:
 
 
 def programs_folder() -> str | None:
-    """Where compiled programs are kept; None where they are not."""
+    """Return the folder of the persistent compilation cache, or None if it is disabled."""
     return getattr(jax.config, _FOLDER) if getattr(jax.config, _IS_USED) else None
 
 
 def why_not_kept() -> str | None:
-    """Why the next start will not find compiled programs; None where it will, as one that is compiled here is found."""
+    """Return why the persistent compilation cache does not work, or None if a probe was read back."""
     if not getattr(jax.config, _IS_USED):
         return "JAX_ENABLE_COMPILATION_CACHE is false"
     folder = programs_folder()
@@ -85,7 +86,7 @@ def why_not_kept() -> str | None:
 
 
 def _finds_again(folder: Path) -> bool:
-    """Compiles a program twice that nobody has compiled before, and removes it from `folder`."""
+    """Return whether a new program is read from the cache when it is compiled again; remove it from `folder`."""
     number, found = secrets.randbelow(2**31), []
 
     def program(x: jax.Array) -> jax.Array:
@@ -109,7 +110,7 @@ def _finds_again(folder: Path) -> bool:
 
 
 def nothing_kept() -> contextlib.AbstractContextManager[None]:
-    """Here, what is compiled is not kept."""
+    """Disable writes to the persistent compilation cache inside the block."""
     return _changed({_MIN_SECONDS: 1e9})
 
 
