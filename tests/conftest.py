@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Tests compile more than they compute. Those of numbers are run a second time as users compile: see `.ci/run`."""
+    """Disable most XLA optimizations: compilation takes most of the time. `.ci/run` also runs numerics tests with them."""
     jax.config.update("jax_disable_most_optimizations", not config.getoption("--default-optimizations"))
 
 
@@ -60,7 +60,7 @@ def own_folders(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def signals_as_in_a_terminal():
-    """Where the tests run in the background of a script, SIGINT is ignored, and would be in what they start."""
+    """Reset SIGINT and SIGTERM: a background job of a script ignores SIGINT, and its children would inherit that."""
     defaults = dict.fromkeys(signals.SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
@@ -156,7 +156,7 @@ def assert_same_run(config, one, other):
 
 
 def widest_gap(values):
-    """A threshold that no rounding error crosses: the middle of the widest gap in the middle half of `values`."""
+    """Return a threshold that no rounding error crosses: the middle of the widest gap in the middle half of `values`."""
     ordered = np.sort(np.asarray(values, np.float64))
     middle = ordered[len(ordered) // 4 : -(len(ordered) // 4)]
     place = np.diff(middle).argmax()
@@ -165,7 +165,7 @@ def widest_gap(values):
 
 
 def assert_same_classes(found, expected):
-    """Of rows of probabilities, but where the best two are so close that rounding errors decide."""
+    """Assert that rows of probabilities have equal classes, except where the two largest differ by rounding errors."""
     second, first = np.sort(expected, axis=1)[:, -2:].T
     clear = first - second > 1e-4
     assert clear.mean() > 0.9
@@ -173,6 +173,6 @@ def assert_same_classes(found, expected):
 
 
 def assert_same_counts(found, expected):
-    """Of confusion matrices, but for one image, of which rounding errors may decide."""
+    """Assert that confusion matrices are equal, except for one image, whose class may depend on rounding errors."""
     assert np.sum(found) == np.sum(expected)
     assert np.abs(np.subtract(found, expected)).sum() <= 2

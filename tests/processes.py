@@ -42,7 +42,7 @@ def free_port(ports=(0,)):
 
 
 def environment(**variables):
-    """These processes compile more than they compute: they optimize little and share programs, as in conftest.py."""
+    """Return the environment of test processes: few XLA optimizations and a shared compilation cache, as in conftest.py."""
     ours = {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
@@ -52,7 +52,7 @@ def environment(**variables):
 
 
 def virtual_devices(count):
-    """The variable that has XLA make so many of the CPU; what else it holds stays."""
+    """Return XLA_FLAGS for `count` CPU devices, in addition to the flags that are set."""
     given = os.environ.get("XLA_FLAGS", "")
     return {"XLA_FLAGS": f"{given} --xla_force_host_platform_device_count={count}".strip()}
 

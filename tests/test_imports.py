@@ -35,7 +35,7 @@ HOMES = {"orbax": {"checkpoints"}, "flax.nnx": {"models", "training"}, "ml_colle
 
 
 def files():
-    """Dotted name below the package -> syntax tree."""
+    """Yield the dotted name and the syntax tree of each file."""
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         yield ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts), ast.parse(path.read_text())
@@ -45,7 +45,7 @@ FILES = dict(files())
 
 
 def imports(node):
-    """Full names of what is imported in and below `node`: `from a import b` gives "a.b"."""
+    """Yield the full names of imports in and below `node`: `from a import b` gives "a.b"."""
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
@@ -54,7 +54,7 @@ def imports(node):
 
 
 def project_imports(tree):
-    """The files of this package that are imported."""
+    """Yield the files of this package that are imported."""
     for target in imports(tree):
         inside = target.removeprefix("cifar_flax").lstrip(".")
         if target.split(".")[0] == "cifar_flax":
@@ -63,7 +63,7 @@ def project_imports(tree):
 
 
 def unit(name):
-    """The package, or the file at the root, that the file `name` belongs to."""
+    """Return the package, or the file at the root, that the file `name` belongs to."""
     return name.split(".")[0]
 
 

@@ -21,7 +21,7 @@ MODES = (
 
 
 def old(folder, name, version):
-    """A distribution of that version, found before the one that is installed."""
+    """Make a distribution of that version, which Python finds before the installed one."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
