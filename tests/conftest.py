@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Disable most XLA optimizations: compilation takes most of the time. `.ci/run` also runs numerics tests with them."""
+    """Disable most XLA optimizations, which take most of the time; `.ci/run` enables them for the numerics tests."""
     jax.config.update("jax_disable_most_optimizations", not config.getoption("--default-optimizations"))
 
 
@@ -165,7 +165,7 @@ def widest_gap(values):
 
 
 def assert_same_classes(found, expected):
-    """Assert that rows of probabilities have equal classes, except where the two largest differ by rounding errors."""
+    """Assert equal classes, except where the two largest probabilities differ by rounding errors."""
     second, first = np.sort(expected, axis=1)[:, -2:].T
     clear = first - second > 1e-4
     assert clear.mean() > 0.9

@@ -42,7 +42,7 @@ def free_port(ports=(0,)):
 
 
 def environment(**variables):
-    """Return the environment of test processes: few XLA optimizations and a shared compilation cache, as in conftest.py."""
+    """Return the environment of test processes: few XLA optimizations, a shared compilation cache."""
     ours = {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
