@@ -156,7 +156,7 @@ def assert_same_run(config, one, other):
 
 
 def widest_gap(values):
-    """Return a threshold that no rounding error crosses: the middle of the widest gap in the middle half of `values`."""
+    """Return a threshold that no rounding error crosses: the middle of the widest gap in the middle half."""
     ordered = np.sort(np.asarray(values, np.float64))
     middle = ordered[len(ordered) // 4 : -(len(ordered) // 4)]
     place = np.diff(middle).argmax()
