@@ -89,8 +89,8 @@ class Config:
         require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "must be at least 1")
         name, allowed = self.model.name, "belongs to another network than the one that the config file builds"
         require(isinstance(self.model, models.config_class(name)), "model.name", name, allowed)
-        for field_of_part in dataclasses.fields(self):
-            part: Any = getattr(self, field_of_part.name)
+        for member in dataclasses.fields(self):
+            part: Any = getattr(self, member.name)
             if hasattr(part, "validate"):
                 part.validate()
         whitening = self.optim.whitening

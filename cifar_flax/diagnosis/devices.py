@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import jax
 
 from cifar_flax.diagnosis import nvidia
-from cifar_flax.diagnosis.finding import Visit
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
+from cifar_flax.diagnosis.visit import Visit
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.packages import has_module
 from cifar_flax.runtime import allocator, compilation

@@ -13,8 +13,8 @@ import jax
 
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
 from cifar_flax.data import cache, sources
-from cifar_flax.diagnosis.finding import Visit
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
+from cifar_flax.diagnosis.visit import Visit
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.runtime import compilation
 from cifar_flax.training.trainer import Trainer

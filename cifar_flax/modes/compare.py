@@ -1,4 +1,4 @@
-"""Several runs on one page."""
+"""--mode=compare: show several runs side by side on one page."""
 
 import string
 from collections.abc import Sequence

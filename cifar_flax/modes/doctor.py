@@ -26,7 +26,7 @@ _wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_long_words=F
 def doctor(config: "Config", workdir: Path) -> None:
     """Print what a run of `config` in `workdir` would meet; raise `UserError` with the reasons if it would fail."""
     from cifar_flax.diagnosis import devices, run
-    from cifar_flax.diagnosis.finding import Visit
+    from cifar_flax.diagnosis.visit import Visit
 
     needed = ["tensorflow"] if config.data.pipeline == "streaming" else []
     needed += ["scikit-learn"] if config.data.name == "digits" else []
