@@ -1,4 +1,4 @@
-"""The layers of the package: imports go one way, between packages and between files."""
+"""Check the import rules: packages and files import only from lower layers, without cycles."""
 
 import ast
 import os
@@ -12,26 +12,26 @@ from cifar_flax.packages import OPTIONAL, PACKAGES
 
 ROOT = REPOSITORY / "cifar_flax"
 
-# Everything may import these; they import each other at most.
+# Every file may import these; they may import only each other.
 GROUND = {"errors", "files", "packages", "__init__"}
-# Package, or file at the root -> the packages and root files that it may import beside the ground.
+# Package or root-level file -> the packages and root-level files that it may import in addition to GROUND.
 RULES = {
     "runtime": set(),
     "models": set(),
     "data": {"runtime"},
     "checkpoints": {"runtime"},
     "telemetry": {"runtime"},
-    # config.py composes the dataclasses that the parts define for themselves, and the training loop takes the whole.
+    # config.py combines the config dataclasses of all packages; the training loop needs the whole Config.
     "training": {"runtime", "models", "data", "checkpoints", "telemetry", "config"},
-    "report": {"data", "training"},
+    "report": {"data", "training", "telemetry"},
     "export": {"runtime", "training", "config", "restore"},
     "diagnosis": {"runtime", "data", "checkpoints", "training", "config", "workdir"},
 }
-# These have the whole package at their disposal but for the command line, which nothing imports.
+# These may import any package except `modes`. Only the command line imports `modes`; nothing imports the command line.
 FREE = {"config", "workdir", "restore", "classifier", "modes"}
 COMMAND_LINE = {"arguments", "cli", "__main__"}
-# Library -> the packages or root files that may import it.
-HOMES = {"orbax": {"checkpoints"}, "flax.nnx": {"models", "training"}, "ml_collections": {"arguments"}}
+# Library -> the packages or root-level files that may import it.
+IMPORTERS = {"orbax": {"checkpoints"}, "flax.nnx": {"models", "training"}, "ml_collections": {"arguments"}}
 
 
 def files():
@@ -45,7 +45,7 @@ FILES = dict(files())
 
 
 def imports(node):
-    """Yield the full names of imports in and below `node`: `from a import b` gives "a.b"."""
+    """Yield the full names that `node` and its descendants import; for `from a import b`, "a.b"."""
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
@@ -54,12 +54,12 @@ def imports(node):
 
 
 def project_imports(tree):
-    """Yield the files of this package that are imported."""
+    """Yield the dotted names of the files of this package that `tree` imports."""
     for target in imports(tree):
         inside = target.removeprefix("cifar_flax").lstrip(".")
         if target.split(".")[0] == "cifar_flax":
-            found = [name for name in FILES if f"{inside}.".startswith(f"{name}.")]
-            yield max(found, key=len, default="__init__")
+            matches = [name for name in FILES if f"{inside}.".startswith(f"{name}.")]
+            yield max(matches, key=len, default="__init__")
 
 
 def unit(name):
@@ -67,9 +67,9 @@ def unit(name):
     return name.split(".")[0]
 
 
-def test_packages_import_what_lies_below_them():
+def test_packages_import_only_from_lower_layers():
     packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
-    assert packages <= RULES.keys() | FREE, "a new package needs a rule"
+    assert packages <= RULES.keys() | FREE, "add a rule for the new package to RULES"
     for name, tree in FILES.items():
         ours = unit(name)
         theirs = {unit(target) for target in project_imports(tree)} - {ours}
@@ -79,13 +79,13 @@ def test_packages_import_what_lies_below_them():
         if ours in FREE:
             assert ours == "modes" or "modes" not in theirs, name
         elif ours in GROUND:
-            # cifar_flax.load imports the rest, when it is called.
+            # `cifar_flax.load` imports other packages, but only when it is called.
             assert name == "__init__" or theirs <= GROUND, name
         else:
             assert theirs <= GROUND | RULES[ours], f"{name} imports {theirs - GROUND - RULES[ours]}"
 
 
-def test_no_two_files_import_each_other():
+def test_there_are_no_import_cycles():
     graph = {
         name: {target for target in project_imports(tree) if target not in (name, "__init__")}
         for name, tree in FILES.items()
@@ -93,15 +93,15 @@ def test_no_two_files_import_each_other():
     list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def test_libraries_stay_at_home():
+def test_libraries_are_imported_only_where_allowed():
     for name, tree in FILES.items():
         for target in imports(tree):
-            for library, homes in HOMES.items():
-                assert not f"{target}.".startswith(f"{library}.") or unit(name) in homes, f"{name} imports {library}"
+            for library, allowed in IMPORTERS.items():
+                assert not f"{target}.".startswith(f"{library}.") or unit(name) in allowed, f"{name} imports {library}"
 
 
-def test_optional_packages_are_never_imported_with_a_file():
-    """They may be missing or broken: `packages.load` says so."""
+def test_optional_packages_are_not_imported_at_module_level():
+    """They may be missing or broken, which `packages.load` reports when they are needed."""
     optional = {PACKAGES[name].module.split(".")[0] for name in OPTIONAL}
     for name, tree in FILES.items():
         for node in tree.body:
@@ -109,18 +109,18 @@ def test_optional_packages_are_never_imported_with_a_file():
                 assert not {target.split(".")[0] for target in imports(node)} & optional, name
 
 
-def test_the_root_holds_what_people_look_for_first():
+def test_the_package_has_at_most_12_root_level_files():
     assert len(list(ROOT.glob("*.py"))) <= 12
 
 
-def test_the_package_alone_imports_nothing_heavy():
+def test_importing_the_package_does_not_import_large_libraries():
     code = "import sys, cifar_flax, cifar_flax.cli; print({'jax', 'numpy', 'orbax', 'flax'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
-def test_pytorch_is_left_alone_and_left_importable(tmp_path):
-    """tensorboardX would import it: see telemetry/tensorboard.py."""
+def test_tensorboard_events_do_not_import_pytorch(tmp_path):
+    """tensorboardX would import PyTorch: see telemetry/tensorboard.py. PyTorch can still be imported later."""
     (tmp_path / "torch.py").write_text("print('torch imported')")
     code = (
         "from pathlib import Path\n"

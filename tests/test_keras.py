@@ -1,4 +1,4 @@
-"""The reference network beside Keras itself, which comes with TensorFlow."""
+"""Compare training of the reference CNN with Keras, which is installed with TensorFlow."""
 
 import functools
 
@@ -18,28 +18,30 @@ BATCH = 32
 EPS = 1e-12
 
 
-def test_the_same_weights_and_batches_train_alike():
-    """Loss, gradients, BatchNorm statistics and Adam: equal for as long as rounding errors stay small.
+def test_training_steps_equal_keras():
+    """Train with the same weights and batches; losses and BatchNorm statistics agree within rounding errors.
 
-    Dropout is off, the only part that cannot be the same bit for bit. Adam's epsilon is too small to matter: Keras adds
-    it before the bias correction, as in Kingma and Ba 2015, end of section 2, optax after it, as in their algorithm 1.
+    There are only four steps because rounding errors grow. Dropout is off because its random bits differ. Adam's
+    epsilon is negligibly small because Keras adds it before the bias correction, as in Kingma and Ba 2015, end of
+    section 2, and optax after it, as in their algorithm 1.
     """
     import keras
 
     from benchmarks import keras_notebook
 
     config = optimizers.OptimConfig(name="adam", learning_rate=1e-3, eps=EPS)
-    optimizer = optimizers.make_optimizer(config, 100, 10)
     network = CNNConfig(conv_dropout=0.0, hidden_dropout=0.0)
-    graphdef, init = state.create(network, (32, 32, 3), 10, optimizer, AveragingConfig(), platform="cpu")
-    train_state = init(jnp.uint32(0), None)
+    model = state.create_model(network, (32, 32, 3), 10, platform="cpu")
+    optimizer = optimizers.make_optimizer(config, 100, 10, model.param_groups)
+    train_state = state.make_init(model, optimizer, AveragingConfig())(jnp.uint32(0), None)
     task = steps.Task(
-        graphdef=graphdef,
+        graphdef=model.graphdef,
         optimizer=optimizer,
         schedule=optimizers.make_schedule(config, 100, 10),
         mean=(0.0,) * 3,
         std=(255.0,) * 3,
         augment=AugmentConfig(),
+        num_classes=10,
         label_smoothing=0.0,
         averaging=AveragingConfig(),
         total_steps=100,
@@ -49,7 +51,7 @@ def test_the_same_weights_and_batches_train_alike():
     train_step = jax.jit(functools.partial(steps.train_step, task))
 
     model = keras_notebook.build(network, train_state.params)
-    assert model.count_params() == 3_693_002 + 64  # the running statistics
+    assert model.count_params() == 3_693_002 + 64  # parameters and running statistics
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(1e-3, epsilon=EPS), loss, jit_compile=False)
 
@@ -63,7 +65,8 @@ def test_the_same_weights_and_batches_train_alike():
         theirs = model.train_on_batch(image.astype(np.float32) / 255, label, return_dict=True)["loss"]
         model.reset_metrics()
         assert float(values["loss"]) == pytest.approx(float(theirs), rel=1e-4)
-        # A filter that is active almost everywhere has a bias whose gradient, before BatchNorm, is little but rounding.
-        # Adam makes a full step of it, up or down, and the running mean follows by 1 %: at most 2e-4 in four steps.
+        # BatchNorm cancels the bias of a filter that is active almost everywhere, so the gradient of this bias is
+        # mostly rounding error. Adam turns it into a full step in either direction, and the running mean follows by
+        # 1 %: at most 2e-4 in four steps.
         for name, other in zip(("mean", "var"), model.get_layer("norm").get_weights()[2:], strict=True):
             np.testing.assert_allclose(train_state.batch_stats["norm"][name], other, atol=2e-4)

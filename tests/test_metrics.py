@@ -1,17 +1,20 @@
+"""Evaluation metrics against scikit-learn and their definitions."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 
+from cifar_flax.data.batches import InputTimer
 from cifar_flax.training import metrics
 
 CLASSES = tuple("abcdefg")
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 2, (400, 7)).astype(np.float32)
-# Of those whose confidence lies at the edge of a bin, rounding errors decide.
-PLACES = np.asarray(jax.nn.softmax(LOGITS)).max(axis=1) * metrics.CALIBRATION_BINS
-LOGITS = LOGITS[np.abs(PLACES - PLACES.round()) > 1e-3][:300]
+# Remove examples whose confidence lies so close to the edge of a bin that rounding errors choose the bin.
+POSITIONS = np.asarray(jax.nn.softmax(LOGITS)).max(axis=1) * metrics.CALIBRATION_BINS
+LOGITS = LOGITS[np.abs(POSITIONS - POSITIONS.round()) > 1e-3][:300]
 LABELS = RNG.integers(0, 7, 300).astype(np.int32)
 
 
@@ -24,7 +27,7 @@ def evaluate(logits, labels, batch_size=300, mask=None):
     return metrics.summarize(total, CLASSES)
 
 
-def test_figures_equal_scikit_learns():
+def test_metrics_equal_those_of_scikit_learn():
     result = evaluate(LOGITS, LABELS)
     prediction = LOGITS.argmax(axis=1)
     probability = np.exp(LOGITS.astype(np.float64))
@@ -41,7 +44,7 @@ def test_figures_equal_scikit_learns():
         assert (row["precision"], row["recall"], row["f1"]) == pytest.approx((precision[i], recall[i], f1[i]))
 
 
-def test_calibration_error_is_that_of_the_definition():
+def test_calibration_error_equals_its_definition():
     probability = np.asarray(jax.nn.softmax(LOGITS), np.float64)
     confidence, correct = probability.max(axis=1), LOGITS.argmax(axis=1) == LABELS
     result, expected = evaluate(LOGITS, LABELS), 0.0
@@ -59,7 +62,7 @@ def test_calibration_error_is_that_of_the_definition():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 299])
-def test_batch_size_does_not_matter(batch_size):
+def test_metrics_do_not_depend_on_the_batch_size(batch_size):
     whole, parts = evaluate(LOGITS, LABELS), evaluate(LOGITS, LABELS, batch_size)
     assert parts["confusion_matrix"] == whole["confusion_matrix"]
     assert parts["top5_accuracy"] == whole["top5_accuracy"]
@@ -67,7 +70,7 @@ def test_batch_size_does_not_matter(batch_size):
     assert parts["expected_calibration_error"] == pytest.approx(whole["expected_calibration_error"], rel=1e-5)
 
 
-def test_masked_examples_never_count():
+def test_masked_examples_do_not_count():
     mask = RNG.random(300) < 0.7
     garbage = np.where(mask[:, None], LOGITS, np.nan)
     kept = evaluate(LOGITS[mask], LABELS[mask])
@@ -79,18 +82,18 @@ def test_masked_examples_never_count():
     assert masked["expected_calibration_error"] == pytest.approx(kept["expected_calibration_error"], rel=1e-5)
 
 
-def test_constant_logits_are_no_top5_hit_for_the_last_classes():
+def test_equal_logits_rank_lower_classes_first():
     result = evaluate(np.zeros((7, 7), np.float32), np.arange(7, dtype=np.int32))
     assert result["accuracy"] == 1 / 7
     assert result["top5_accuracy"] == 5 / 7
 
 
-def test_a_network_without_numbers_hits_nothing():
+def test_logits_of_nan_are_errors():
     result = evaluate(np.full((7, 7), np.nan, np.float32), np.arange(7, dtype=np.int32))
     assert result["top5_accuracy"] == 0
 
 
-def test_absent_classes_divide_by_nothing():
+def test_classes_without_examples_or_predictions_have_metrics_of_zero():
     result = evaluate(LOGITS, np.zeros(300, np.int32))
     assert result["per_class"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
 
@@ -99,11 +102,34 @@ def test_absent_classes_divide_by_nothing():
     ("correct", "count", "low", "high"),
     [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (5, 10, 0.2366, 0.7634), (7550, 10_000, 0.74647, 0.76333), (0, 0, 0, 1)],
 )
-def test_wilsons_interval(correct, count, low, high):
+def test_wilson_interval(correct, count, low, high):
     assert metrics.wilson_interval(correct, count) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_wilsons_interval_holds_the_probability_nineteen_times_in_twenty():
+def test_step_metrics_of_any_name_are_averaged():
+    accumulator = metrics.MetricsAccumulator(InputTimer(iter(())), lambda: 0.0, {})
+    rate = np.array([0.1, 0.2, 0.3])
+    values = {"loss": rate, "accuracy": rate, "learning_rate": rate, "finite": np.array([True, False, True])}
+    accumulator.add(values | {"grad_norm": np.array([1.0, np.nan, 4.0]), "broken": np.array([1.0, 1.0, np.inf])})
+    line = accumulator.close(batch_size=1)
+    assert line["grad_norm"] == 2.5  # without the skipped step
+    assert line["broken"] is None
+    assert line["learning_rate"] == 0.3
+    assert line["skipped_steps"] == 1
+
+
+def test_a_metric_may_be_new_after_a_restart():
+    old = {name: [0.5, 0.5] for name in ("loss", "accuracy", "learning_rate", "finite")}
+    accumulator = metrics.MetricsAccumulator(InputTimer(iter(())), lambda: 0.0, old)
+    accumulator.add({name: np.array([1.5, 1.5]) for name in (*old, "grad_norm")})
+    line = accumulator.close(batch_size=1)
+    assert line["loss"] == 1.0
+    assert "grad_norm" not in line
+    accumulator.add({name: np.array([1.5, 1.5]) for name in (*old, "grad_norm")})
+    assert accumulator.close(batch_size=1)["grad_norm"] == 1.5
+
+
+def test_wilson_interval_covers_the_probability_in_95_percent_of_the_cases():
     rng = np.random.default_rng(0)
     for probability in (0.1, 0.5, 0.94):
         intervals = [metrics.wilson_interval(int(k), 200) for k in rng.binomial(200, probability, 4000)]

@@ -21,15 +21,17 @@ from cifar_flax.training.optimizers import (
 )
 
 PARAMS = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
+PARAM_GROUPS = {"kernel": "dense", "bias": "biases"}
 
 
 def gradient(seed, scale=1.0):
     return jax.tree.map(lambda x: scale * jax.random.normal(jax.random.key(seed), x.shape), PARAMS)
 
 
-def run(config, gradients, learning_rate=0.1, params=PARAMS):
+def run(config, gradients, learning_rate=0.1, params=PARAMS, param_groups=PARAM_GROUPS):
+    """Return the parameters after one step for each of `gradients`."""
     config = dataclasses.replace(config, learning_rate=learning_rate)
-    optimizer = make_optimizer(config, total_steps=100, steps_per_epoch=10)
+    optimizer = make_optimizer(config, total_steps=100, steps_per_epoch=10, param_groups=param_groups)
     state = optimizer.init(params)
     for grads in gradients:
         updates, state = optimizer.update(grads, state, params)
@@ -62,7 +64,7 @@ def test_warmup_must_be_shorter_than_the_run():
         make_schedule(OptimConfig(warmup_epochs=10), total_steps=100, steps_per_epoch=10)
 
 
-def test_weight_decay_is_for_matrices():
+def test_weight_decay_does_not_apply_to_biases():
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     for name in ("adamw", "sgd"):
         after = run(OptimConfig(name=name, weight_decay=0.5), [zero])
@@ -70,7 +72,7 @@ def test_weight_decay_is_for_matrices():
         np.testing.assert_array_equal(after["bias"], PARAMS["bias"])
 
 
-def test_sgd_with_momentum_is_nesterovs():
+def test_sgd_uses_nesterov_momentum():
     grads = [gradient(seed) for seed in (1, 2)]
     after = run(OptimConfig(name="sgd", momentum=0.9), grads)
     first, second = grads
@@ -79,7 +81,7 @@ def test_sgd_with_momentum_is_nesterovs():
     assert_trees_close(after, jax.tree.map(lambda p, s: p - 0.1 * s, PARAMS, steps), rtol=1e-5)
 
 
-def test_adam_takes_its_decays():
+def test_adam_uses_b1_b2_and_eps():
     grads = [gradient(seed) for seed in (1, 2, 3)]
     default = run(OptimConfig(name="adam"), grads)
     assert_trees_close(default, run(OptimConfig(name="adam", b1=0.9, b2=0.999), grads))
@@ -100,16 +102,17 @@ def test_clipping_bounds_the_global_norm():
     assert_trees_close(run(OptimConfig(name="sgd", clip_norm=0.5), [small]), run(OptimConfig(name="sgd"), [small]))
 
 
-def test_accumulated_gradients_are_one_averaged_step():
+def test_gradient_accumulation_equals_one_step_with_the_mean_gradient():
     grads = [gradient(seed) for seed in range(4)]
     mean = [jax.tree.map(lambda a, b: (a + b) / 2, *pair) for pair in (grads[:2], grads[2:])]
     accumulated = run(OptimConfig(name="adamw", weight_decay=0.1, accumulate_steps=2), grads)
     assert_trees_close(accumulated, run(OptimConfig(name="adamw", weight_decay=0.1), mean), rtol=1e-5)
 
 
-def test_accumulation_follows_the_schedule_of_steps():
+def test_gradient_accumulation_keeps_the_schedule_in_steps():
     config = OptimConfig(name="sgd", learning_rate=10.0, warmup_epochs=1, accumulate_steps=2)
-    optimizer = make_optimizer(config, total_steps=100, steps_per_epoch=10)  # the rate of step n is n, at first
+    # During the warm-up, the learning rate of step n is n.
+    optimizer = make_optimizer(config, total_steps=100, steps_per_epoch=10, param_groups=PARAM_GROUPS)
     state, ones = optimizer.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
     moves = []
     for _ in range(6):
@@ -123,11 +126,16 @@ NETWORK = {
     "head": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)},
     "whitening": {"bias": jnp.full(3, 2.0)},
 }
+NETWORK_GROUPS = {
+    "conv": {"kernel": "convolutions"},
+    "head": {"kernel": "dense", "bias": "biases"},
+    "whitening": {"bias": "whitening"},
+}
 
 
 def moves(config, steps, total_steps=100):
-    """How far each step moves each tensor of `NETWORK`, whose gradients are 1."""
-    optimizer = make_optimizer(config, total_steps=total_steps, steps_per_epoch=10)
+    """Return the update of each parameter of `NETWORK` in each step; all gradients are 1."""
+    optimizer = make_optimizer(config, total_steps=total_steps, steps_per_epoch=10, param_groups=NETWORK_GROUPS)
     state, grads = optimizer.init(NETWORK), jax.tree.map(jnp.ones_like, NETWORK)
     out = []
     for _ in range(steps):
@@ -141,7 +149,7 @@ def moves(config, steps, total_steps=100):
     return out
 
 
-def test_groups_have_rates_and_decays_of_their_own():
+def test_groups_have_their_own_learning_rates_and_weight_decays():
     config = OptimConfig(
         name="sgd",
         learning_rate=0.1,
@@ -155,21 +163,21 @@ def test_groups_have_rates_and_decays_of_their_own():
             "conv/kernel": -0.1 * (1 + 0.5 * 2),
             "head/kernel": -1.0 * (1 + 0.25 * 2),
             "head/bias": -0.01 * (1 + 1.0 * 2),
-            "whitening/bias": -0.01 * (1 + 1.0 * 2),  # as the other biases, where nothing else is said
+            "whitening/bias": -0.01 * (1 + 1.0 * 2),  # the settings of the biases, since none are set
         }
     )
 
 
-def test_a_group_may_differ_from_the_one_that_it_follows():
+def test_the_whitening_group_overrides_the_settings_of_the_biases():
     config = OptimConfig(name="sgd", learning_rate=0.1, weight_decay=0.5, biases=GroupConfig(learning_rate=0.01))
     config.whitening = GroupConfig(learning_rate=0.2, weight_decay=0.25)
     (move,) = moves(config, 1)
-    assert move["head/bias"] == pytest.approx(-0.01)  # no decay where none is set: it has one axis
+    assert move["head/bias"] == pytest.approx(-0.01)  # no weight decay by default
     assert move["whitening/bias"] == pytest.approx(-0.2 * (1 + 0.25 * 2))
 
 
 def test_a_group_may_be_frozen():
-    """Cut off, or with a rate that falls to zero until then; the others go on."""
+    """Check both ways to freeze a group, at once or after a linear decay; other groups are not affected."""
     config = OptimConfig(name="sgd", learning_rate=1.0, schedule="linear", whitening=GroupConfig(frozen_from=0.4))
     assert [move["whitening/bias"] for move in moves(config, 6)] == pytest.approx([-1, -0.99, -0.98, -0.97, 0, 0])
     config.whitening.own_decay = True
@@ -185,7 +193,7 @@ def composed_quintic(x, steps):
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 8, 4), (1, 6, 6)])
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_orthogonalize_is_the_polynomial_of_the_singular_values(shape, steps):
+def test_orthogonalize_applies_the_polynomial_to_the_singular_values(shape, steps):
     matrices = np.random.default_rng(0).normal(size=shape)
     u, s, vt = np.linalg.svd(matrices, full_matrices=False)
     s /= np.linalg.norm(matrices, axis=(1, 2))[:, None]
@@ -195,22 +203,23 @@ def test_orthogonalize_is_the_polynomial_of_the_singular_values(shape, steps):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-def test_three_steps_bring_singular_values_near_one():
+def test_three_newton_schulz_steps_bring_singular_values_near_one():
     singular = jnp.linalg.svd(orthogonalize(jax.random.normal(jax.random.key(0), (4, 64, 576)), jnp.float32))[1]
     assert 0.3 < float(singular.min()) < float(singular.max()) < 1.6
 
 
-def test_muon_is_the_recipes(monkeypatch):
-    """Three steps beside the recipe written out in NumPy, kernel by kernel: two of one shape, one of another."""
+def test_muon_equals_the_recipe_in_numpy(monkeypatch):
+    """Compare three steps on kernels of two shapes with the recipe written in NumPy for one kernel at a time."""
     monkeypatch.setattr(optimizers, "MUON_DTYPE", jnp.float32)
     shapes = {"a": (3, 3, 2, 4), "b": (3, 3, 2, 4), "c": (1, 1, 2, 5)}  # the last has more filters than inputs
     rng = np.random.default_rng(0)
     params = {name: {"kernel": rng.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}
     gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in range(3)]
     groups = {group: GroupConfig(learning_rate=1.0) for group in GROUPS}
+    param_groups = jax.tree.map(lambda _: "convolutions", params)
     with jax.default_matmul_precision("highest"):
         on_device = jax.tree.map(jnp.asarray, (gradients, params))
-        ours = run(OptimConfig(name="muon", momentum=0.6, **groups), on_device[0], 0.24, on_device[1])
+        ours = run(OptimConfig(name="muon", momentum=0.6, **groups), on_device[0], 0.24, on_device[1], param_groups)
     for name, shape in shapes.items():
         weights, buffer = params[name]["kernel"].astype(np.float64), np.zeros(shape)
         for grads in gradients:
@@ -227,7 +236,10 @@ def recipe(config_file):
 
 
 def summed_sgd(weights, gradients_of_sum, rates, decay, momentum):
-    """The original's: PyTorch's SGD with Nesterov momentum and a decay that its rate is divided out of."""
+    """Return the weights after steps of PyTorch's Nesterov SGD, as the originals use it.
+
+    `decay` is the originals' weight decay divided by their learning rate.
+    """
     buffer = 0.0
     for g, rate in zip(gradients_of_sum, rates, strict=True):
         g = g + decay * weights
@@ -241,17 +253,17 @@ def linear_decay(rate, steps, total):
 
 
 def triangle(rate, steps, total, warm, final):
-    shares = [
+    fractions = [
         0.2 + 0.8 * step / warm if step < warm else 1 - (1 - final) * (step - warm) / (total - warm)
         for step in range(steps)
     ]
-    return [rate * share for share in shares]
+    return [rate * fraction for fraction in fractions]
 
 
 AIRBENCH_STEPS = {"airbench94.py": 200, "airbench95.py": 720, "airbench96.py": 1776}
 
 
-# The convolutions of airbench94 are Muon's: see above.
+# Muon updates the convolutions of airbench94; test_muon_equals_the_recipe_in_numpy covers it.
 GROUPS_BY_SGD = [
     (file, group)
     for file, group in itertools.product(AIRBENCH_STEPS, ("head", "norm", "whitening", "conv"))
@@ -260,8 +272,8 @@ GROUPS_BY_SGD = [
 
 
 @pytest.mark.parametrize(("file", "group"), GROUPS_BY_SGD)
-def test_airbench_configs_are_the_originals(file, group):
-    """Four steps of SGD from the original's constants, which are for the gradient of the sum over the batch."""
+def test_airbench_configs_use_the_constants_of_the_originals(file, group):
+    """Compare four steps with SGD in NumPy, whose constants refer to the gradient of the sum over the batch."""
     config, total = recipe(file), AIRBENCH_STEPS[file]
     batch, per_epoch = config.train.batch_size, total / config.train.epochs
     if file == "airbench94.py":
@@ -278,7 +290,8 @@ def test_airbench_configs_are_the_originals(file, group):
     rng = np.random.default_rng(0)
     start, gradients = rng.normal(size=shape), [rng.normal(size=shape) / 1000 for _ in range(4)]
     name = "whitening" if group == "whitening" else "layer"
-    optimizer = make_optimizer(config.optim, total, per_epoch)
+    label = {"head": "dense", "norm": "biases", "conv": "convolutions"}.get(group, group)
+    optimizer = make_optimizer(config.optim, total, per_epoch, {name: {"tensor": label}})
     params = {name: {"tensor": jnp.asarray(start, jnp.float32)}}
     state = optimizer.init(params)
     for g in gradients:
@@ -293,7 +306,7 @@ def test_airbench_configs_are_the_originals(file, group):
     [
         ({"warmup_start": 1.5}, "optim.warmup_start=1.5: must be in [0, 1]"),
         ({"final_share": 0.1}, "optim.final_share=0.1: does not apply to the schedule constant"),
-        ({"name": "muon"}, "optim.dense.learning_rate=None: must be set where optim.name is muon"),
+        ({"name": "muon"}, "optim.dense.learning_rate=None: must be set if optim.name is muon"),
         ({"name": "muon", "weight_decay": 0.1}, "optim.weight_decay=0.1: does not apply to muon"),
         ({"biases": GroupConfig(learning_rate=-1.0)}, "optim.biases.learning_rate=-1.0: must be at least 0"),
         ({"name": "sgd", "dense": GroupConfig(momentum=1.0)}, "optim.dense.momentum=1.0: must be in [0, 1)"),

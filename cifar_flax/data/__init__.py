@@ -1,1 +1,1 @@
-"""Data: sources -> cache -> order -> batches."""
+"""Data pipeline: sources -> cache -> sampling order -> batches -> augmentation."""

@@ -1,6 +1,6 @@
-"""CIFAR-10's own archive, `cifar-10-binary.tar.gz`, or the folder it unpacks to.
+"""Read CIFAR-10's official archive, `cifar-10-binary.tar.gz`, or the folder it unpacks to.
 
-Each record is one byte of label and 3,072 bytes of pixels: red, green, blue planes of 32 rows of 32.
+Each record is a label (1 byte) and an image (3,072 bytes): a red, a green and a blue plane of 32 rows of 32 pixels.
 Source: Krizhevsky, "The CIFAR-10 dataset", cs.toronto.edu/~kriz/cifar.html, section "Binary version".
 """
 
@@ -23,9 +23,10 @@ _CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", 
 
 
 def read_archive(path: Path, split: str) -> Arrays:
-    """Return the split "train" or "test". Nothing is written to disk; members with other names are skipped.
+    """Return the split "train" or "test" of the archive or folder `path`. Nothing is written to disk.
 
-    Raises `ConfigError` if there is no such file or folder, `UserError` if a member is missing, doubled or damaged.
+    Raise `ConfigError` if `path` does not exist, and `UserError` if a file of the split is missing, duplicated or
+    damaged. Other files are ignored.
     """
     setting = f"data.archive={str(path)!r}"
     if not path.exists():
@@ -35,17 +36,17 @@ def read_archive(path: Path, split: str) -> Arrays:
     try:
         for name, content in _folder_members(path, wanted) if path.is_dir() else _tar_members(path, wanted):
             if len(content) != _FILE_SIZE or name in found:
-                raise UserError(f"{setting}: {name} is damaged: it must be there once, {_FILE_SIZE} bytes long")
+                raise UserError(f"{setting}: {name} is damaged: must occur once and have {_FILE_SIZE} bytes")
             found[name] = content
     except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
         raise UserError(f"{setting}: cannot be read as a gzip-compressed tar file: {error}") from error
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise UserError(f"{setting}: {', '.join(missing)} not found in it")
+        raise UserError(f"{setting}: {', '.join(missing)} not found")
     records = np.frombuffer(b"".join(found[name] for name in wanted), np.uint8).reshape(-1, _RECORD)
     labels = records[:, 0].astype(np.int32)
     if labels.max() >= len(_CLASS_NAMES):
-        raise UserError(f"{setting}: holds the label {labels.max()}; CIFAR-10's are 0 to 9")
+        raise UserError(f"{setting}: contains label {labels.max()}; labels must be 0 to 9")
     images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return Arrays(images, labels, _CLASS_NAMES, "cifar10/binary")
 
@@ -58,9 +59,9 @@ def _folder_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def _tar_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Stream the archive once, reading at most one byte more of each wanted member than it should have.
+    """Yield (name, content) of the wanted members, in one pass; content is at most one byte longer than `_FILE_SIZE`.
 
-    Read to the end, where gzip's checksum is: tarfile alone would not check it.
+    Read the file to its end, where gzip's checksum is: tarfile alone would not verify it.
     """
     with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:

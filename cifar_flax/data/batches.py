@@ -1,4 +1,4 @@
-"""Batches: what every pipeline yields and every step takes."""
+"""Batches, which every pipeline yields and every step takes, and their transfer to devices."""
 
 import itertools
 import time
@@ -11,31 +11,34 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-# Batches fetched at a time. Waking a thread for each of them would cost the training loop a tenth of a millisecond on a
-# busy CPU and, now and then, its core for milliseconds. After an evaluation the loop takes several at once, and should
-# find them there.
+# Number of batches that the input thread fetches at a time. Waking it for every batch would cost the training loop a
+# tenth of a millisecond on a busy CPU and sometimes its core for milliseconds. After an evaluation, the loop takes
+# several batches at once, which should be ready.
 GROUP = 4
 
 
-T = TypeVar("T")  # what one call takes: a batch, or the indices of several
+T = TypeVar("T")  # input of one call: a `Batch`, or the `Indices` of one or several steps
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """NumPy arrays on the host, JAX arrays on a device; pmap has one on each of its devices."""
+    """The images and labels of one step: NumPy arrays on the host or JAX arrays on devices.
+
+    Only pmap has the leading axis of devices.
+    """
 
     image: UInt8[Any, "*devices batch height width channels"]
     label: Int32[Any, "*devices batch"]
-    index: Int32[Any, "*devices batch"]  # of the example in its split: with the epoch, the source of its random bits
+    index: Int32[Any, "*devices batch"]  # of the example in its split; with epoch, it seeds the augmentation
     epoch: Int32[Any, "*devices batch"]
-    mask: Bool[Any, "*devices batch"]  # False where the place is padding and must not count
+    mask: Bool[Any, "*devices batch"]  # False: padding, which must not count
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Indices:
-    """What stands at each place of a batch, or of those of several steps; the images are elsewhere."""
+    """The examples of one batch, or of the batches of several steps, without their images."""
 
     index: Int32[Any, "*steps batch"]
     epoch: Int32[Any, "*steps batch"]
@@ -43,25 +46,25 @@ class Indices:
 
 
 def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n"], indices: Indices) -> Batch:
-    """The batch of one step, from a split on the host or, in a compiled program, on the device."""
+    """Return the batch of one step, gathered on the host (NumPy) or on the device (in a compiled program)."""
     index = indices.index
     return Batch(images[index], labels[index], index, indices.epoch, indices.mask)
 
 
 def empty_indices(*shape: int) -> Indices:
-    """Return indices, all 0, to compile a call for."""
+    """Return indices of zeros with which to compile a call."""
     zeros = np.zeros(shape, np.int32)
     return Indices(zeros, zeros, zeros > 0)
 
 
 def empty_batch(batch_size: int, image_shape: tuple[int, int, int]) -> Batch:
-    """Return an empty batch to compile a step for."""
+    """Return a batch of zeros with which to compile a step."""
     images, labels = np.zeros((1, *image_shape), np.uint8), np.zeros(1, np.int32)
     return gather(images, labels, empty_indices(batch_size))
 
 
 def evaluation_indices(examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Indices]:
-    """Every one of `examples` once, in order; the last batch is filled up with masked repeats of its first example."""
+    """Yield batches of `examples`, each once and in order. The last batch is padded with its first example, masked."""
     for start in range(0, len(examples), batch_size):
         index = examples[start : start + batch_size]
         mask = np.arange(batch_size) < len(index)
@@ -70,10 +73,10 @@ def evaluation_indices(examples: Int32[np.ndarray, " n"], batch_size: int) -> It
 
 
 def to_device(batches: Iterable[T], put: Callable[[T], T] = jax.device_put, group: int = GROUP) -> Iterator[T]:
-    """Has batches `put` on the device by a thread, a `group` at a time and from now on one group ahead of use.
+    """Return an iterator over `batches` on the device; a thread transfers them with `put`, one `group` ahead of use.
 
-    The thread does one group for each that is taken, so it never runs on when its user stops. What the source raises
-    arrives in place of the group in which it does.
+    The thread starts with the first group at once and fetches one more for each group that is consumed, so it stops
+    when its consumer stops. If `batches` raises, the exception is raised in place of the group.
     """
     source = iter(batches)
 
@@ -94,7 +97,7 @@ def to_device(batches: Iterable[T], put: Callable[[T], T] = jax.device_put, grou
 
 
 class InputTimer(Iterator[T]):
-    """Hands batches on and adds up how long its user waited for them."""
+    """Iterate over `batches` and sum up the time spent waiting for them, in `seconds`."""
 
     def __init__(self, batches: Iterator[T]):
         self._batches = batches

@@ -1,7 +1,7 @@
-"""Decoded arrays on disk: memory-mapped `.npy` files beside a manifest of their SHA-256 sums, and of its own.
+"""Cache of decoded arrays: memory-mapped `.npy` files, and a manifest with their SHA-256 checksums and its own.
 
-Layout: `<cache_dir>/<data set>/<version>/<split>/{images.npy, labels.npy, manifest.json}`. A folder appears under its
-name only when it is complete, by one rename, so readers never see half of one.
+Layout: `<cache_dir>/<data set>/<version>/<split>/{images.npy, labels.npy, manifest.json}`. Complete folders are renamed
+to their final names, so readers never see a partial one.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ _FILES = ("images.npy", "labels.npy")
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """One split, decoded: stored bytes and class indices, with what the data set says of itself."""
+    """A decoded split: images, labels and a description of its data set."""
 
-    images: UInt8[Any, "n height width channels"]  # NumPy's or, where `resident` has put them on a device, JAX's
+    images: UInt8[Any, "n height width channels"]  # NumPy arrays, or JAX arrays after `resident.put`
     labels: Int32[Any, " n"]
     class_names: tuple[str, ...]
     dataset: str  # name and version, such as "cifar10/3.0.2"
 
     def digest(self) -> str:
-        """Tells splits apart: of their labels, in order."""
+        """Return the SHA-256 checksum of the labels, in order, which identifies the split."""
         return hashlib.sha256(np.asarray(self.labels).tobytes()).hexdigest()
 
 
 def newest_version(cache_dir: Path, name: str) -> str | None:
-    """The highest cached version of the data set `name`, such as "3.0.2"; None if there is none."""
+    """Return the highest cached version of the data set `name`, such as "3.0.2", or None if there is none."""
     versions = {path.parent.parent.name for path in (cache_dir / name).glob(f"*/*/{_MANIFEST}")}
     numbered = [version for version in versions if version.replace(".", "").isdigit()]
     return max(numbered, key=lambda version: [int(part) for part in version.split(".")], default=None)
@@ -47,9 +47,9 @@ def newest_version(cache_dir: Path, name: str) -> str | None:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `folder`, of one data set: of the processes that start together, one decodes for all.
+    """Hold an exclusive lock on `folder` of a data set, so that only one of several processes decodes it.
 
-    Raises `UserError` if the folder cannot be written.
+    Raise `UserError` if the folder is not writable.
     """
     with ExitStack() as stack:
         try:
@@ -61,23 +61,26 @@ def filling(folder: Path) -> Iterator[None]:
 
 
 def load(folder: Path) -> Arrays | None:
-    """The arrays in `folder`, memory-mapped; None if there are none, or, with a warning, if they are damaged."""
+    """Return the arrays in `folder`, memory-mapped, or None if it does not exist.
+
+    If the arrays are damaged, warn, remove `folder` and return None.
+    """
     if not folder.exists():
         return None
     try:
         class_names, dataset = verify(folder)
     except ValueError as error:
-        reason = f"is damaged or of another version ({error})"
+        reason = f"is damaged or has another format ({error})"
         warnings.warn(f"the data cache {folder} {reason}; rebuilding it", stacklevel=2)
         _remove(folder)
         return None
-    # Copy on write: TensorFlow shares memory only where it may be written to, and the file stays as it is.
+    # Copy-on-write: TensorFlow shares only writable memory, and the file must not change.
     images, labels = (np.load(folder / file, mmap_mode="c", allow_pickle=False) for file in _FILES)
     return Arrays(images, labels, class_names, dataset)
 
 
 def verify(folder: Path) -> tuple[tuple[str, ...], str]:
-    """Class names and data set of the arrays in `folder`; raises `ValueError` unless they are what was stored."""
+    """Return class names and data set of the arrays in `folder`; raise `ValueError` if they are missing or damaged."""
     try:
         manifest = files.read_sealed(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:
@@ -97,9 +100,10 @@ def store(
     class_names: tuple[str, ...],
     dataset: str,
 ) -> Arrays:
-    """Writes `num_examples` images and labels, given in batches, to `folder` and returns them memory-mapped.
+    """Write `batches` of (images, labels) to `folder` and return them as memory-mapped arrays.
 
-    Raises `UserError` where the folder cannot be written or the batches hold another number of examples.
+    Raise `UserError` if the folder is not writable, if a label is invalid, or if `batches` do not contain exactly
+    `num_examples` examples.
     """
     try:
         with files.new_folder(folder) as partial:
@@ -115,14 +119,14 @@ def store(
                     images[filled:end], labels[filled:end] = some_images, some_labels
                 filled = end
             if filled != num_examples:
-                raise UserError(f"{dataset}: {filled} examples decoded where {num_examples} are expected")
+                raise UserError(f"{dataset}: decoded {filled} examples, expected {num_examples}")
             images.flush()
             labels.flush()
             checksums = files.checksums(partial)
             manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names, "sha256": checksums}
             files.write_sealed(partial / _MANIFEST, manifest)
     except OSError as error:
-        if not (folder / _MANIFEST).exists():  # another process may have been first, with the same bytes
+        if not (folder / _MANIFEST).exists():  # another process may have stored the same bytes first
             raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
     arrays = load(folder)
     if arrays is None or arrays.dataset != dataset:
@@ -131,14 +135,14 @@ def store(
 
 
 def _remove(folder: Path) -> None:
-    """Removes it at once as far as others can see: they never find a part of it.
+    """Remove `folder` atomically: other processes never see a part of it.
 
-    Raises `UserError` where it holds anything that no cache wrote.
+    Raise `UserError` if it contains files that are not part of the cache.
     """
     try:
         strange = {path.name for path in folder.iterdir()} - {_MANIFEST, *_FILES}
         if strange:
-            raise UserError(f"data.cache_dir: {folder} is not removed: it holds {min(strange)}, which no cache wrote")
+            raise UserError(f"data.cache_dir: {folder} is not removed: it contains an unknown file, {min(strange)}")
         files.remove_folder(folder, folder.with_name(f".{folder.name}.{secrets.token_hex(4)}"))
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot remove {folder}: {error.strerror}") from error

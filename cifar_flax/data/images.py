@@ -1,4 +1,4 @@
-"""Image files of any size and kind -> the bytes that a network takes."""
+"""Read image files of any size and format as arrays of the model's input shape."""
 
 import contextlib
 import os
@@ -15,29 +15,28 @@ from cifar_flax import packages
 from cifar_flax.errors import UserError, one_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 100_000_000  # of a file that is read: a few bytes can ask for all the memory there is
+MAX_PIXELS = 100_000_000  # limit per file, because a small file can decompress to more than the memory
 
 Shape = tuple[int, int, int]  # height, width, channels
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Here, files may be read by several threads: Pillow gives no warnings of large ones, which are refused anyway."""
+    """Suppress Pillow's warnings inside the block, for all threads. Files above `MAX_PIXELS` are rejected anyway."""
     Image = packages.load("pillow")
-    with warnings.catch_warnings():  # for all threads at once
+    with warnings.catch_warnings():  # not thread-safe, hence once for all threads
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        warnings.simplefilter("ignore", UserWarning)  # of odd metadata
+        warnings.simplefilter("ignore", UserWarning)  # about invalid metadata
         yield
 
 
 def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
-    """The picture in `path` as viewers show it, in the size and with the channels of `shape`.
+    """Return the image in `path`, resized to `shape`.
 
-    It is turned as its EXIF says, what is transparent shows white, of an animation it is the first picture, and 16 bits
-    become 8. Another size is brought to `shape` as data sets with `data.image_size` are: height and width each for
-    itself.
+    Apply the EXIF orientation, composite transparency on white, take the first frame of an animation, and convert 16
+    bits per channel to 8. Resize as `data.image_size` does, without keeping the aspect ratio.
 
-    Raises `UserError`, with the reason alone, where the file is no such picture.
+    Raise `UserError`, whose message is only the reason, if the file is not such an image.
     """
     import PIL
 
@@ -53,28 +52,29 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise UserError(f"{width}x{height} pixels are too many; the most is {MAX_PIXELS:,}")
-            return _resize(_pixels(image, shape[2]), shape)
+                raise UserError(f"too many pixels, {width}x{height}; at most {MAX_PIXELS:,} are allowed")
+            return resize(_pixels(image, shape[2]), shape)
     except UserError:
         raise
     except PIL.UnidentifiedImageError as error:
-        raise UserError(f"not an image of {', '.join(FORMATS)}") from error
+        raise UserError(f"not an image in a supported format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"too many pixels; the most is {MAX_PIXELS:,}") from error
+        raise UserError(f"too many pixels; at most {MAX_PIXELS:,} are allowed") from error
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise UserError(reason[:1].lower() + reason[1:]) from error
-    except Exception as error:  # whatever Pillow makes of damaged files
+    except Exception as error:  # Pillow may raise anything for a damaged file
         raise UserError(f"damaged ({one_line(error)})") from error
 
 
 def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channels"]:
+    """Return the pixels of a Pillow image in its original size, as grey (1 channel) or RGB (3)."""
     from PIL import Image, ImageOps
 
     image.load()
-    with contextlib.suppress(Exception):  # damaged EXIF: the picture is there all the same
+    with contextlib.suppress(Exception):  # ignore damaged EXIF
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -83,8 +83,8 @@ def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channe
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _resize(pixels: UInt8[np.ndarray, "h w channels"], shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
-    """Linear, over all pixels that become one, rounded once: as `tf.image.resize` does it with `antialias`."""
+def resize(pixels: UInt8[np.ndarray, "h w channels"], shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
+    """Resize with an antialiased linear filter and round once, as `tf.image.resize(..., antialias=True)` does."""
     from PIL import Image
 
     height, width, _ = shape

@@ -1,4 +1,4 @@
-"""The description of the training data in a checkpoint."""
+"""Description of the training data, saved with every checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,18 +16,18 @@ _CHUNK = 1000  # images
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetInfo:
-    """Image shape, classes and normalization statistics of the training data; saved with every checkpoint."""
+    """Image shape, classes and normalization statistics of the training data."""
 
-    name: str  # with its version
+    name: str  # data set and version, such as "cifar10/3.0.2"
     image_shape: tuple[int, int, int]  # height, width, channels
     class_names: tuple[str, ...]
-    num_examples: int  # trained on
-    mean: tuple[float, ...]  # per channel, in units of the stored bytes
-    std: tuple[float, ...]
+    num_examples: int  # number of training examples
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 255]
+    std: tuple[float, ...]  # likewise
 
     @classmethod
     def of(cls, arrays: Arrays, examples: Int32[np.ndarray, " n"], normalization: str) -> "DatasetInfo":
-        """Return the description of `examples` in `arrays`. Statistics are exact: integer sums, divided once."""
+        """Return the description of `examples` in `arrays`. Its statistics are computed exactly, from integer sums."""
         _, height, width, channels = arrays.images.shape
         mean, std = (0.0,) * channels, (255.0,) * channels
         if normalization == "standard":
@@ -50,17 +50,17 @@ class DatasetInfo:
         return dataclasses.asdict(self)
 
     def check(self, arrays: Arrays) -> None:
-        """Raise `UserError` unless `arrays` has the image shape and the classes of this data."""
+        """Raise `UserError` unless `arrays` has the same image shape and classes."""
         for what, ours, theirs in (
             ("images of shape", self.image_shape, arrays.images.shape[1:]),
             ("classes", self.class_names, arrays.class_names),
         ):
             if ours != theirs:
-                raise UserError(f"{arrays.dataset} has {what} {theirs}, the checkpoint was trained on {what} {ours}")
+                raise UserError(f"{arrays.dataset} has {what} {theirs}, but the checkpoint expects {what} {ours}")
 
 
 def _mean_and_std(images: np.ndarray, examples: Int32[np.ndarray, " n"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation per channel, over all pixels of `examples`."""
+    """Return the mean and the standard deviation of each channel, over all pixels of `examples`."""
     histogram = np.zeros((images.shape[-1], 256), np.int64)
     for start in range(0, len(examples), _CHUNK):
         chunk = images[examples[start : start + _CHUNK]]
@@ -69,6 +69,6 @@ def _mean_and_std(images: np.ndarray, examples: Int32[np.ndarray, " n"]) -> tupl
     value, count = np.arange(256), histogram.sum(axis=1)
     mean = histogram @ value / count
     variance = histogram @ value**2 / count - mean**2
-    # A channel that never changes carries no information; dividing by 1 keeps it finite.
+    # Divide a constant channel by 1, not by 0.
     std = np.sqrt(np.where(variance > 0, variance, 1.0))
     return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,4 +1,4 @@
-"""Training from device memory: a split is copied to each device once, and the compiled step gathers its batches."""
+"""Training from device memory: the split is copied to each device once, and compiled steps gather their batches."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from cifar_flax.runtime.devices import Layout
 
 
 def put(arrays: Arrays, layout: Layout) -> Arrays:
-    """The same arrays in the memory of each device."""
+    """Return `arrays` replicated in the memory of each device."""
     images, labels = layout.replicate((np.asarray(arrays.images), np.asarray(arrays.labels)))
     return dataclasses.replace(arrays, images=images, labels=labels)
 
@@ -29,10 +29,10 @@ def training_indices(
     drop_last: bool,
     rows: slice = slice(None),
 ) -> Iterator[Indices]:
-    """The indices of the steps from `start` up to `stop`, `steps_per_call` at a time, of each batch those in `rows`.
+    """Yield the indices of steps `start` to `stop - 1`, `steps_per_call` at a time; of each batch, only `rows`.
 
-    An epoch's order takes the host milliseconds: it is made when it is needed, while the device trains on the one
-    before.
+    Shuffling takes the host milliseconds per epoch. Each epoch is shuffled when it is needed, while the device still
+    trains on the previous one.
     """
     per_epoch = max(order.epoch_images(len(examples), batch_size, drop_last) // batch_size // steps_per_call, 1)
     for begin in range(start, stop, per_epoch * steps_per_call):

@@ -1,10 +1,12 @@
-"""Where images come from: a data set's name and split -> `Arrays`."""
+"""Load the splits of a data set: from a reader in `DATASETS`, the official archive, or TFDS through the cache."""
 
+import dataclasses
+import functools
 import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +17,28 @@ from cifar_flax import files, packages
 from cifar_flax.data import cache
 from cifar_flax.data.archive import read_archive
 from cifar_flax.data.cache import Arrays
+from cifar_flax.data.images import resize
 from cifar_flax.errors import ConfigError, UserError, one_line, require
 
 PIPELINES = ("streaming", "resident")
 _DECODE_BATCH = 1000  # images
-# Names become folders of the cache: nothing in them may lead out of it.
+# Names become folders in the cache, so they must not contain "..".
 _NAME = r"\w[\w-]*(/\w[\w.+-]*)?(:\d+(\.\d+)*)?"
 _SPLIT = r"\w[\w-]*"
 
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    name: str = "cifar10"  # "digits", or a TFDS image-classification set: "cifar100", "svhn_cropped", "mnist:3.0.1" ...
-    data_dir: str = ""  # where TFDS keeps prepared data; "" is TFDS_DATA_DIR, else ~/tensorflow_datasets
-    archive: str = ""  # cifar-10-binary.tar.gz, or the folder it unpacks to, read instead of TFDS
-    cache_dir: str = ""  # decoded arrays, mapped while training; "" is cifar_flax in the user's cache folder
-    image_size: int = 0  # pixels; images are resized to this square; 0 keeps their size
-    eval_split: str = "test"  # the split that evaluation counts
-    validation_fraction: float = 0.0  # share of the train split held out to judge checkpoints on
-    pipeline: str = "streaming"  # streaming (tf.data) | resident (the whole split on the accelerator)
-    drop_last: bool = False  # end each epoch with its last whole batch; else batches run on into the next epoch
+    name: str = "cifar10"  # digits, or a TFDS image-classification set such as cifar100, svhn_cropped or mnist:3.0.1
+    data_dir: str = ""  # folder of prepared TFDS data; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
+    archive: str = ""  # path of cifar-10-binary.tar.gz or of the folder it unpacks to, to read instead of TFDS
+    cache_dir: str = ""  # folder of decoded arrays; "" is cifar_flax in the user's cache folder
+    image_size: int = 0  # height and width in pixels that images are resized to; 0 keeps their size
+    train_split: str = "train"  # split to train on
+    eval_split: str = "test"  # split to evaluate on
+    validation_fraction: float = 0.0  # fraction of the train split that is held out for validation
+    pipeline: str = "streaming"  # streaming (tf.data) | resident (the whole split in device memory)
+    drop_last: bool = False  # drop the incomplete last batch of an epoch; otherwise batches span epoch boundaries
 
     def validate(self) -> None:
         fraction = self.validation_fraction
@@ -44,30 +48,43 @@ class DataConfig:
             self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8"
         )
         require(bool(re.fullmatch(_NAME, self.name)), "data.name", self.name, "must look like cifar10 or cifar10:3.0.2")
-        require(bool(re.fullmatch(_SPLIT, self.eval_split)), "data.eval_split", self.eval_split, "must look like test")
-        require(self.eval_split != "train", "data.eval_split", self.eval_split, "must not be the split trained on")
+        for field, split in (("train_split", self.train_split), ("eval_split", self.eval_split)):
+            require(bool(re.fullmatch(_SPLIT, split)), f"data.{field}", split, "must be a name such as test")
+        # The log uses the name "train" for the training metrics.
+        fits = self.eval_split not in ("train", self.train_split)
+        require(fits, "data.eval_split", self.eval_split, "must not be the split to train on")
         if self.archive:
-            require(self.name == "cifar10", "data.name", self.name, "must be cifar10 where data.archive is set")
-        if self.archive or self.name in BUILT_IN:
-            require(self.eval_split == "test", "data.eval_split", self.eval_split, "must be test for this data set")
-            require(self.image_size == 0, "data.image_size", self.image_size, "must be 0 for this data set")
+            require(self.name == "cifar10", "data.name", self.name, "must be cifar10 if data.archive is set")
 
 
 def load(config: DataConfig, split: str) -> Arrays:
-    """The decoded split, memory-mapped where it comes from the cache.
+    """Return the decoded `split`, memory-mapped if it comes from the cache.
 
-    Raises `ConfigError` where the data set or the split does not exist or does not fit, `UserError` where it cannot be
-    had or read.
+    Raise `ConfigError` if there is no such data set or split, or it does not hold images with one label each. Raise
+    `UserError` if the data cannot be downloaded, prepared or read.
     """
     if config.archive:
-        return read_archive(Path(config.archive).expanduser(), split)
-    if config.name in BUILT_IN:
-        return BUILT_IN[config.name](split)
-    return _load_tfds(config, split)
+        dataset = Dataset(read=functools.partial(read_archive, Path(config.archive).expanduser()))
+    elif config.name in DATASETS:
+        dataset = DATASETS[config.name]
+    else:
+        return _load_tfds(config, split)
+    _require_split(config, dataset.splits, split)
+    arrays = dataset.read(split)
+    return _resize(arrays, config.image_size) if config.image_size else arrays
+
+
+def _resize(arrays: Arrays, size: int) -> Arrays:
+    packages.require(["pillow"], "data.image_size")
+    shape = (size, size, arrays.images.shape[-1])
+    resized = np.empty((len(arrays.images), *shape), np.uint8)
+    for i, image in enumerate(arrays.images):
+        resized[i] = resize(image, shape)
+    return dataclasses.replace(arrays, images=resized)
 
 
 def _digits(split: str) -> Arrays:
-    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships, enlarged four times to 32x32x3.
+    """Return the 1,797 handwritten digits of scikit-learn, 8x8 pixels, enlarged four times to 32x32x3.
 
     Every fifth example of each class is in the test split. Source: Alpaydin and Kaynak 1998, "Optical Recognition of
     Handwritten Digits", UCI Machine Learning Repository (its test set).
@@ -81,18 +98,27 @@ def _digits(split: str) -> Arrays:
     return Arrays(images, labels[chosen], tuple("0123456789"), "digits")
 
 
-# Data sets that need neither TFDS nor a download: name -> reader of a split ("train" or "test").
-BUILT_IN = {"digits": _digits}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """A row of `DATASETS`."""
+
+    read: Callable[[str], Arrays]  # split -> its images, of equal shape, and labels
+    splits: tuple[str, ...] = ("train", "test")
+
+
+# The data sets that need neither TFDS nor the cache, by `data.name`. To add one, write a reader and add a row.
+DATASETS = {"digits": Dataset(read=_digits)}
 
 
 def cache_dir(config: DataConfig) -> Path:
+    """Return the folder of decoded arrays; it may not exist."""
     return Path(config.cache_dir).expanduser() if config.cache_dir else files.user_cache()
 
 
 def cache_folder(config: DataConfig, split: str, version: str | None = None) -> Path | None:
-    """Where in the cache the decoded split lies, if it does.
+    """Return the folder of the decoded split in the cache, or None if no version of the data set is cached.
 
-    In the given `version`, else the one that the name tells, else the newest in the cache; None where none of it is.
+    The version is `version`, or the one in `data.name`, or the newest in the cache.
     """
     folder, (name, _, wanted) = cache_dir(config), config.name.partition(":")
     version = version or wanted or cache.newest_version(folder, name)
@@ -102,18 +128,18 @@ def cache_folder(config: DataConfig, split: str, version: str | None = None) -> 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What is to be done before a data set's splits are in the cache."""
+    """The work that is left before the splits of a data set are in the cache."""
 
-    folder: Path  # TFDS's, of the data set
-    is_prepared: bool  # whether nothing is left to do but to decode
-    downloads: dict[str, int]  # address -> bytes
-    decoded: int  # bytes of the arrays; 0 where that shows only when it is prepared
+    folder: Path  # TFDS's folder of the data set
+    is_prepared: bool  # whether TFDS has prepared the data, so that only decoding is left
+    downloads: dict[str, int]  # URL -> size in bytes
+    decoded: int  # size of the arrays in bytes; 0 if unknown before the data is prepared
 
 
 def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
-    """What `load` would have to do for `splits` that are not in the cache; nothing is written.
+    """Return the work that `load` has left for `splits` that are not in the cache; write nothing.
 
-    Raises `ConfigError` and `UserError` as `load` does.
+    Raise `ConfigError` and `UserError` as `load` does.
     """
     require_tfds(config, splits[0])
     builder = _tfds_builder(config)
@@ -123,13 +149,13 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
     if not builder.is_prepared():
         return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
     for split in splits:
-        _require_split(config, info, split)
+        _require_split(config, info.splits, split)
     decoded = sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
     return Preparation(folder, True, {}, decoded)
 
 
 def _load_tfds(config: DataConfig, split: str) -> Arrays:
-    """From the cache if it can, so that a second start neither imports TFDS nor decodes."""
+    """Return the split from the cache if possible, so that later starts neither import TFDS nor decode."""
     folder = cache_folder(config, split)
     cached = cache.load(folder) if folder else None
     if cached is not None:
@@ -139,13 +165,13 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
     info = builder.info
     image_key, label_key, image_shape = _features(config, info)
     with cache.filling(cache_dir(config) / config.name.partition(":")[0]):
-        builder = _tfds_builder(config)  # anew: another process may just have prepared the data
+        builder = _tfds_builder(config)  # again, since another process may just have prepared the data
         info = builder.info
         _prepare(config, builder)
-        _require_split(config, info, split)
+        _require_split(config, info.splits, split)
         folder = cache_folder(config, split, str(info.version))
         assert folder is not None
-        return cache.load(folder) or cache.store(  # or decoded it
+        return cache.load(folder) or cache.store(  # another process may have decoded it
             folder,
             _decode(builder, split, image_key, label_key, config.image_size),
             num_examples=info.splits[split].num_examples,
@@ -156,7 +182,7 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
 
 
 def require_tfds(config: DataConfig, split: str) -> None:
-    """Raise `UserError` if a package that prepares a split that is not in the cache is missing."""
+    """Raise `UserError` if a package is missing that is needed to prepare a split that is not in the cache."""
     missing = f"data.name={config.name!r}: its {split} split is not in the cache {cache_dir(config)}"
     packages.require(["tensorflow-datasets", "tensorflow"], f"{missing} (name one that has it: data.cache_dir)")
 
@@ -167,12 +193,9 @@ def _tfds() -> Any:
     return packages.load("tensorflow-datasets")
 
 
-def _require_split(config: DataConfig, info: Any, split: str) -> None:
-    field, value, hint = "data.eval_split", split, " (set data.eval_split)"
-    if split == "train":
-        field, value, hint = "data.name", config.name, ""
-    allowed = f"{config.name} has no such split; it has {', '.join(info.splits)}{hint}"
-    require(split in info.splits, field, value, allowed)
+def _require_split(config: DataConfig, splits: Iterable[str], split: str) -> None:
+    field = "data.train_split" if split == config.train_split else "data.eval_split"
+    require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
 
 
 def _tfds_builder(config: DataConfig) -> Any:
@@ -181,14 +204,14 @@ def _tfds_builder(config: DataConfig) -> Any:
     try:
         return tfds.builder(config.name, data_dir=os.path.expanduser(data_dir) or None)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
-        allowed = f"must be {', '.join(BUILT_IN)} or a TFDS image-classification set such as cifar10"
+        allowed = f"must be {', '.join(DATASETS)} or a TFDS image-classification set such as cifar10"
         raise ConfigError(f"data.name={config.name!r}: {allowed} ({one_line(error)})") from error
-    except Exception as error:  # whatever TFDS makes of damaged files
-        raise UserError(f"what TFDS prepared of {config.name} cannot be read ({one_line(error)})") from error
+    except Exception as error:  # TFDS may raise anything for damaged files
+        raise UserError(f"the data that TFDS prepared for {config.name} cannot be read ({one_line(error)})") from error
 
 
 def _features(config: DataConfig, info: Any) -> tuple[str, str, tuple[int, int, int]]:
-    """Return the names of the image and of the label in TFDS's examples, and the shape of the decoded images."""
+    """Return the keys of the image and of the label in TFDS's examples, and the shape of the decoded images."""
     features, keys = info.features, info.supervised_keys
     fits = (
         keys is not None
@@ -197,46 +220,46 @@ def _features(config: DataConfig, info: Any) -> tuple[str, str, tuple[int, int, 
         and features[keys[0]].dtype == np.uint8
         and isinstance(features[keys[1]], _tfds().features.ClassLabel)
     )
-    require(fits, "data.name", config.name, "must be an image-classification set: one image of bytes, one class label")
+    require(fits, "data.name", config.name, "must be an image-classification set: one uint8 image and one class label")
     image_key, label_key = keys
     height, width, channels = features[image_key].shape
     if config.image_size:
         height = width = config.image_size
-    sizes = f"{config.name} has images of various sizes; set the size in pixels that they are resized to"
+    sizes = f"must be set, as the images of {config.name} differ in size"
     require(None not in (height, width), "data.image_size", config.image_size, sizes)
     require(channels in (1, 3), "data.name", config.name, f"must have 1 or 3 channels, not {channels}")
     return image_key, label_key, (height, width, channels)
 
 
 def _prepare(config: DataConfig, builder: Any) -> None:
-    """Downloads and prepares the data set where that has not been done, with TFDS's own progress bar."""
-    # Ten lines of retries would hide the one message that helps.
+    """Download and prepare the data set if TFDS has not done so; TFDS shows a progress bar."""
+    # Silence urllib3's warnings about retries; the exception reports the failure.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     try:
         builder.download_and_prepare()
-    except Exception as error:  # whatever the download, the disk or the parser of some data set may raise
+    except Exception as error:  # downloads, disks and the parsers of data sets may raise anything
         raise UserError(
             f"{config.name} is not prepared in {builder.data_dir} and preparing it failed ({one_line(error)}). "
-            f"Ways out: {ways_out(config)}"
+            f"Alternatives: {alternatives(config)}"
         ) from error
 
 
-def ways_out(config: DataConfig) -> str:
-    """What to do where the data set cannot be downloaded."""
-    ways = ["name a folder where TFDS has prepared it (--config.data.data_dir=DIR or TFDS_DATA_DIR)"]
+def alternatives(config: DataConfig) -> str:
+    """Return alternatives for the user if the data set cannot be downloaded."""
+    ways = ["use data that TFDS has prepared elsewhere (--config.data.data_dir=DIR or TFDS_DATA_DIR)"]
     if config.name == "cifar10":
         ways.append("read the official archive (--config.data.archive=cifar-10-binary.tar.gz)")
-    ways.append("start with data that needs no download (--config quickstart)")
+    ways.append("use data that needs no download (--config quickstart)")
     return "; ".join(ways)
 
 
 def _decode(
     builder: Any, split: str, image_key: str, label_key: str, image_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of images and labels, in the order in which TFDS stores them."""
+    """Yield batches of images and labels in the order in which TFDS stores them."""
     from cifar_flax.data.tensorflow import dataset_options, tf
 
-    # One file after another: interleaving them would make the order depend on TFDS's defaults.
+    # Read one file after another: with interleaving, the order would depend on TFDS's defaults.
     dataset = builder.as_dataset(split=split, read_config=_tfds().ReadConfig(interleave_cycle_length=1))
 
     def resize(example: Any) -> tuple[Any, Any]:
@@ -250,4 +273,4 @@ def _decode(
     try:
         yield from dataset.with_options(dataset_options()).as_numpy_iterator()
     except tf.errors.OpError as error:
-        raise UserError(f"what TFDS prepared in {builder.data_dir} cannot be read ({one_line(error)})") from error
+        raise UserError(f"the data in {builder.data_dir} cannot be read ({one_line(error)})") from error

@@ -1,4 +1,4 @@
-"""Training batches from host memory, by a `tf.data` graph: order -> gather -> prefetch."""
+"""Training batches from host memory, with a `tf.data` pipeline: sampling order -> gather -> prefetch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ def training_batches(
     drop_last: bool = False,
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """The batches of the steps from `start` up to `stop`, as NumPy arrays: of each those places that lie in `rows`."""
+    """Yield the batches of steps `start` to `stop - 1` as NumPy arrays; of each batch, only `rows`."""
     images, labels = as_tensor(arrays.images), as_tensor(arrays.labels)
 
     def gather(index: Any, epoch: Any) -> tuple[Any, ...]:
@@ -35,7 +35,7 @@ def training_batches(
     index, epoch = order.indices(seed, examples, batch_size, start, stop, drop_last)
     dataset = tf.data.Dataset.from_tensor_slices((index[:, rows], epoch[:, rows])).map(gather).prefetch(_PREFETCH)
     options = dataset_options()
-    # A gather of a few hundred small images needs one thread; more would take cores from the training step.
+    # One thread suffices to gather a few hundred small images; more would take cores from the training step.
     options.threading.private_threadpool_size = 1
     for batch in dataset.with_options(options).as_numpy_iterator():
         yield Batch(*batch)

@@ -1,32 +1,32 @@
-"""TensorFlow as a reader of data: quiet, and blind to the accelerators that JAX needs whole.
+"""TensorFlow for reading data: without log output, and without GPUs, whose memory JAX needs.
 
-Imported only where it is used: it takes seconds and hundreds of megabytes.
+Import this module only when it is used: TensorFlow takes seconds and hundreds of megabytes to import.
 """
 
 import os
 from typing import Any
 
-# It tells of these kernels on every start, and no reader of data uses them.
+# Otherwise TensorFlow logs a message about these kernels at every start; reading data does not use them.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import numpy as np
 
 from cifar_flax import packages
 
-# Keras' code, which imports scikit-learn and matplotlib too, is a third of the time and 100 MB. Were the whole of Keras
-# hidden, TensorFlow would not note where it lies, and nobody could import `tensorflow.keras` later.
+# Not importing keras.src, which also imports scikit-learn and matplotlib, saves a third of the time and 100 MB. Hiding
+# all of Keras would make a later import of `tensorflow.keras` fail.
 with packages.without("keras.src"):
     tf: Any = packages.load("tensorflow")
 
 tf.config.set_visible_devices([], "GPU")
 
-_ALIGNMENT = 64  # bytes; TensorFlow ends the process on a tensor that lies otherwise
+_ALIGNMENT = 64  # bytes; TensorFlow aborts the process on a tensor with another alignment
 
 
 def as_tensor(array: np.ndarray) -> Any:
-    """A tensor of the array's own memory where that can be had; `tf.constant` takes twice its size for a moment.
+    """Return a tensor that shares the array's memory if possible; otherwise copy, which briefly takes twice the memory.
 
-    Memory that is read-only cannot: the version of DLPack that TensorFlow reads has no word for it.
+    Read-only memory cannot be shared, because TensorFlow's version of DLPack has no read-only flag.
     """
     if array.flags.carray and array.ctypes.data % _ALIGNMENT == 0:
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
@@ -34,7 +34,10 @@ def as_tensor(array: np.ndarray) -> Any:
 
 
 def dataset_options() -> Any:
-    """Keeps the order of examples and tunes nothing: with tuning, TensorFlow 2.21 took 7 to 32 s to close 3 of 14."""
+    """Return options that keep the sampling order and disable autotuning.
+
+    With autotuning, TensorFlow 2.21 took 7 to 32 s to close the pipeline in 3 of 14 runs.
+    """
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False

@@ -1,4 +1,21 @@
-"""The networks, by name. A new one is a file of its own and a line in `MODELS`."""
+"""The networks by name. To add one, write a file with its config and its module, and add a row to `MODELS`.
+
+The config is a dataclass derived from `ModelConfig`. The module is derived from `Network` and defines:
+
+- `__init__(self, config, image_shape, num_classes, *, platform, rngs)`. `image_shape` is (height, width, channels);
+  raise `ConfigError` if the network cannot process such images. `platform` is "cpu", "cuda" or "tpu": the layers in
+  `layers.py` choose the fastest implementation by it.
+- `__call__(self, x, dropout_keys=None)`. `x` has normalized float32 images [batch, height, width, channels]; return
+  float32 logits [batch, classes]. Evaluation passes no `dropout_keys`; training passes one random key per example.
+
+In training, pass `use_running_average=dropout_keys is None` to `nnx.BatchNorm`, and use `layers.dropout` with the keys
+instead of `nnx.Dropout`, whose random state no checkpoint would restore: a network that holds one is refused. Any other
+layer of `nnx` works. Set `dropout_rate=0` in `nnx.MultiHeadAttention`.
+
+Name matrices `kernel` or `embedding`: `network.param_groups` chooses the optimizer group by this name and by the
+layer. `groups` assigns the parameters of an attribute to another group. A network that needs training images before the
+first step, such as for whitening, sets `sample_size` and overrides `fit`.
+"""
 
 from typing import Any
 
@@ -7,23 +24,10 @@ from flax import nnx
 from cifar_flax.errors import require
 from cifar_flax.models.airbench import Airbench, AirbenchConfig
 from cifar_flax.models.cnn import CNN, CNNConfig
-from cifar_flax.models.layers import Network
+from cifar_flax.models.network import ModelConfig, Network
 from cifar_flax.models.resnet import ResNet, ResNetConfig
 
-__all__ = [
-    "MODELS",
-    "AirbenchConfig",
-    "CNNConfig",
-    "ModelConfig",
-    "ResNetConfig",
-    "build",
-    "config_class",
-    "sample_size",
-]
-
-ModelConfig = CNNConfig | AirbenchConfig | ResNetConfig  # the union of the networks' configs
-
-# name -> (its config, its module)
+# name -> (config, module)
 MODELS: dict[str, tuple[type[ModelConfig], type[Any]]] = {
     "cnn": (CNNConfig, CNN),
     "airbench": (AirbenchConfig, Airbench),
@@ -32,21 +36,22 @@ MODELS: dict[str, tuple[type[ModelConfig], type[Any]]] = {
 
 
 def config_class(name: object) -> type[ModelConfig]:
-    """The config class of the network called `name`; raises `ConfigError` if there is none."""
+    """Return the config class of the network `name`; raise `ConfigError` if there is no such network."""
     require(isinstance(name, str) and name in MODELS, "model.name", name, f"must be one of {', '.join(MODELS)}")
     return MODELS[str(name)][0]
 
 
-def sample_size(config: ModelConfig) -> int:
-    """How many training images the network that `config` describes looks at before the first step."""
-    return MODELS[config.name][1].sample_size
+def network_class(config: ModelConfig) -> type[Any]:
+    """Return the module of the network that `config` describes."""
+    return MODELS[config.name][1]
 
 
 def build(
     config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int, *, platform: str, rngs: nnx.Rngs
 ) -> Network:
-    """The network that `config` describes, for images [height, width, channels], written as `platform` has it fast.
+    """Build the network that `config` describes, with the kernels that are fastest on `platform`.
 
-    Raises `ConfigError` where images of this shape are too small for it.
+    `image_shape` is (height, width, channels). Raise `ConfigError` if such images are too small for the network.
     """
-    return MODELS[config.name][1](config, image_shape, num_classes, platform=platform, rngs=rngs)
+    network: Network = network_class(config)(config, image_shape, num_classes, platform=platform, rngs=rngs)
+    return network

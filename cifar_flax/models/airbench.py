@@ -1,12 +1,13 @@
-"""The network of airbench: 94 % on CIFAR-10 in a few seconds of a GPU; 1,971,352 parameters at its smallest size.
+"""The airbench network: 94 % on CIFAR-10 within a few seconds on a GPU; 1,971,352 parameters with default settings.
 
 Source: Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv:2404.00498), section 3 and listing 4, and
-the repository KellerJordan/cifar10-airbench for the wider ones.
+the repository KellerJordan/cifar10-airbench for the wider variants.
 """
 
 import itertools
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -15,34 +16,34 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
-from cifar_flax.models.layers import DTYPES, BatchNorm, Conv, Network, activation_dtype, conv2d, gelu, max_pool
+from cifar_flax.models.layers import BatchNorm, Conv, conv2d, gelu, max_pool
+from cifar_flax.models.network import ModelConfig, Network, activation_dtype
 
-_WHITENING_EPS = 5e-4  # added to the eigenvalues: directions that hold nothing but noise stay small
-_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(fan_in)
+_WHITENING_EPS = 5e-4  # added to the eigenvalues, so that directions of pure noise are not amplified
+_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within ±1 / sqrt(fan_in)
 
 
 @dataclass(slots=True, kw_only=True)
-class AirbenchConfig:
+class AirbenchConfig(ModelConfig):
     name: str = "airbench"
-    dtype: str = "float32"  # of the activations: float32 | bfloat16 | auto; parameters and BatchNorm: always float32
-    widths: tuple[int, int, int] = (64, 256, 256)  # filters of the blocks' convolutions
+    widths: tuple[int, int, int] = (64, 256, 256)  # filters per convolution in the first, second and third block
     depth: int = 2  # convolutions per block: 2 or 3
-    residual: bool = False  # whether a block's first activation is added before its last
-    norm_decay: float = 0.6  # of BatchNorm's running statistics, per step
-    init: str = "muon"  # of the head and of the whitening's bias, as the original trained by: muon | sgd
+    residual: bool = False  # add the output of each block's first GELU to the input of its last GELU
+    norm_decay: float = 0.6  # EMA decay of BatchNorm's running statistics, per step
+    init: str = "muon"  # muon | sgd: initialize head and whitening bias as the original does for it
 
     def validate(self) -> None:
-        require(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
-        require(min(self.widths) >= 1, "model.widths", self.widths, "must be at least 1 each")
+        ModelConfig.validate(self)
+        require(min(self.widths) >= 1, "model.widths", self.widths, "must all be at least 1")
         require(self.depth in (2, 3), "model.depth", self.depth, "must be 2 or 3")
         require(0 <= self.norm_decay < 1, "model.norm_decay", self.norm_decay, "must be in [0, 1)")
         require(self.init in ("muon", "sgd"), "model.init", self.init, "must be muon or sgd")
 
 
 class Whitening(nnx.Module):
-    """Convolution 2x2 without padding onto the principal directions of the data, each with both signs.
+    """2x2 convolution without padding onto the principal directions of image patches, each with both signs.
 
-    The kernel is a statistic of the data, not a parameter; only the bias trains.
+    The kernel is a statistic of the training images, not a parameter; only the bias is trained.
     """
 
     def __init__(self, channels: int, *, init: str, dtype: jnp.dtype, platform: str, rngs: nnx.Rngs):
@@ -58,7 +59,7 @@ class Whitening(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Convolution, max-pool 2x2, BatchNorm, GELU; then `depth - 1` times convolution, BatchNorm, GELU."""
+    """Convolution, 2x2 max-pool, BatchNorm, GELU; then `depth - 1` times convolution, BatchNorm, GELU."""
 
     def __init__(self, c_in: int, width: int, config: AirbenchConfig, *, platform: str, rngs: nnx.Rngs):
         self.residual = config.residual
@@ -88,9 +89,10 @@ class Block(nnx.Module):
 
 
 class Airbench(Network):
-    """Whitening, three blocks, max-pool 3x3, a linear head; its logits are scaled."""
+    """Whitening, three blocks, 3x3 max-pool and a linear head whose logits are scaled by a constant."""
 
     sample_size = 5000
+    groups = MappingProxyType({"whitening": "whitening"})
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class Airbench(Network):
             Block(c_in, c_out, config, platform=platform, rngs=rngs) for c_in, c_out in itertools.pairwise(widths)
         )
         inputs = size[0] * size[1] * widths[-1]
-        self.logit_scale, kernel_init = (1 / inputs, _unit_deviation) if config.init == "muon" else (1 / 9, _UNIFORM)
+        self.logit_scale, kernel_init = (1 / inputs, _unit_std) if config.init == "muon" else (1 / 9, _UNIFORM)
         self.head = nnx.Linear(
             inputs, num_classes, use_bias=False, kernel_init=kernel_init, dtype=self.dtype, rngs=rngs
         )
@@ -122,7 +124,10 @@ class Airbench(Network):
     def __call__(
         self, x: Float[Array, "batch height width channels"], dropout_keys: Key[Array, " batch"] | None = None
     ) -> Float[Array, "batch classes"]:
-        """Logits in float32. With `dropout_keys` (training) BatchNorm uses and updates batch statistics."""
+        """Return logits in float32.
+
+        If `dropout_keys` is provided (training), BatchNorm uses batch statistics and updates its running statistics.
+        """
         training = dropout_keys is not None
         x = gelu(self.whitening(x))
         for block in self.blocks:
@@ -132,7 +137,10 @@ class Airbench(Network):
 
 
 def whitening_kernel(images: Float[Array, "n height width c"]) -> Float[Array, "2 2 c c_out"]:
-    """The eigenvectors of the covariance (about zero) of all 2x2 patches, over sqrt(eigenvalue + eps); then negated."""
+    """Return the whitening directions of all 2x2 patches, followed by their negatives.
+
+    They are the eigenvectors of the uncentered covariance matrix, each divided by sqrt(eigenvalue + eps).
+    """
     _, height, width, c = images.shape
     shifted = [images[:, i : height - 1 + i, j : width - 1 + j] for i in (0, 1) for j in (0, 1)]
     patches = jnp.concatenate(shifted, axis=-1).reshape(-1, 4 * c)
@@ -143,7 +151,7 @@ def whitening_kernel(images: Float[Array, "n height width c"]) -> Float[Array, "
 
 
 def identity_kernel(key: Key[Array, ""], shape: tuple[int, int, int, int]) -> Float[Array, "k_h k_w c_in c_out"]:
-    """The first c_in filters hand their own channel on; the others are uniform within 1 / sqrt(fan_in)."""
+    """Return a kernel whose first c_in filters copy their input channel; the rest is uniform in ±1 / sqrt(fan_in)."""
     k_h, k_w, c_in, c_out = shape
     kernel = _UNIFORM(key, shape)
     eye = jnp.eye(c_in, c_out)
@@ -151,6 +159,7 @@ def identity_kernel(key: Key[Array, ""], shape: tuple[int, int, int, int]) -> Fl
     return jnp.where(jnp.arange(c_out)[None, None, None, :] < c_in, same, kernel)
 
 
-def _unit_deviation(key: Key[Array, ""], shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "inputs classes"]:
+def _unit_std(key: Key[Array, ""], shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "inputs classes"]:
+    """Return uniform weights, scaled to a standard deviation of 1."""
     kernel = jax.random.uniform(key, shape, dtype, -1, 1)
     return kernel / jnp.std(kernel, ddof=1)

@@ -1,4 +1,4 @@
-"""The reference network: one convolution, one hidden layer, 3,693,002 parameters on CIFAR-10."""
+"""The reference network: one convolution and one hidden layer; 3,693,002 parameters on CIFAR-10."""
 
 from dataclasses import dataclass
 
@@ -8,29 +8,29 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
-from cifar_flax.models.layers import DTYPES, Conv, Network, activation_dtype, dropout
+from cifar_flax.models.layers import Conv, dropout
+from cifar_flax.models.network import ModelConfig, Network, activation_dtype
 
 
 @dataclass(slots=True, kw_only=True)
-class CNNConfig:
+class CNNConfig(ModelConfig):
     name: str = "cnn"
-    dtype: str = "float32"  # of the activations: float32 | bfloat16 | auto; parameters and BatchNorm: always float32
     width: int = 32  # filters of the convolution
-    hidden: int = 512  # units of the hidden layer
-    conv_dropout: float = 0.2  # share of pooled activations zeroed in training
-    hidden_dropout: float = 0.5  # share of hidden units zeroed in training
+    hidden: int = 512  # units in the hidden layer
+    conv_dropout: float = 0.2  # fraction of pooled activations zeroed in training
+    hidden_dropout: float = 0.5  # fraction of hidden units zeroed in training
 
     def validate(self) -> None:
-        require(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
+        ModelConfig.validate(self)
         for field in ("width", "hidden"):
             require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "must be at least 1")
         for field in ("conv_dropout", "hidden_dropout"):
-            # Rates are rounded to 1/256, and 1 would leave nothing.
+            # `dropout` rounds rates to multiples of 1/256; a rate of 1 would zero everything.
             require(0 <= getattr(self, field) <= 0.99, f"model.{field}", getattr(self, field), "must be in [0, 0.99]")
 
 
 class CNN(Network):
-    """Conv 3x3 + ReLU, max-pool 2x2, BatchNorm, dropout, dense + ReLU, dropout, dense; initialised as Keras does."""
+    """3x3 conv + ReLU, 2x2 max-pool, BatchNorm, dropout, dense + ReLU, dropout, dense; initialized as in Keras."""
 
     def __init__(
         self, config: CNNConfig, image_shape: tuple[int, int, int], num_classes: int, *, platform: str, rngs: nnx.Rngs
@@ -51,8 +51,11 @@ class CNN(Network):
     def __call__(
         self, x: Float[Array, "batch height width channels"], dropout_keys: Key[Array, " batch"] | None = None
     ) -> Float[Array, "batch classes"]:
-        """Logits in float32. With `dropout_keys` (training) BatchNorm uses and updates batch statistics."""
-        # max(relu(x)) = relu(max(x)), on a quarter of the elements.
+        """Return logits in float32.
+
+        If `dropout_keys` is provided (training), BatchNorm uses batch statistics and updates its running statistics.
+        """
+        # ReLU after pooling equals ReLU before pooling, but processes a quarter of the elements.
         x = nnx.relu(self.conv(x))
         x = self.norm(x.astype(jnp.float32), use_running_average=dropout_keys is None).astype(self.dtype)
         if dropout_keys is not None:

@@ -1,4 +1,4 @@
-"""Layers the networks share, written so that they are fast on a CPU as well as on accelerators."""
+"""Layers of the networks, with implementations that are fast on CPUs and on accelerators."""
 
 import math
 from collections.abc import Callable
@@ -12,26 +12,8 @@ from jaxtyping import Array, Float, Key
 from cifar_flax.models.cpu import patches, winograd
 from cifar_flax.models.cpu.threefry import random_words
 
-# Up to this many input channels, a patch is short enough that copying patches costs less than what XLA's convolution
-# loses on a CPU.
+# Up to this number of input channels, copying patches for a matrix product is faster than XLA's convolution on a CPU.
 _MAX_PATCH_CHANNELS = 4
-
-
-DTYPES = ("float32", "bfloat16", "auto")
-
-
-def activation_dtype(name: str, platform: str) -> jnp.dtype:
-    """Of `DTYPES`; "auto" is what suits the platform: float32 for the "cpu", bfloat16 for accelerators."""
-    return jnp.dtype({"auto": "float32" if platform == "cpu" else "bfloat16"}.get(name, name))
-
-
-class Network(nnx.Module):
-    """What networks have in common."""
-
-    sample_size = 0  # training images that `fit` needs
-
-    def fit(self, images: Float[Array, "n height width c"]) -> None:
-        """Sets what depends on the training data, given normalised images of it, before the first step."""
 
 
 def conv2d(
@@ -43,11 +25,10 @@ def conv2d(
     pool: bool = False,
     platform: str,
 ) -> Float[Array, "batch h_out w_out c_out"]:
-    """Convolution; with `pool`, the maximum over disjoint 2x2 squares of it.
+    """Return the convolution of `x`; with `pool`, its maximum over disjoint 2x2 squares.
 
-    `padding` is SAME (zeros) or VALID. For the `platform` "cpu" it is written in matrix products where XLA's
-    convolution is slow, and pools while it is at it; "cuda", "tpu" and all others use XLA's. The ways differ by
-    rounding only.
+    `padding` is SAME (zeros) or VALID. On the `platform` "cpu", use matrix products, fused with the pooling, if XLA's
+    convolution is slower. Other platforms use XLA's convolution. The results differ by rounding errors only.
     """
     if platform == "cpu" and _suits_winograd(x, kernel, padding, stride):
         return winograd.conv3x3_max_pool(x, kernel) if pool else winograd.conv3x3(x, kernel)
@@ -65,15 +46,15 @@ def _suits_winograd(x: Array, kernel: Array, padding: str, stride: int) -> bool:
 
 
 def _suits_patches(kernel: Array, padding: str, stride: int) -> bool:
-    """Short patches, or few of them."""
+    """Return whether patches are short or few, so that copying them is cheap."""
     return padding == "VALID" and (kernel.shape[2] <= _MAX_PATCH_CHANNELS or stride > 1)
 
 
 def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[Array, "batch h_out w_out c"]:
-    """Return the maximum over disjoint `window` x `window` squares; rows and columns that fill no window are dropped.
+    """Return the maximum over disjoint `window` x `window` squares. Drop rows and columns that fill no window.
 
-    Written as reshape + max because the gradient of XLA's `reduce_window` is several times slower on a CPU. Where a
-    window holds its maximum more than once, the gradient is shared among those places.
+    Implemented as reshape and max, since the gradient of XLA's `reduce_window` is several times slower on a CPU. If a
+    window contains its maximum more than once, the gradient is divided equally among these elements.
     """
     batch, height, width, channels = x.shape
     h_out, w_out = height // window, width // window
@@ -83,7 +64,7 @@ def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[
 
 
 class Conv(nnx.Module):
-    """`conv2d` with its kernel and, if wanted, a bias that starts at zero."""
+    """A convolution, with an optional bias that is initialized to zero."""
 
     def __init__(
         self,
@@ -114,7 +95,7 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Normalisation per channel, in float32 (Ioffe and Szegedy 2015)."""
+    """Batch normalization in float32 (Ioffe and Szegedy 2015)."""
 
     def __init__(self, channels: int, *, decay: float, epsilon: float, use_scale: bool = True, rngs: nnx.Rngs):
         self.norm = nnx.BatchNorm(channels, momentum=decay, epsilon=epsilon, use_scale=use_scale, rngs=rngs)
@@ -125,9 +106,9 @@ class BatchNorm(nnx.Module):
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """x times the normal distribution function of x (Hendrycks and Gimpel 2016, section 2), not approximated.
+    """Return x Phi(x), where Phi is the normal distribution function (Hendrycks and Gimpel 2016, section 2).
 
-    Computed in float32 and rounded once: next to 1, bfloat16 has no word for what the function leaves at x < -2.5.
+    Computed in float32 and rounded once: bfloat16 cannot represent 1 - Phi(x) for x < -2.5.
     """
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
@@ -153,10 +134,10 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 def dropout(
     x: Float[Array, "batch *features"], keys: Key[Array, " batch"], rate: float
 ) -> Float[Array, "batch *features"]:
-    """Zeroes each element with probability `rate`, rounded to 1/256, and scales the rest so that the mean stays.
+    """Set each element to zero with probability `rate`, rounded to 1/256, and scale the others to keep the mean.
 
-    One key per example makes the mask a function of the example alone, wherever in the batch, and on whichever
-    device, it lies. Eight random bits decide each element: a quarter of the hashing that 32 would need.
+    With one key per example, the mask depends neither on the position in the batch nor on the devices. Each element
+    uses 8 random bits, a quarter of the hashing that 32 bits would need.
 
     Source: Srivastava et al. 2014, "Dropout", section 4 (scaled at training time instead of test time).
     """
@@ -166,7 +147,7 @@ def dropout(
     features = math.prod(x.shape[1:])
     words = random_words(keys, math.ceil(features / 4))
     octets = words[:, None, :] >> jnp.arange(0, 32, 8, dtype=jnp.uint32)[None, :, None] & 255
-    # A byte per element is kept for the gradient; without the barrier it would be the four of `octets`.
+    # The barrier makes XLA save one byte per element for the gradient, instead of the four bytes of `octets`.
     keep = lax.optimization_barrier(octets >= threshold)
     keep = keep.reshape(x.shape[0], -1)[:, :features].reshape(x.shape)
     return jnp.where(keep, x * (256 / (256 - threshold)), jnp.zeros((), x.dtype))

@@ -1,7 +1,7 @@
-"""ResNet-18 for small images, the baseline everyone knows: 11,173,962 parameters on CIFAR-10.
+"""ResNet-18 for small images, a common baseline; 11,173,962 parameters on CIFAR-10.
 
-Source: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), table 1, with the stem that
-is usual for images of 32x32: one 3x3 convolution with stride 1 and no pooling.
+Source: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), table 1, with the
+usual stem for 32x32 images: one 3x3 convolution with stride 1 and no pooling.
 """
 
 import functools
@@ -13,22 +13,22 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
-from cifar_flax.models.layers import DTYPES, BatchNorm, Conv, Network, activation_dtype
+from cifar_flax.models.layers import BatchNorm, Conv
+from cifar_flax.models.network import ModelConfig, Network, activation_dtype
 
 
 @dataclass(slots=True, kw_only=True)
-class ResNetConfig:
+class ResNetConfig(ModelConfig):
     name: str = "resnet18"
-    dtype: str = "float32"  # of the activations: float32 | bfloat16 | auto; parameters and BatchNorm: always float32
-    width: int = 64  # filters of the first stage; each of the three others has twice those of the one before
+    width: int = 64  # filters in the first stage; each later stage doubles the number
 
     def validate(self) -> None:
-        require(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
+        ModelConfig.validate(self)
         require(self.width >= 1, "model.width", self.width, "must be at least 1")
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, then BatchNorm."""
+    """Convolution without bias, followed by BatchNorm."""
 
     def __init__(
         self, c_in: int, c_out: int, size: int, stride: int, *, dtype: jnp.dtype, platform: str, rngs: nnx.Rngs
@@ -37,7 +37,7 @@ class ConvNorm(nnx.Module):
             c_in,
             c_out,
             size,
-            # As PyTorch pads: with SAME and stride 2, the odd row of zeros would lie at the bottom instead of the top.
+            # PyTorch's padding: with stride 2, SAME would put the single row of zeros at the bottom instead of the top.
             padding="SAME" if stride == 1 else "VALID",
             stride=stride,
             kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
@@ -56,7 +56,7 @@ class ConvNorm(nnx.Module):
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions plus a shortcut, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, *, dtype: jnp.dtype, platform: str, rngs: nnx.Rngs):
         conv_norm = functools.partial(ConvNorm, dtype=dtype, platform=platform, rngs=rngs)
@@ -70,7 +70,7 @@ class BasicBlock(nnx.Module):
 
 
 class ResNet(Network):
-    """A 3x3 convolution, four stages of two blocks each, the mean over all places, a linear head."""
+    """A 3x3 convolution, four stages of two blocks each, global average pooling and a linear head."""
 
     def __init__(
         self,
@@ -93,7 +93,10 @@ class ResNet(Network):
     def __call__(
         self, x: Float[Array, "batch height width channels"], dropout_keys: Key[Array, " batch"] | None = None
     ) -> Float[Array, "batch classes"]:
-        """Logits in float32. With `dropout_keys` (training) BatchNorm uses and updates batch statistics."""
+        """Return logits in float32.
+
+        If `dropout_keys` is provided (training), BatchNorm uses batch statistics and updates its running statistics.
+        """
         training = dropout_keys is not None
         x = nnx.relu(self.stem(x, training))
         for block in self.blocks:

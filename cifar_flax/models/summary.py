@@ -1,4 +1,4 @@
-"""The layers of a network, with their parameters and FLOPs."""
+"""List the layers of a network with their parameters and FLOPs."""
 
 import math
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from cifar_flax import models
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A module that has weights of its own."""
+    """A module with variables (parameters or statistics) of its own."""
 
-    name: str  # the path of its weights in a checkpoint
-    kind: str
-    shape: tuple[int, ...]  # of the output for one image
-    parameters: int  # numbers that train
-    statistics: int  # numbers that follow from the data
-    flops: int  # of the forward pass, for one image
+    name: str  # path of its variables in a checkpoint
+    kind: str  # class name
+    shape: tuple[int, ...]  # output shape for one image
+    parameters: int  # number of trainable values
+    statistics: int  # number of values computed from the data, such as BatchNorm's running mean
+    flops: int  # of the forward pass, per image
 
 
 def summarize(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> str:
-    """Return a table of the layers, in the order in which they are called, and of their totals."""
+    """Return a table of the layers, in call order, with a row of totals."""
     found = layers(config, image_shape, num_classes)
     parameters, statistics, flops = np.sum([(one.parameters, one.statistics, one.flops) for one in found], axis=0)
     rows = [("layer", "kind", "output", "parameters", "statistics", "FLOPs per image")]
@@ -41,14 +41,14 @@ def summarize(config: models.ModelConfig, image_shape: tuple[int, int, int], num
         numbers = [f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True)]
         lines.append("  ".join(["", f"{name:{widths[0]}}", f"{kind:{widths[1]}}", *numbers]))
     lines.append(
-        f"  {4 * parameters / 1e6:,.2f} MB of parameters; {3 * flops:,} FLOPs per image in training, 3 x forward"
+        f"  {4 * parameters / 1e6:,.2f} MB of parameters; {3 * flops:,} FLOPs per image in training (3 x forward)"
     )
-    lines.append("  FLOPs: of convolutions and matrix products, as accelerators compute them")
+    lines.append("  FLOPs count convolutions and matrix products, as computed on accelerators")
     return "\n".join(lines)
 
 
 def layers(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> list[Layer]:
-    """Return the layers of the network as accelerators compute it, in the order in which they are called."""
+    """Return the layers of the network in its implementation for accelerators, in call order."""
     found: list[Layer] = []
 
     def observe(path: tuple[Any, ...], node: Any) -> Any:
@@ -60,15 +60,15 @@ def layers(config: models.ModelConfig, image_shape: tuple[int, int, int], num_cl
 
 
 def forward_flops(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> int:
-    """Return the operations for one image: twice the multiplications of convolutions and matrix products.
+    """Return the FLOPs of one image's forward pass: two per multiplication in convolutions and matrix products.
 
-    Counted in the network as accelerators compute it. Training takes three times as many.
+    They are counted in the implementation for accelerators. Training takes three times as many.
     """
     return _flops(_trace(config, image_shape, num_classes, lambda path, node: node))
 
 
 class _Observed(nnx.Module):
-    """Stands in a network where `layer` stood, and reports each of its calls."""
+    """Replacement for `layer` in a network that passes a `Layer` to `report` at each call."""
 
     def __init__(self, layer: nnx.Module, name: str, report: Callable[[Layer], None]):
         self.layer, self.name, self.report = layer, name, report
@@ -91,7 +91,7 @@ class _Observed(nnx.Module):
 def _trace(
     config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int, replace: Callable[..., Any]
 ) -> Any:
-    """Return the jaxpr of one image's forward pass, with `replace` applied to each module; nothing is computed."""
+    """Return the jaxpr of one image's forward pass, with `replace` applied to each module, without computing it."""
 
     def forward(image: Float[Array, "1 h w c"]) -> Array:
         network = models.build(config, image_shape, num_classes, platform="cuda", rngs=nnx.Rngs(0))

@@ -1,1 +1,1 @@
-"""Training: state, steps, optimizers, evaluation, metrics and the loop."""
+"""The training loop and its parts: state, steps, optimizers, averaging, evaluation and metrics."""

@@ -1,4 +1,4 @@
-"""Averages of the weights over the steps of training."""
+"""Weight averaging over the steps of training: EMA and Lookahead."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ AVERAGES = ("none", "ema", "lookahead")
 
 @dataclass(slots=True, kw_only=True)
 class AveragingConfig:
-    name: str = "none"  # none | ema (evaluated instead of the weights) | lookahead (the weights go back to it)
-    decay: float = 0.999  # per step; lookahead: at the end of the run, from 0 at its start
-    every: int = 1  # steps between two updates of the average
+    name: str = "none"  # none | ema (evaluated instead of the weights) | lookahead (replaces the weights)
+    decay: float = 0.999  # EMA decay per step; lookahead: decay at the end of the run, from 0 at its start
+    every: int = 1  # steps between updates of the average
 
     def validate(self) -> None:
         require(self.name in AVERAGES, "averaging.name", self.name, f"must be one of {', '.join(AVERAGES)}")
@@ -24,20 +24,20 @@ class AveragingConfig:
 
 
 def init(config: AveragingConfig, weights: PyTree) -> PyTree:
-    """The average before the first step: the weights themselves, nothing where none is kept."""
-    return () if config.name == "none" else jax.tree.map(jnp.copy, weights)  # each is donated to the step
+    """Return the average before the first step: a copy of the weights, or () without averaging."""
+    return () if config.name == "none" else jax.tree.map(jnp.copy, weights)  # a copy, since the step donates both
 
 
 def update(
     config: AveragingConfig, step: Int[Array, ""], total_steps: int, weights: PyTree, average: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Weights and average after the step number `step`, counted from 1, that gave `weights`.
+    """Return weights and average after step number `step`, counted from 1, whose update resulted in `weights`.
 
-    ema: average = d average + (1 - d) weights, where d per step is min(decay, (1 + step) / (10 + step)), so that the
-    first weights are soon forgotten. lookahead: likewise with d = decay (step / total_steps)^3, and the weights become
-    the average; after the last step they always do.
+    ema: average = d average + (1 - d) weights with d = min(decay, (1 + step) / (10 + step)) per step, so that the
+    initial weights soon lose their influence. lookahead: the same with d = decay (step / total_steps)^3; the average
+    then replaces the weights. After the last step it always does.
 
-    Source: Jordan 2024 (arXiv:2404.00498), section 3.4, after Zhang et al. 2019, "Lookahead Optimizer" (lookahead).
+    Source: Jordan 2024 (arXiv:2404.00498), section 3.4, based on Zhang et al. 2019, "Lookahead Optimizer" (lookahead).
     """
     if config.name == "none":
         return weights, average
@@ -46,14 +46,14 @@ def update(
         decay = jnp.minimum(config.decay, (1 + step) / (10 + step)) ** config.every
     else:
         decay = config.decay**config.every * (step / total_steps) ** 3
-    share = jnp.where(due, 1 - decay, 0.0)
-    average = jax.tree.map(lambda mean, now: mean + share * (now - mean), average, weights)
+    fraction = jnp.where(due, 1 - decay, 0.0)
+    average = jax.tree.map(lambda mean, now: mean + fraction * (now - mean), average, weights)
     if config.name == "lookahead":
-        back = due | (step == total_steps)
-        weights = jax.tree.map(lambda mean, now: jnp.where(back, mean, now), average, weights)
+        is_replaced = due | (step == total_steps)
+        weights = jax.tree.map(lambda mean, now: jnp.where(is_replaced, mean, now), average, weights)
     return weights, average
 
 
 def evaluated(config: AveragingConfig, weights: PyTree, average: PyTree) -> PyTree:
-    """What is evaluated: the average where it is kept beside the weights."""
+    """Return the weights to evaluate: the average for EMA, else `weights`."""
     return average if config.name == "ema" else weights

@@ -1,4 +1,4 @@
-"""Exact evaluation: every example of a split is counted once, whatever the batch size."""
+"""Exact evaluation: every example of a split counts once, for any batch size."""
 
 import functools
 import math
@@ -23,8 +23,8 @@ from cifar_flax.training.state import TrainState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    summary: dict[str, Any]  # of `metrics.summarize`
-    probabilities: Float[np.ndarray, "n classes"]  # of the examples, in their order
+    summary: dict[str, Any]  # the result of `metrics.summarize`
+    probabilities: Float[np.ndarray, "n classes"]  # in the order of the examples
     images_per_second: float
     input_wait_fraction: float
 
@@ -34,10 +34,10 @@ class _Stopping(Exception):
 
 
 class Evaluator:
-    """Evaluates states on `examples` of one split; compiles once, outside the time that its rate counts.
+    """Evaluate states on `examples` of one split. Compilation happens once, and is not part of the measured time.
 
-    With `tta`, a name in `augment.VIEWS`, the logits of several views of each image are averaged; with `tta_below` too,
-    only those of images whose top probability, from the image alone, is below that.
+    `tta`, a key of `augment.VIEWS`, averages the logits of several TTA views of each image; with `tta_below`, only of
+    images whose confidence without TTA is below this value.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Evaluator:
         tta: str = "none",
         tta_below: float | None = None,
     ):
-        processes.require_agreement(data=arrays.digest())  # or the processes would run different numbers of batches
+        processes.require_agreement(data=arrays.digest())  # else they might run different numbers of batches
         self._task, self._arrays, self._examples = task, arrays, examples
         self._layout = task.layout
         self._batch_size = self._layout.round_up(min(batch_size, len(examples)))
-        # A split that is on the device stays there: the compiled step gathers from it.
+        # If the split is in device memory, the compiled step gathers the batches from it.
         self._resident = (arrays.images, arrays.labels) if isinstance(arrays.images, jax.Array) else ()
         self._steps: list[Callable[..., Any]] = [functools.partial(steps.eval_step, task, tta=tta)]
         if tta_below is not None:
@@ -62,15 +62,15 @@ class Evaluator:
         self._compiled: list[Callable[..., Any]] = []
 
     def compile(self, state: TrainState) -> None:
-        """Compiles for states like this one; the first evaluation does it where it has not been done."""
+        """Compile for states of the shapes of `state`. Otherwise, the first evaluation compiles."""
         inputs = self._layout.shard_batch(next(self._inputs(self._examples)))
         arguments = (self._weights(state), inputs, *self._resident)
         self._compiled = [self._layout.compile(on_inputs(step), *arguments) for step in self._steps]
 
     def __call__(self, state: TrainState, stopping: Callable[[], int] = lambda: 0) -> Evaluation | None:
-        """None where `stopping`, which is asked before each batch, has ended it.
+        """Return the evaluation of `state`, or None if `stopping` returned a nonzero number before a batch.
 
-        Raises `UserError` where the loss is not finite: the network gives no answer worth a number.
+        Raise `UserError` if the loss is not finite.
         """
         if not self._compiled:
             self.compile(state)
@@ -96,7 +96,7 @@ class Evaluator:
         assert total is not None
         summary = metrics.summarize(total, self._arrays.class_names)
         if not math.isfinite(summary["loss"]):
-            raise UserError(f"the evaluation's loss at step {state.step} is {summary['loss']}: training has diverged")
+            raise UserError(f"the evaluation loss at step {state.step} is {summary['loss']}: training has diverged")
         seconds = time.perf_counter() - start
         return Evaluation(
             summary=summary,
@@ -109,7 +109,7 @@ class Evaluator:
         return averaging.evaluated(self._task.averaging, (state.params, state.batch_stats), state.average)
 
     def _inputs(self, examples: Int32[np.ndarray, " n"]) -> Iterator[Batch | Indices]:
-        """This process' rows of the batches."""
+        """Yield this process's rows of the batches."""
         rows = self._layout.local_slice(self._batch_size)
         for whole in evaluation_indices(examples, self._batch_size):
             indices = jax.tree.map(operator.itemgetter(rows), whole)
@@ -118,7 +118,7 @@ class Evaluator:
     def _outputs(
         self, step: Callable[..., Any], weights: PyTree, inputs: Iterable[Batch | Indices], stopping: Callable[[], int]
     ) -> Iterator[Any]:
-        """What `step` gives for each batch, read while the device works on the next."""
+        """Yield the outputs of `step` for each batch, read while the device computes the next one."""
         before = None
         for batch in inputs:
             if stopping():
@@ -132,7 +132,7 @@ class Evaluator:
 
 
 def on_inputs(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `step` for a batch, or for the indices of a batch and the split to gather it from."""
+    """Return a function that runs `step` on a batch, or on the batch that it gathers from a split by indices."""
 
     def run(weights: PyTree, inputs: Any, images: Array | None = None, labels: Array | None = None) -> Any:
         return step(weights, inputs if images is None else gather(images, labels, inputs))
@@ -141,11 +141,12 @@ def on_inputs(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def all_examples(arrays: Arrays) -> Int32[np.ndarray, " n"]:
+    """Return the indices of all examples of a split."""
     return np.arange(len(arrays.labels), dtype=np.int32)
 
 
 def final_evaluator(config: Config, task: steps.Task, arrays: Arrays) -> Evaluator:
-    """As the config has the evaluation that counts: with test-time augmentation if wanted."""
+    """Return the evaluator for the final evaluation, with the test-time augmentation of `config.eval`."""
     settings = config.eval
     return Evaluator(
         task, arrays, all_examples(arrays), settings.batch_size, tta=settings.tta, tta_below=settings.tta_below

@@ -1,4 +1,4 @@
-"""The training loop: runs compiled calls of one step or many, and evaluates, saves and logs in between."""
+"""The training loop: run compiled calls of one or more steps, and evaluate, save and log between them."""
 
 import time
 from collections import deque
@@ -16,6 +16,7 @@ from cifar_flax.data.batches import InputTimer
 from cifar_flax.runtime import environment, processes, signals
 from cifar_flax.telemetry.metrics_log import Metrics, MetricsWriter
 from cifar_flax.telemetry.progress import Progress
+from cifar_flax.telemetry.scalars import scalars
 from cifar_flax.training.guard import NonFiniteGuard
 from cifar_flax.training.metrics import MetricsAccumulator, StepMetrics
 from cifar_flax.training.profiling import Profiled
@@ -23,15 +24,16 @@ from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Inputs, TrainCall
 from cifar_flax.training.trainer import Trainer
 
-# Metrics of an accelerator are read after this many later calls have been dispatched, so it never waits for the host.
+# On accelerators, read the metrics of a call only after this many later calls are dispatched, so that the device does
+# not wait for the host.
 READ_LAG = 2
 
 
 def read_lag(platform: str, steps_per_call: int) -> int:
     """Return how many calls are dispatched ahead of the one whose metrics are read.
 
-    A signal has to wait for all calls that were dispatched. On a CPU, and for calls of many steps, a call takes so long
-    that the host's work between two calls hardly counts (0.4 % of the reference network's step on two cores): 0.
+    On a signal, the loop waits for all dispatched calls. Return 0 on a CPU and for calls of many steps, because the
+    host's work between two calls is negligible there (0.4 % of the reference network's step on two cores).
     """
     return READ_LAG if steps_per_call == 1 and platform != "cpu" else 0
 
@@ -45,12 +47,11 @@ def run_calls(
     stopping: Callable[[], int] = lambda: 0,
     lag: int = READ_LAG,
 ) -> TrainState:
-    """Run the calls, each named by the number of steps done after it, and call `read` with that number and its metrics.
+    """Run `calls`, each given by the number of finished steps after it, and pass that number and the metrics to `read`.
 
-    They are read `lag` calls late, the last ones when there is nothing more to run, or when `stopping`, which is asked
-    before each call, says so.
+    The metrics are read `lag` calls late. Stop early if `stopping` returns a nonzero number before a call.
 
-    Nothing but inputs and metrics crosses between host and device: the transfer guard stops what does by accident.
+    Only inputs and metrics are transferred between host and device; a transfer guard refuses any other transfer.
     """
     in_flight: deque[tuple[int, StepMetrics]] = deque()
     with jax.transfer_guard("disallow"):
@@ -67,7 +68,7 @@ def run_calls(
 
 
 def run(trainer: Trainer, folder: Path) -> None:
-    """Train from the newest checkpoint in `folder`, or from the start, to the last step and its checkpoint."""
+    """Train from the newest checkpoint in `folder`, or from the initial state, to the last step and its checkpoint."""
     with Checkpoints(folder / CHECKPOINTS, trainer.config.checkpoint) as checkpoints:
         restored = checkpoints.restore_newest(trainer.initial_state)
         state, metadata = restored or (trainer.initial_state, {})
@@ -83,13 +84,13 @@ def run(trainer: Trainer, folder: Path) -> None:
 
 
 class TrainingLoop:
-    """One start of a training run, from the first step or from the state and the `metadata` of a checkpoint."""
+    """Train from the initial state, or from the state and the `metadata` of a checkpoint."""
 
     def __init__(self, trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: TrainState, metadata: Metadata):
         self._trainer, self._config, self._folder = trainer, trainer.config, folder
         self._checkpoints, self._state = checkpoints, state
         self._step = self._saved = metadata.get("step", 0)
-        self._evaluated = metadata.get("evaluated", True)  # whether all that is due after this step is done
+        self._evaluated = metadata.get("evaluated", True)  # whether the evaluation that is due after this step is done
         self._mark = metadata.get("metrics")  # of metrics.jsonl at this step
         max_skipped = self._config.max_skipped if self._config.on_nonfinite == "skip" else 0
         self._guard = NonFiniteGuard(max_skipped, metadata.get("last_loss"), metadata.get("skipped_in_a_row", 0))
@@ -101,11 +102,11 @@ class TrainingLoop:
         self._agreement, self._asked = processes.Agreement(trainer.layout, self._lag), 0
 
     def run(self) -> None:
-        """Train to the end, or until a signal asks to stop: then save and raise `signals.Stopped`."""
+        """Train to the end. On a signal, save and raise `signals.Stopped`."""
         trainer = self._trainer
         begin = time.perf_counter()
         train_call = trainer.compile(self._state)
-        # The loop compiles nothing: a signal would have to wait for it.
+        # Compile everything before the loop, since a signal has to wait for a compilation.
         trainer.evaluator.compile(self._state)
         self._learning_rate = jax.jit(trainer.task.schedule).lower(0).compile()
         processes.log(f"compiled training and evaluation in {time.perf_counter() - begin:.1f} s")
@@ -135,11 +136,11 @@ class TrainingLoop:
             if self._asked:
                 if self._saved:
                     saved = f"saved step {self._saved} of {trainer.total_steps}"
-                    processes.log(f"{saved}; the same command goes on from there")
+                    processes.log(f"{saved}; run the same command to resume")
                 raise signals.Stopped(self._asked)
 
     def _stopping(self) -> int:
-        """Return the number of the signal that has asked any process to stop, or 0."""
+        """Return the number of the signal that any process has received, or 0."""
         self._asked = self._asked or self._agreement(self._signal())
         return self._asked
 
@@ -155,16 +156,14 @@ class TrainingLoop:
             self._progress.train(self._log("train", self._accumulator.close(self._config.train.batch_size)))
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate and save if that is due after this step, unless a signal asks to stop meanwhile."""
+        """Evaluate and save if either is due after this step. Return early if a signal arrives during evaluation."""
         trainer, accuracy = self._trainer, None
         if trainer.is_due(self._step, self._config.eval.every_epochs):
             evaluation = trainer.evaluator(self._state, self._stopping)
             self._evaluated = evaluation is not None
             if evaluation is None:
                 return
-            metrics = {
-                "loss": evaluation.summary["loss"],
-                "accuracy": evaluation.summary["accuracy"],
+            metrics = scalars(evaluation.summary) | {
                 "learning_rate": float(jax.device_get(self._learning_rate(self._step))),
                 "images_per_second": evaluation.images_per_second,
                 "input_wait_fraction": evaluation.input_wait_fraction,

@@ -1,4 +1,4 @@
-"""Metrics: of an evaluation, from sums over its batches, and of training, from those of its steps."""
+"""Metrics of evaluations, from sums over batches, and of training, from the metrics of the steps."""
 
 import math
 import statistics
@@ -15,31 +15,35 @@ from jaxtyping import Array, Bool, Float, Int
 from cifar_flax.data.batches import InputTimer
 
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
+_STEP_METRICS = {"loss", "accuracy", "learning_rate", "finite"}  # of every step; their summary is not always the mean
 
-StepMetrics = dict[str, Any]  # what `train_step` returns beside the state, of the steps of one call
-Sums = dict[str, Any]  # name -> array; adding two gives the sums over both sets of examples
+StepMetrics = dict[str, Any]  # name -> metric of each step in one call, as `train_step` returns them
+Sums = dict[str, Any]  # name -> array, a sum over examples
 
 
 def evaluation_sums(
     logits: Float[Array, "batch classes"], label: Int[Array, " batch"], mask: Bool[Array, " batch"]
 ) -> Sums:
-    """What one batch adds to an evaluation; examples whose `mask` is False add nothing."""
+    """Return the sums of the metrics over a batch, without the examples whose `mask` is False.
+
+    The mean of any additional scalar in the returned dict is logged, saved in eval.json, plotted and compared.
+    """
     num_classes = logits.shape[-1]
     weight = mask.astype(jnp.int32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     probability = jax.nn.softmax(logits)
     prediction = jnp.argmax(logits, axis=-1)
     confidence = jnp.max(probability, axis=-1)
-    # Ties count for the lower class, as they do in argmax.
+    # If logits are equal, the lower class ranks first, as in argmax.
     own = jnp.take_along_axis(logits, label[:, None], axis=-1)
     lower = jnp.arange(num_classes)[None, :] < label[:, None]
-    # `not <=` rather than `>`: a network whose logits are NaN hits nothing.
+    # `not <=` rather than `>`, so that logits of NaN count as errors.
     rank = jnp.sum(~(logits <= own) | ((logits == own) & lower), axis=-1)
     bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1)
     per_bin = jnp.zeros(CALIBRATION_BINS)
     return {
         "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
-        "top5": jnp.sum(weight * (rank < 5)),
+        "top5_accuracy": jnp.sum(weight * (rank < 5)),
         "confusion": jnp.zeros((num_classes, num_classes), jnp.int32).at[label, prediction].add(weight),
         "bin_count": per_bin.at[bins].add(weight),
         "bin_confidence": per_bin.at[bins].add(jnp.where(mask, confidence, 0.0)),
@@ -48,7 +52,7 @@ def evaluation_sums(
 
 
 def add(total: Sums | None, sums: Sums) -> Sums:
-    """Adds in double precision on the host."""
+    """Return the sum of both, in double precision on the host."""
     wide = {
         name: np.asarray(value, np.float64 if value.dtype.kind == "f" else np.int64) for name, value in sums.items()
     }
@@ -56,12 +60,12 @@ def add(total: Sums | None, sums: Sums) -> Sums:
 
 
 def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """Return accuracy, loss, calibration and per-class metrics of a whole split, as plain numbers.
+    """Return accuracy, loss, calibration and per-class metrics of a whole split, as JSON types.
 
-    `confusion_matrix[i][j]` counts examples of class i that were taken for class j. `expected_calibration_error` is
-    that of Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2, and `calibration` the bins that it
-    adds up: means over the examples whose top probability lies in each. A class that is never predicted has precision
-    0, one without examples recall 0.
+    `confusion_matrix[i][j]` counts examples of class i that were classified as class j. `calibration` lists the bins of
+    `expected_calibration_error` (Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2): the number of
+    examples whose confidence lies in the bin, their mean confidence and their accuracy. The precision of a class that
+    is never predicted is 0, and so is the recall of a class without examples.
     """
     confusion = sums["confusion"]
     count = int(confusion.sum())
@@ -69,13 +73,13 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
     precision = correct / np.maximum(confusion.sum(axis=0), 1)
     recall = correct / np.maximum(confusion.sum(axis=1), 1)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-    # |accuracy - confidence| of each bin, weighted by its share of the examples.
+    # |accuracy - confidence| of each bin, weighted by its fraction of the examples.
     calibration_error = np.abs(sums["bin_correct"] - sums["bin_confidence"]).sum() / count
+    means = {name: float(value) / count for name, value in sums.items() if value.ndim == 0}
     return {
         "num_examples": count,
         "accuracy": int(correct.sum()) / count,
-        "top5_accuracy": int(sums["top5"]) / count,
-        "loss": float(sums["loss"]) / count,
+        **means,
         "expected_calibration_error": float(calibration_error),
         "calibration": [
             {
@@ -96,25 +100,25 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a probability of which `correct` of `count` trials tell.
+    """Return the 95 % confidence interval of a proportion, given `correct` of `count` trials; (0, 1) for no trials.
 
-    Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". Of no trials, (0, 1).
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
     """
     if not count:
         return 0.0, 1.0
     z = statistics.NormalDist().inv_cdf(0.975)
-    share = correct / count
-    center = share + z**2 / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    proportion = correct / count
+    center = proportion + z**2 / (2 * count)
+    half = z * math.sqrt(proportion * (1 - proportion) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
     return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
 class MetricsAccumulator:
-    """Accumulates the metrics of the steps since the last line of metrics.jsonl, for their means and rates.
+    """Accumulate the metrics of the steps since the last line of metrics.jsonl.
 
-    `blocked` says for how many seconds in all the loop has waited for checkpoints. `values` are those of steps that an
-    earlier start of the run has done since that line: they count in the means, not in the rates.
+    `blocked` returns the total seconds that the loop has waited for checkpoints. `values` are the metrics of the steps
+    since that line, if a restart follows; they count in the means, but not in the rates.
     """
 
     def __init__(self, inputs: InputTimer, blocked: Callable[[], float], values: Mapping[str, list[Any]]):
@@ -132,17 +136,18 @@ class MetricsAccumulator:
         self._timed += len(values["loss"])
 
     def values(self) -> dict[str, list[Any]]:
-        """Return the metrics of the accumulated steps, exact in JSON; empty if there are none."""
+        """Return the metrics of the accumulated steps, which JSON stores exactly; empty if there are none."""
         return {name: column.tolist() for name, column in self._columns().items()} if self._values else {}
 
     def close(self, batch_size: int) -> dict[str, Any]:
-        """Return the means over the accumulated steps that were not skipped, and start again."""
+        """Return the means over the accumulated steps that were not skipped, and reset."""
         seconds = time.perf_counter() - self._begin
         values, blocked = self._columns(), self._blocked()
         taken = values["finite"].astype(bool)
         metrics = {
             "loss": _mean(values["loss"][taken]),
             "accuracy": _mean(values["accuracy"][taken]),
+            **{name: _mean(values[name][taken]) for name in values.keys() - _STEP_METRICS},
             "learning_rate": float(values["learning_rate"][-1]),
             "skipped_steps": int(np.sum(~taken)),
             "images_per_second": self._timed * batch_size / seconds,
@@ -154,8 +159,11 @@ class MetricsAccumulator:
         return metrics
 
     def _columns(self) -> dict[str, np.ndarray]:
-        return {name: np.concatenate([some[name] for some in self._values]) for name in self._values[0]}
+        # A new version of the code may return more metrics than the values saved before a restart have.
+        names = set(self._values[0]).intersection(*self._values)
+        return {name: np.concatenate([values[name] for values in self._values]) for name in sorted(names)}
 
 
 def _mean(column: np.ndarray) -> float | None:
-    return float(column.astype(np.float64).mean()) if len(column) else None
+    mean = column.astype(np.float64).mean() if len(column) else math.nan
+    return float(mean) if math.isfinite(mean) else None  # JSON has no NaN

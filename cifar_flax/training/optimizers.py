@@ -1,8 +1,11 @@
-"""Optimizers, groups of parameters and learning-rate schedules; what optax has of them is optax's."""
+"""Optimizers and learning-rate schedules, built from optax; different settings for groups of parameters.
+
+To add one, write a function and add a row to `OPTIMIZERS` or `SCHEDULES`.
+"""
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,33 +20,33 @@ from cifar_flax.errors import require
 
 @dataclass(slots=True, kw_only=True)
 class GroupConfig:
-    """What differs for a group of parameters; None: nothing."""
+    """The settings of a group of parameters."""
 
-    learning_rate: float | None = None  # at its peak
-    weight_decay: float | None = None
-    momentum: float | None = None
-    frozen_from: float = 0.0  # epochs; 0 never freezes them
-    own_decay: bool = False  # the learning rate falls linearly to zero until then, whatever the schedule
+    learning_rate: float | None = None  # peak learning rate; None is optim.learning_rate
+    weight_decay: float | None = None  # weight decay; None is optim.weight_decay, but 0 for the group biases
+    momentum: float | None = None  # Nesterov momentum; None is optim.momentum
+    frozen_from: float = 0.0  # epoch from which the group is not updated; 0 updates it to the end
+    own_decay: bool = False  # decay the learning rate linearly to zero at frozen_from, whatever the schedule
 
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    name: str = "adamw"  # adam | adamw | sgd | muon (convolutions' kernels; the groups below by sgd)
-    learning_rate: float = 1e-3  # at its peak
-    schedule: str = "constant"  # after the warm-up: constant | cosine | linear (both down to zero at the end)
-    warmup_epochs: float = 0.0  # of linear growth
-    warmup_start: float = 0.0  # the share of the peak that the warm-up starts from
-    final_share: float = 0.0  # the share of the peak that the linear schedule ends at
-    weight_decay: float = 0.0  # adamw: decoupled; sgd: added to the gradient; not on tensors of one axis
-    b1: float | None = None  # adam, adamw: decay of the gradient's average; None is 0.9
-    b2: float | None = None  # adam, adamw: decay of the squared gradient's average; None is 0.999
-    eps: float | None = None  # adam, adamw: added to the root of that average; None is 1e-8
+    name: str = "adamw"  # adam | adamw | sgd | muon (for convolution kernels; the groups below use sgd)
+    learning_rate: float = 1e-3  # peak learning rate
+    schedule: str = "constant"  # after the warm-up: constant | cosine (to zero) | linear (to final_share of the peak)
+    warmup_epochs: float = 0.0  # epochs of linear warm-up
+    warmup_start: float = 0.0  # learning rate at the start of the warm-up, as a fraction of the peak
+    final_share: float = 0.0  # linear: learning rate at the end of the run, as a fraction of the peak
+    weight_decay: float = 0.0  # adamw: decoupled; sgd: added to the gradient; not applied to the group biases
+    b1: float | None = None  # adam, adamw: EMA decay of the gradient; None is 0.9
+    b2: float | None = None  # adam, adamw: EMA decay of the squared gradient; None is 0.999
+    eps: float | None = None  # adam, adamw: added to the denominator of the update; None is 1e-8
     momentum: float | None = None  # sgd, muon: Nesterov momentum; None is 0
-    dense: GroupConfig = field(default_factory=GroupConfig)  # kernels with two axes
-    biases: GroupConfig = field(default_factory=GroupConfig)  # tensors of one axis: biases, BatchNorm's scales
-    whitening: GroupConfig = field(default_factory=GroupConfig)  # a whitening layer's bias; None: that of biases
+    dense: GroupConfig = field(default_factory=GroupConfig)  # kernels of other layers than convolutions, and embeddings
+    biases: GroupConfig = field(default_factory=GroupConfig)  # biases, scales of normalization layers, tokens
+    whitening: GroupConfig = field(default_factory=GroupConfig)  # bias of a whitening layer; None: as in biases
     clip_norm: float = 0.0  # largest global norm of the gradient; 0 does not clip
-    accumulate_steps: int = 1  # steps whose gradients are averaged for one update; a remainder at the end is not used
+    accumulate_steps: int = 1  # steps whose gradients are averaged for one update; an incomplete last set is not used
 
     def validate(self) -> None:
         for name, value, table in (("name", self.name, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
@@ -52,13 +55,12 @@ class OptimConfig:
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be at least 0")
         for name in ("warmup_start", "final_share"):
             require(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "must be in [0, 1]")
-        fits = self.final_share == 0 or self.schedule == "linear"
-        require(fits, "optim.final_share", self.final_share, f"does not apply to the schedule {self.schedule}")
         require(self.accumulate_steps >= 1, "optim.accumulate_steps", self.accumulate_steps, "must be at least 1")
-        used = OPTIMIZERS[self.name][1]
-        for name, unset in (("weight_decay", 0.0), ("b1", None), ("b2", None), ("eps", None), ("momentum", None)):
+        unused = dict.fromkeys(_unused_settings(OPTIMIZERS, self.name), self.name)
+        unused |= dict.fromkeys(_unused_settings(SCHEDULES, self.schedule), f"the schedule {self.schedule}")
+        for name, row in unused.items():
             value = getattr(self, name)
-            require(value == unset or name in used, f"optim.{name}", value, f"does not apply to {self.name}")
+            require(value == _default(name), f"optim.{name}", value, f"does not apply to {row}")
         for name in ("b1", "b2", "momentum"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")
@@ -70,32 +72,52 @@ class OptimConfig:
         for name in ("learning_rate", "weight_decay", "frozen_from"):
             value = getattr(settings, name)
             require(value is None or value >= 0, f"{group}.{name}", value, "must be at least 0")
-        optimizer = _optimizer_of_groups(self)
+        own = OPTIMIZERS[self.name].for_groups
+        optimizer = own or self.name
         for name in ("weight_decay", "momentum"):
-            value, applies = getattr(settings, name), name in OPTIMIZERS[optimizer][1]
+            value, applies = getattr(settings, name), name in OPTIMIZERS[optimizer].settings
             require(value is None or applies, f"{group}.{name}", value, f"does not apply to {optimizer}")
         require(0 <= (settings.momentum or 0) < 1, f"{group}.momentum", settings.momentum, "must be in [0, 1)")
         fits = settings.frozen_from > 0 or not settings.own_decay
         require(fits, f"{group}.own_decay", settings.own_decay, f"needs {group}.frozen_from above 0")
-        fits = self.name != "muon" or group == "optim.whitening" or settings.learning_rate is not None
-        require(fits, f"{group}.learning_rate", settings.learning_rate, "must be set where optim.name is muon")
+        is_set = group == "optim.whitening" or settings.learning_rate is not None
+        allowed = f"must be set if optim.name is {self.name}"
+        require(is_set or not own, f"{group}.learning_rate", settings.learning_rate, allowed)
 
 
 GROUPS = ("dense", "biases", "whitening")
 
 
-def _group_of(path: tuple[Any, ...], param: Array) -> str:
-    if getattr(path[0], "key", "") == "whitening":
-        return "whitening"
-    return {1: "biases", 2: "dense"}.get(param.ndim, "convolutions")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer:
+    """A row of `OPTIMIZERS`."""
+
+    make: Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]
+    settings: frozenset[str] = frozenset()  # fields of OptimConfig that only some optimizers use, and this one does
+    for_groups: str = ""  # the optimizer of the groups in `GROUPS`, whose learning rates must be set; "": the same one
 
 
-def _optimizer_of_groups(config: OptimConfig) -> str:
-    return "sgd" if config.name == "muon" else config.name
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """A row of `SCHEDULES`."""
+
+    make: Callable[[OptimConfig, int], optax.Schedule]  # (config, steps after the warm-up) -> learning rate
+    settings: frozenset[str] = frozenset()  # fields of OptimConfig that only some schedules use, and this one does
+    depends_on_length: bool = True  # whether another train.epochs would change the learning rate of earlier steps
+
+
+def _unused_settings(table: Mapping[str, Optimizer | Schedule], name: str) -> list[str]:
+    """Return the fields of `OptimConfig` that other rows of `table` use, but `name` does not."""
+    optional = frozenset[str]().union(*(row.settings for row in table.values()))
+    return sorted(optional - table[name].settings)
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(OptimConfig) if field.name == name)
 
 
 def _adam_constants(config: OptimConfig) -> dict[str, float]:
-    """Those that are set; the others keep optax's defaults."""
+    """Return the constants that are set; optax has defaults for the others."""
     constants = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     return {name: value for name, value in constants.items() if value is not None}
 
@@ -114,10 +136,10 @@ def _sgd(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransfo
 
 
 def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Nesterov momentum whose direction is made nearly orthogonal, on kernels of a fixed norm.
+    """Orthogonalize the Nesterov momentum, and scale each kernel to the norm sqrt(number of filters) before a step.
 
-    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and, for kernels brought to
-    the norm of the root of their number of filters before each step, KellerJordan/cifar10-airbench.
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the norm of the kernels is
+    from the repository KellerJordan/cifar10-airbench.
     """
     return optax.chain(
         optax.trace(config.momentum or 0.0, nesterov=True),
@@ -128,12 +150,12 @@ def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
 
 
 def _from_fixed_norm(update: Float[Array, "*shape c_out"], kernel: Float[Array, "*shape c_out"]) -> Array:
-    """What to add so that `update` counts from the kernel as it is once it has the norm sqrt(c_out)."""
+    """Return the update that also scales `kernel` to the norm sqrt(c_out)."""
     return update + kernel * (jnp.sqrt(kernel.shape[-1]) / jnp.linalg.norm(kernel) - 1)
 
 
 def _orthogonal_kernels(updates: PyTree) -> PyTree:
-    """`orthogonalize` for kernels [..., c_out], as matrices of a row per filter; those of one shape all at once."""
+    """Orthogonalize kernels [..., c_out] as matrices with one row per filter, batching kernels of equal shape."""
     leaves, structure = jax.tree.flatten(updates)
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, leaf in enumerate(leaves):
@@ -145,23 +167,25 @@ def _orthogonal_kernels(updates: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, leaves)
 
 
-# Of x -> a x + b x^3 + c x^5, chosen for its slope at zero: three steps leave singular values near 1, not at it.
+# Coefficients of x -> a x + b x^3 + c x^5. They maximize the slope at zero, so that three steps suffice; singular
+# values end near 1, not at 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-MUON_DTYPE = jnp.bfloat16  # a direction need not be exact
+MUON_DTYPE = jnp.bfloat16  # the direction of an update tolerates rounding
 
 
 def orthogonalize(
     matrices: Float[Array, "n rows columns"], dtype: DTypeLike, steps: int = 3
 ) -> Float[Array, "n rows columns"]:
-    """U p(S) V' for each matrix, divided by its Frobenius norm, whose singular value decomposition is U S V'.
+    """Return nearly orthogonal matrices with the singular vectors of `matrices`, by Newton-Schulz iteration.
 
-    p is the polynomial of `NEWTON_SCHULZ`, composed with itself `steps` times. Computed in `dtype`.
+    If U S V' is the singular value decomposition of a matrix divided by its Frobenius norm, the result is U p(S) V',
+    where p is the polynomial of `NEWTON_SCHULZ` composed with itself `steps` times. Computed in `dtype`.
 
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices / (jnp.linalg.norm(matrices, axis=(1, 2), keepdims=True) + 1e-7)
-    wide = x.shape[1] <= x.shape[2]  # the products of rows with rows should be the small ones
+    wide = x.shape[1] <= x.shape[2]  # transpose tall matrices, so that the Gram matrices are small
     x = (x if wide else x.mT).astype(dtype)
     for _ in range(steps):
         gram = x @ x.mT
@@ -169,41 +193,51 @@ def orthogonalize(
     return x if wide else x.mT
 
 
-# name -> (its optax transformation, which of the settings that not all optimizers have it uses)
-OPTIMIZERS: dict[str, tuple[Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation], set[str]]] = {
-    "adam": (_adam, {"b1", "b2", "eps"}),
-    "adamw": (_adamw, {"b1", "b2", "eps", "weight_decay"}),
-    "sgd": (_sgd, {"momentum", "weight_decay"}),
-    "muon": (_muon, {"momentum"}),
+def _constant_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    return optax.constant_schedule(config.learning_rate)
+
+
+def _cosine_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(config.learning_rate, steps)
+
+
+def _linear_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    return optax.linear_schedule(config.learning_rate, config.learning_rate * config.final_share, steps)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adam": Optimizer(make=_adam, settings=frozenset({"b1", "b2", "eps"})),
+    "adamw": Optimizer(make=_adamw, settings=frozenset({"b1", "b2", "eps", "weight_decay"})),
+    "sgd": Optimizer(make=_sgd, settings=frozenset({"momentum", "weight_decay"})),
+    "muon": Optimizer(make=_muon, settings=frozenset({"momentum"}), for_groups="sgd"),
 }
 
-# name -> schedule of a peak value, a number of steps and the share of the peak at their end
-SCHEDULES: dict[str, Callable[[float, int, float], optax.Schedule]] = {
-    "constant": lambda peak, steps, final: optax.constant_schedule(peak),
-    "cosine": lambda peak, steps, final: optax.cosine_decay_schedule(peak, steps),
-    "linear": lambda peak, steps, final: optax.linear_schedule(peak, peak * final, steps),
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(make=_constant_schedule, depends_on_length=False),
+    "cosine": Schedule(make=_cosine_schedule),
+    "linear": Schedule(make=_linear_schedule, settings=frozenset({"final_share"})),
 }
 
 
 def make_schedule(config: OptimConfig, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Learning rate as a function of the training step.
+    """Return the learning rate as a function of the training step, counted from 0.
 
-    Raises `ConfigError` if the warm-up is longer than the run.
+    Raise `ConfigError` if the warm-up is not shorter than the run.
     """
     warmup = round(min(config.warmup_epochs * steps_per_epoch, total_steps))
     longest = f"must be shorter than the run of {total_steps / steps_per_epoch:g} epochs"
     require(warmup < total_steps, "optim.warmup_epochs", config.warmup_epochs, longest)
-    peak = config.learning_rate
-    decay = SCHEDULES[config.schedule](peak, total_steps - warmup, config.final_share)
+    schedule = SCHEDULES[config.schedule].make(config, total_steps - warmup)
     if not warmup:
-        return decay
-    return optax.join_schedules([optax.linear_schedule(config.warmup_start * peak, peak, warmup), decay], [warmup])
+        return schedule
+    peak = config.learning_rate
+    return optax.join_schedules([optax.linear_schedule(config.warmup_start * peak, peak, warmup), schedule], [warmup])
 
 
 def _group_schedule(
     group: GroupConfig, config: OptimConfig, total_steps: int, steps_per_epoch: float
 ) -> optax.Schedule:
-    """`make_schedule` until the group is frozen, or a decay of its own; zero from then on."""
+    """Return the learning rate of a group: that of `make_schedule`, or its own decay, until the group is frozen."""
     frozen_from = max(round(group.frozen_from * steps_per_epoch), 1)  # step
     if group.own_decay:
         return optax.linear_schedule(config.learning_rate, 0.0, frozen_from)
@@ -213,25 +247,31 @@ def _group_schedule(
     return lambda step: jnp.where(step < frozen_from, schedule(step), 0.0)
 
 
-def make_optimizer(config: OptimConfig, total_steps: int, steps_per_epoch: float) -> optax.GradientTransformation:
-    """Clipping, then for each group of parameters the named optimizer, once every `accumulate_steps` steps."""
+def make_optimizer(
+    config: OptimConfig, total_steps: int, steps_per_epoch: float, param_groups: PyTree[str]
+) -> optax.GradientTransformation:
+    """Return the optimizer that `config` describes: gradient accumulation, clipping, and an update for each group.
+
+    `param_groups` has the name of each parameter's group (`models.network.param_groups`).
+    """
     every = config.accumulate_steps
 
     def of(name: str, config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-        # The optimizer counts its updates, the schedule counts steps.
-        return OPTIMIZERS[name][0](config, lambda update: schedule(update * every))
+        # optax passes the number of updates; the schedule expects the number of steps.
+        return OPTIMIZERS[name].make(config, lambda update: schedule(update * every))
 
     groups = {"convolutions": of(config.name, config, make_schedule(config, total_steps, steps_per_epoch))}
     bases = {"dense": config, "biases": dataclasses.replace(config, weight_decay=0.0)}
     for name in GROUPS:
         group = getattr(config, name)
         settings = {field: getattr(group, field) for field in ("learning_rate", "weight_decay", "momentum")}
-        # The whitening layer's bias is a bias: it comes last, after theirs.
+        # Settings that the last group, whitening, leaves None are those of the biases.
         base = bases.get(name, bases["biases"])
         own = dataclasses.replace(base, **{key: value for key, value in settings.items() if value is not None})
         bases[name] = own
-        groups[name] = of(_optimizer_of_groups(config), own, _group_schedule(group, own, total_steps, steps_per_epoch))
-    optimizer = optax.partition(groups, lambda params: jax.tree.map_with_path(_group_of, params))
+        optimizer_name = OPTIMIZERS[config.name].for_groups or config.name
+        groups[name] = of(optimizer_name, own, _group_schedule(group, own, total_steps, steps_per_epoch))
+    optimizer = optax.partition(groups, param_groups)
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     if every > 1:

@@ -1,4 +1,4 @@
-"""Traces of training steps, by JAX's profiler."""
+"""Trace training steps with the JAX profiler."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from cifar_flax.training.steps import TrainCall
 
 @dataclass(slots=True, kw_only=True)
 class ProfileConfig:
-    steps: tuple[int, int] = (0, 0)  # the first and the last that are traced, counted from 1; (0, 0): none are
+    steps: tuple[int, int] = (0, 0)  # first and last step to trace, counted from 1; (0, 0) traces none
 
     def validate(self) -> None:
         first, last = self.steps
@@ -24,26 +24,26 @@ class ProfileConfig:
 
 
 class Profiled:
-    """The calls of a run; those that hold a step of `config.steps` are traced."""
+    """Wrap `train_call` and trace the calls that contain a step of `config.steps`."""
 
     def __init__(self, train_call: TrainCall, config: ProfileConfig, folder: Path, *, start: int, per_call: int):
-        """`start` steps are done, each call adds `per_call`. The trace will lie in the `folder` of the run."""
+        """`start` steps are finished; each call runs `per_call` steps. The trace is written to `folder`/profile."""
         self._train_call, self._done, self._per_call = train_call, start, per_call
         self._first, self._last = config.steps
         self._tracing = False
         self._folder = folder / "profile"
         if self._last > start:
             first = max(self._first, start + 1)
-            processes.log(f"steps {first} to {self._last} will be traced, into {self._folder}")
+            processes.log(f"steps {first} to {self._last} will be traced to {self._folder}")
         elif self._last:
-            processes.log(f"profile.steps={config.steps}: these steps are done; nothing will be traced")
-        if jax.process_count() > 1:  # those of one host would give their files the same name
+            processes.log(f"profile.steps={config.steps}: these steps are already finished; nothing will be traced")
+        if jax.process_count() > 1:  # processes of one host would use the same file names
             self._folder /= f"process_{jax.process_index()}"
 
     def __call__(self, state: TrainState, inputs: Any) -> tuple[TrainState, StepMetrics]:
         step, self._done = self._done + 1, self._done + self._per_call
         if not self._tracing and self._first <= self._done and step <= self._last:
-            jax.block_until_ready(state)  # the device may be at work on earlier calls
+            jax.block_until_ready(state)  # the device may still run earlier calls
             jax.profiler.start_trace(self._folder)
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -54,7 +54,7 @@ class Profiled:
         return state, values
 
     def close(self) -> None:
-        """Writes what has been traced, if that is still to be done. The run goes on where it cannot be written."""
+        """Write the trace if there is one that is not written yet. If that fails, log it; the run continues."""
         if self._tracing:
             self._tracing = False
             try:

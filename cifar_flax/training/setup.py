@@ -1,4 +1,4 @@
-"""What a config and a data set make together: the network, its optimizer and the first state."""
+"""Build the network, the optimizer and the initial state from a config and a data set."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,28 +20,29 @@ from cifar_flax.training import optimizers, state
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Task
 
-_MAX_EXAMPLES = 2**28  # shown in one run: streaming holds their order in memory, 8 bytes each
+_MAX_EXAMPLES = 2**28  # of all epochs: the streaming pipeline keeps the sampling order in memory, 8 bytes per example
 
 
-# From a seed and the training images that the network looks at first (`models.sample_size` of them) to the state before
-# the first step; where a checkpoint will be restored, there is no need of the images.
+# (seed, `Network.sample_size` training images) -> initial state. The images may be None if a checkpoint replaces the
+# values.
 Init = Callable[[int, UInt8[Any, "n height width c"] | None], TrainState]
 
 
 def setup(
     config: Config, info: DatasetInfo, devices: Sequence[jax.Device] | None = None, *, platform: str | None = None
 ) -> tuple[Task, Init]:
-    """The static part of the steps, and what makes the first state, compiled once for all seeds.
+    """Return the static part of the steps, and a function that initializes the state, compiled once for all seeds.
 
-    They run on `devices`, by default all there are, with the network written for `platform`, by default theirs.
+    `devices` are those of the run (default: all), `platform` chooses the network's kernels (default: that of the
+    devices).
 
-    Raises `ConfigError` where the config does not fit the data or the devices, `UserError` where processes of one run
-    disagree on config or data.
+    Raise `ConfigError` if the config does not fit the data or the devices, and `UserError` if the processes of one run
+    disagree on config or data, or if the network cannot be trained.
     """
     layout, sync_batchnorm = make_layout(config.parallel, devices, config.deterministic), config.train.sync_batchnorm
     processes.require_agreement(config=configs.shared(config), backend=layout.backend, data=info.to_dict())
     fits = sync_batchnorm or layout.backend != "jit" or layout.num_devices == 1
-    allowed = "must be True where parallel.backend is jit, which knows the whole batch only"
+    allowed = "must be True if parallel.backend is jit, which computes on the whole batch only"
     require(fits, "train.sync_batchnorm", sync_batchnorm, allowed)
     size, batch_size = info.num_examples, config.train.batch_size
     allowed = f"must be at most the {size} examples of the train split"
@@ -55,18 +56,20 @@ def setup(
     traced = config.profile.steps
     require(traced[1] <= steps, "profile.steps", traced, f"must end within the {steps} steps of the run")
     steps_per_epoch = epoch_images / batch_size
-    optimizer = optimizers.make_optimizer(config.optim, steps, steps_per_epoch)
-    graphdef, create = state.create(
-        config.model, info.image_shape, len(info.class_names), optimizer, config.averaging,
+    model = state.create_model(
+        config.model, info.image_shape, len(info.class_names),
         platform=platform or layout.platform, norm_axis=layout.axis_name if sync_batchnorm else None,
     )  # fmt: skip
+    optimizer = optimizers.make_optimizer(config.optim, steps, steps_per_epoch, model.param_groups)
+    create = state.make_init(model, optimizer, config.averaging)
     task = Task(
-        graphdef=graphdef,
+        graphdef=model.graphdef,
         optimizer=optimizer,
         schedule=optimizers.make_schedule(config.optim, steps, steps_per_epoch),
         mean=info.mean,
         std=info.std,
         augment=config.augment,
+        num_classes=len(info.class_names),
         label_smoothing=config.train.label_smoothing,
         averaging=config.averaging,
         total_steps=steps,

@@ -1,6 +1,7 @@
-"""All that training changes, and how it begins."""
+"""The training state, and its initialization."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -10,58 +11,78 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, Key, PyTree, UInt32
 
 from cifar_flax import models
+from cifar_flax.models.network import param_groups, require_functional
 from cifar_flax.training import averaging
 from cifar_flax.training.averaging import AveragingConfig
 
 
 class TrainState(NamedTuple):
-    """Plain nested dicts of arrays, so that no checkpoint depends on a library's classes."""
+    """All that training changes: plain nested dicts of arrays, so that checkpoints need no class of any library."""
 
     step: Int32[Array, ""]  # finished steps
-    seed: UInt32[Array, ""]  # of every random bit; in the state, so that all seeds share one compiled step
+    seed: UInt32[Array, ""]  # of all random bits; in the state, so that all seeds share one compiled step
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
-    average: PyTree  # of params and batch_stats, as averaging.py keeps it
+    average: PyTree  # of params and batch_stats, as averaging.py computes it; () without averaging
 
 
 def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """The roots of all random bits of a run: for the initial weights, and for the examples."""
+    """Return the two keys that all random bits of a run derive from: for the initial weights, and for the examples."""
     weights, examples = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
     return weights, examples
 
 
-# From a seed and the `models.sample_size` normalised training images that the network looks at, if it looks at any, to
-# the state before the first step; without the images it is good for its shapes alone.
+# (seed, normalized training images) -> initial state. The images, `Network.sample_size` of them, may be None if a
+# checkpoint replaces the values.
 Init = Callable[[UInt32[Array, ""], Float[Array, "n height width c"] | None], TrainState]
 
 
-def create(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A network as a static graph, and functions that initialize its variables."""
+
+    graphdef: nnx.GraphDef
+    param_groups: PyTree[str]  # the optimizer group of each parameter
+    init: Callable[[Array, Array | None], tuple[PyTree, PyTree]]  # as `Init`, but returns (params, batch_stats)
+
+
+def create_model(
     model: models.ModelConfig,
     image_shape: tuple[int, int, int],
     num_classes: int,
-    optimizer: optax.GradientTransformation,
-    average: AveragingConfig,
     *,
     platform: str,
     norm_axis: str | None = None,
-) -> tuple[nnx.GraphDef, Init]:
-    """The network's static graph, as `platform` has it fast, and what makes its first state.
+) -> Model:
+    """Return the network that `model` describes, with the kernels that are fastest on `platform`.
 
-    Batch statistics are those of the batch over all devices of `norm_axis`; None: of the batch that the step sees.
+    In training, BatchNorm averages over the mesh axis `norm_axis`; None: each device uses its own part of the batch.
+    Raise `UserError` if the network has variables other than `nnx.Param` and `nnx.BatchStat`.
     """
 
-    def build(seed: Array, sample: Array | None) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+    def build(seed: Array, sample: Array | None) -> models.Network:
         network = models.build(model, image_shape, num_classes, platform=platform, rngs=nnx.Rngs(root_keys(seed)[0]))
         network.set_attributes(nnx.BatchNorm, axis_name=norm_axis, raise_if_not_found=False)
         if sample is not None:
             network.fit(sample)
-        graphdef, *variables = nnx.split(network, nnx.Param, nnx.BatchStat)
-        params, batch_stats = map(nnx.to_pure_dict, variables)
-        return graphdef, params, batch_stats
+        return network
+
+    def init(seed: Array, sample: Array | None) -> tuple[PyTree, PyTree]:
+        params, batch_stats = map(nnx.to_pure_dict, nnx.split(build(seed, sample), nnx.Param, nnx.BatchStat)[1:])
+        return params, batch_stats
+
+    abstract = nnx.eval_shape(lambda: build(jnp.uint32(0), None))
+    require_functional(abstract, model.name)
+    graphdef, *_ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+    return Model(graphdef=graphdef, param_groups=param_groups(abstract), init=init)
+
+
+def make_init(model: Model, optimizer: optax.GradientTransformation, average: AveragingConfig) -> Init:
+    """Return a function that initializes the training state."""
 
     def init(seed: Array, sample: Array | None) -> TrainState:
-        _, params, batch_stats = build(seed, sample)
+        params, batch_stats = model.init(seed, sample)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             seed=seed,
@@ -71,5 +92,4 @@ def create(
             average=averaging.init(average, (params, batch_stats)),
         )
 
-    graphdef, _, _ = nnx.eval_shape(lambda: build(jnp.uint32(0), None))
-    return graphdef, init
+    return init

@@ -1,8 +1,10 @@
-"""The training and the evaluation step: pure functions of a state and a batch, written for one device.
+"""The training, evaluation and prediction steps: pure functions of a state and a batch, written for one device.
 
-Where several share the work, each has its rows of the batch, and `task.layout.axis_name` is what joins them.
+On several devices, each one runs the step on its rows of the batch, and collectives over the mesh axis
+`task.layout.axis_name` combine the results.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, Shaped, UInt8
 
-from cifar_flax.data.augment import VIEWS, AugmentConfig, augment, cutout, normalize, views
+from cifar_flax.data.augment import VIEWS, AugmentConfig, Context, Examples, augment, normalize, views
 from cifar_flax.data.batches import Batch, Indices, gather
 from cifar_flax.runtime.devices import Layout
 from cifar_flax.runtime.trees import all_finite
@@ -22,13 +24,13 @@ from cifar_flax.training.averaging import AveragingConfig
 from cifar_flax.training.metrics import StepMetrics
 from cifar_flax.training.state import TrainState, root_keys
 
-Inputs = Batch | Indices  # of one call
+Inputs = Batch | Indices  # of one call of the compiled step
 TrainCall = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What the steps are compiled for: everything about a run that is neither state nor data."""
+    """The static part of a run, which the steps are compiled for: everything that is neither state nor data."""
 
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
@@ -36,52 +38,57 @@ class Task:
     mean: tuple[float, ...]  # per channel, in units of the stored bytes
     std: tuple[float, ...]
     augment: AugmentConfig
+    num_classes: int
     label_smoothing: float
     averaging: AveragingConfig
     total_steps: int
     layout: Layout
-    sync_batchnorm: bool  # whether BatchNorm sees the batch of all devices
-    skip_nonfinite: bool = False  # whether a step that is not finite changes nothing but the number of steps
+    sync_batchnorm: bool  # whether BatchNorm statistics are over the batch of all devices
+    skip_nonfinite: bool = False  # whether a step with a non-finite loss or gradient only increments the step number
 
 
 def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array, " batch"]) -> Key[Array, " batch"]:
-    """One random key per example and epoch.
+    """Return one random key per example, a function of the seed, the epoch and the example's index alone.
 
-    It depends on nothing else: not on the example's place in the batch, on the device or on how often the run was
-    interrupted.
+    Hence random numbers depend neither on the position in the batch, nor on the devices, nor on interruptions.
     """
     _, root = root_keys(seed)
     return jax.vmap(lambda e, i: jax.random.fold_in(jax.random.fold_in(root, e), i))(epoch, index)
 
 
 def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Shaped[Array, ""]]]:
-    """One step of gradient descent.
+    """Take one training step; return the new state and the metrics of the step, each a scalar.
 
-    Returns the new state and, over the whole batch as the network saw it (augmented, with dropout): the mean `loss`
-    (with label smoothing), the `accuracy`, the `learning_rate` of the step, and whether loss and gradient are `finite`;
-    with `task.skip_nonfinite`, whether the state that they lead to is, too.
+    `loss` (with label smoothing) and `accuracy` are means over the batch of all devices, augmented and with dropout.
+    `finite` is whether the loss and the gradient are finite; with `task.skip_nonfinite`, also the new state. Any other
+    metric in the returned dict is logged and plotted as its mean over the steps; it must be equal on all devices.
     """
     axis_name = task.layout.axis_name
     keys, dropout_keys = _keys(state, batch, batch.epoch)
-    first_keys, _ = _keys(state, batch, jnp.zeros_like(batch.epoch))
-    image = augment(batch.image, keys, task.augment, epoch=batch.epoch, first_keys=first_keys)
-    image = cutout(normalize(image, task.mean, task.std), keys, task.augment.cutout)
+    first_epoch_keys, _ = _keys(state, batch, jnp.zeros_like(batch.epoch))
+    context = Context(
+        config=task.augment,
+        epoch=batch.epoch,
+        epoch_keys=keys,
+        first_epoch_keys=first_epoch_keys,
+        next_row=functools.partial(next_row, task),
+    )
+    target = optax.smooth_labels(jax.nn.one_hot(batch.label, task.num_classes), task.label_smoothing)
+    image, target = augment(Examples(batch.image, target), context, task.mean, task.std)
 
     def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
         model = nnx.merge(task.graphdef, params, state.batch_stats)
         logits = model(image, dropout_keys)
-        target = optax.smooth_labels(jax.nn.one_hot(batch.label, logits.shape[-1]), task.label_smoothing)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, target))
         return loss, (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-    # A copy of the parameters for each device: the gradient for what they share would be summed over the devices
-    # already, and the mean below would change nothing.
+    # Without this cast, shard_map would already sum the gradient over the devices, and `pmean` would not divide it.
     params = state.params if axis_name is None else jax.lax.pcast(state.params, axis_name, to="varying")
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.label)
     if axis_name is not None:
-        # Statistics of the whole batch are the same on each device. Where each has its own, their changes are averaged:
-        # what no step changes, such as a whitening kernel, stays to the bit.
+        # With sync_batchnorm, the statistics are equal on all devices. Otherwise average their changes, not their
+        # values, so that statistics that no step changes, such as a whitening kernel, stay bit-exact.
         changes = () if task.sync_batchnorm else jax.tree.map(jnp.subtract, batch_stats, state.batch_stats)
         grads, loss, accuracy, changes = jax.lax.pmean((grads, loss, accuracy, changes), axis_name)
         if not task.sync_batchnorm:
@@ -99,11 +106,16 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
         finite &= all_finite(new_state)
         new_state = _unless_skipped(finite, new_state, state._replace(step=step))
     learning_rate = jnp.asarray(task.schedule(state.step), jnp.float32)
-    return new_state, {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate, "finite": finite}
+    return new_state, {
+        "loss": loss,
+        "accuracy": accuracy,
+        "learning_rate": learning_rate,
+        "finite": finite,
+    }
 
 
 def _unless_skipped(finite: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
-    """`new` where it is finite, else `old`; but a schedule's own count goes on with the steps, as the log has it."""
+    """Return `new` if it is finite, else `old`. The step count of optax schedules is always that of `new`."""
 
     def choose(new: PyTree, old: PyTree) -> PyTree:
         return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(finite, new, old)
@@ -118,7 +130,7 @@ def train_steps(
     images: UInt8[Array, "n height width c"],
     labels: Int32[Array, " n"],
 ) -> tuple[TrainState, dict[str, Shaped[Array, " steps"]]]:
-    """`train_step` for each row of `indices`, gathered from `images` and `labels`, in one loop on the device."""
+    """Run `train_step` for each row of `indices`, on batches gathered from `images` and `labels`, in one scan."""
 
     def step(state: TrainState, row: Indices) -> tuple[TrainState, dict[str, Array]]:
         return train_step(task, state, gather(images, labels, row))
@@ -127,18 +139,17 @@ def train_steps(
 
 
 def _keys(state: TrainState, batch: Batch, epoch: Int32[Array, " batch"]) -> Key[Array, "2 batch"]:
-    """The keys of the batch's examples in `epoch`: for augmentation and for dropout."""
+    """Return the keys of the batch's examples in `epoch`: for augmentation and for dropout."""
     return jax.vmap(jax.random.split, out_axes=1)(example_keys(state.seed, epoch, batch.index))
 
 
 def eval_step(
     task: Task, weights: PyTree, batch: Batch, *, tta: str = "none", at_least: float = 0.0
 ) -> tuple[metrics.Sums, Float[Array, "whole classes"], Bool[Array, " whole"]]:
-    """What the batch adds to an evaluation of the network as it is used: running statistics and no augmentation.
+    """Return the sums that the batch adds to an evaluation, the probabilities, and which examples are counted.
 
-    `weights` are params and batch_stats; with `tta`, a name in `VIEWS`, the logits of several views are averaged. Only
-    examples whose top probability is `at_least` that are counted. Also returns the probabilities of all examples, and
-    which of them are counted: of the whole batch, on each device.
+    `weights` are (params, batch_stats). `tta`, a key of `VIEWS`, averages the logits of several TTA views. Only
+    examples with a confidence of `at_least` this value are counted. The returned rows are those of all devices.
     """
     logits = _logits(task, weights, batch.image, tta)
     probability = jax.nn.softmax(logits)
@@ -157,30 +168,40 @@ def predict_step(
     tta: str = "none",
     tta_below: float | None = None,
 ) -> Float[Array, "whole classes"]:
-    """The probabilities that an evaluation with the same `tta` and `tta_below` counts, of the whole batch."""
+    """Return the class probabilities of the images of all devices, as evaluated with `tta` and `tta_below`."""
     probability = jax.nn.softmax(_logits(task, weights, image, tta))
     if tta_below is not None:
-        alone = jax.nn.softmax(_logits(task, weights, image, "none"))
-        probability = jnp.where(jnp.max(alone, axis=-1, keepdims=True) >= tta_below, alone, probability)
+        without_tta = jax.nn.softmax(_logits(task, weights, image, "none"))
+        is_confident = jnp.max(without_tta, axis=-1, keepdims=True) >= tta_below
+        probability = jnp.where(is_confident, without_tta, probability)
     return all_gather(task, probability)
 
 
 def all_gather(task: Task, rows: Shaped[Array, "batch *rest"]) -> Shaped[Array, "whole *rest"]:
-    """The rows of all devices, one after the other, on each of them."""
+    """Return the rows of all devices, concatenated, on each device."""
     axis_name = task.layout.axis_name
     if axis_name is None:
         return rows
-    # A sum with zeros, which is exact: of what is gathered, shard_map does not know that it is the same everywhere.
+    # psum with zeros is exact, and shard_map infers that its result is equal on all devices, unlike that of all_gather.
     everywhere = jnp.zeros((task.layout.num_devices, *rows.shape), rows.dtype)
     summed = jax.lax.psum(everywhere.at[jax.lax.axis_index(axis_name)].set(rows), axis_name)
     return summed.reshape(-1, *rows.shape[1:])
+
+
+def next_row(task: Task, rows: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest"]:
+    """Return for each row the following row in the batch of all devices; the last row is followed by the first."""
+    first, axis_name = rows[:1], task.layout.axis_name
+    if axis_name is not None:
+        count = task.layout.num_devices
+        first = jax.lax.ppermute(first, axis_name, [(device, (device - 1) % count) for device in range(count)])
+    return jnp.concatenate([rows[1:], first])
 
 
 def _logits(task: Task, weights: PyTree, image: UInt8[Array, "batch h w c"], tta: str) -> Float[Array, "batch classes"]:
     model = nnx.merge(task.graphdef, *weights)
     if tta == "none":
         return model(normalize(image, task.mean, task.std))
-    # One view after the other: all at once would take as many times the memory.
+    # Compute one TTA view after the other: all at once would multiply the memory.
     logits = jax.lax.map(lambda view: model(normalize(view, task.mean, task.std)), views(image, tta))
-    # Written out: a matrix product would round to the few bits that accelerators multiply with.
+    # A matrix product would be computed in reduced precision on accelerators.
     return jnp.sum(jnp.asarray(VIEWS[tta])[:, None, None] * logits, axis=0)

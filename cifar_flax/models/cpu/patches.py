@@ -1,4 +1,4 @@
-"""Convolutions as one matrix product over copied patches, faster than XLA's where patches are short or few."""
+"""Convolution as one matrix product over copied patches (im2col): faster than XLA's if patches are short or few."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,6 +8,7 @@ from cifar_flax.models.cpu.pooling import max_over_places
 
 
 def conv(x: Array, kernel: Array, stride: int) -> Array:
+    """Return the convolution without padding."""
     k_h, k_w, _, c_out = kernel.shape
     height, width = x.shape[1] - k_h + 1, x.shape[2] - k_w + 1
     x = lax.optimization_barrier(x)
@@ -16,7 +17,10 @@ def conv(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def conv_max_pool(x: Array, kernel: Array) -> Array:
-    """Multiply 4x4 patches by a matrix that gives the four outputs of a 2x2 square, and take their maximum."""
+    """Return the 3x3 convolution without padding, followed by a 2x2 max-pool.
+
+    Each 4x4 patch is multiplied by one matrix that computes the four outputs of a pooling window.
+    """
     batch, height, width, c_in = x.shape
     rows, columns, c_out = (height - 2) // 2, (width - 2) // 2, kernel.shape[-1]
     x = lax.optimization_barrier(x)

@@ -1,4 +1,4 @@
-"""Maxima whose gradients are cheap on a CPU: the winner is kept as one byte."""
+"""Maxima with cheap gradients on CPUs: the backward pass needs only the index of the maximum, one byte."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, UInt8
 
 
 def first_max(places: Sequence[Float[Array, "*shape"]]) -> tuple[Float[Array, "*shape"], UInt8[Array, "*shape"]]:
-    """The maximum of arrays, element by element, and the number of the first that has it."""
-    # Both are written to memory: XLA would rather read all places again for each use of the maximum.
+    """Return the elementwise maximum of arrays and the index of the first array that attains it."""
+    # The barriers write both results to memory. XLA would otherwise recompute the maximum at each use.
     largest = optimization_barrier(reduce(jnp.maximum, places))
     winner = jnp.full(largest.shape, len(places) - 1, jnp.uint8)
     for number, place in reversed(list(enumerate(places[:-1]))):
@@ -21,7 +21,7 @@ def first_max(places: Sequence[Float[Array, "*shape"]]) -> tuple[Float[Array, "*
 
 @jax.custom_vjp
 def max_over_places(x: Float[Array, "*shape 4 c"]) -> Float[Array, "*shape c"]:
-    """Maximum over the last axis but one; of equal values the first gets the gradient."""
+    """Return the maximum over the second-to-last axis; among equal values, the first gets the gradient."""
     return _forward(x)[0]
 
 
@@ -31,7 +31,7 @@ def _forward(x: Array) -> tuple[Array, UInt8[Array, "..."]]:
 
 def _backward(winner: Array, dy: Array) -> tuple[Array]:
     winner, dy = optimization_barrier((winner, dy))
-    # One comparison for all places: four, put together afterwards, are slower on a CPU.
+    # One broadcast comparison is faster on a CPU than four comparisons whose results are stacked.
     *shape, channels = winner.shape
     place = broadcasted_iota(winner.dtype, (*shape, 4, channels), len(shape))
     return (jnp.where(winner[..., None, :] == place, dy[..., None, :], 0),)

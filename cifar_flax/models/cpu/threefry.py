@@ -1,4 +1,4 @@
-"""Random bits of many keys in one fusion."""
+"""Random bits for many keys in one XLA fusion."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ from jaxtyping import Array, Key, UInt32
 
 
 def random_words(keys: Key[Array, " batch"], count: int) -> UInt32[Array, "batch count"]:
-    """Return the bits of `jax.random.bits` for each of the Threefry keys, computed in one fusion.
+    """Return the same bits as `jax.random.bits` for each of the Threefry keys, computed in one fusion.
 
-    On a CPU, JAX has the cipher as a loop that writes its state to memory between its rounds.
+    On a CPU, JAX implements the cipher as a loop that writes its state to memory between rounds.
 
     Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3": Threefry-2x32 with 20 rounds.
     """

@@ -1,8 +1,9 @@
 """3x3 convolutions by Winograd's minimal filtering, F(4x4, 3x3): a quarter of the multiplications.
 
-A tile of 6x6 inputs gives 4x4 outputs. Tiles and kernel are transformed by small constant matrices; in between, each of
-the 36 transformed positions is one matrix product over channels, the operation that XLA does best on a CPU. The
-gradients are the transposes of the same steps. Rounding errors are about ten times those of the direct sum.
+A tile of 6x6 inputs yields 4x4 outputs. Input tiles and kernel are transformed by small constant matrices; each of the
+36 transformed positions then takes one matrix product over channels, the operation that XLA does best on a CPU; a third
+matrix transforms the products to outputs. The gradients are the transposes of these steps. Rounding errors are about
+ten times those of direct convolution.
 
 Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks" (arXiv:1509.09308), sections 4.1 and
 4.3. The matrices are those of the Toom-Cook algorithm for the points 0, 1, -1, 2, -2 and infinity.
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Shaped
 
 from cifar_flax.models.cpu.pooling import first_max
 
-_TILE = 4  # outputs of a tile along each axis
+_TILE = 4  # outputs per tile along each axis
 _INPUT = np.array(  # 6 transformed positions from 6 inputs
     [
         [4, 0, -5, 0, 1, 0],
@@ -39,9 +40,9 @@ _OUTPUT = np.array(  # 4 outputs from 6 transformed positions
 
 
 class _Saved(NamedTuple):
-    """What the gradients need of the forward pass."""
+    """Values of the forward pass that the gradients need."""
 
-    x: Float[Array, "batch height width c_in"]  # for its shape alone
+    x: Float[Array, "batch height width c_in"]  # only its shape is used
     tiles: Float[Array, "6 6 n c_in"]
     weights: Float[Array, "6 6 c_in c_out"]
 
@@ -50,7 +51,7 @@ class _Saved(NamedTuple):
 def conv3x3(
     x: Float[Array, "batch height width c_in"], kernel: Float[Array, "3 3 c_in c_out"]
 ) -> Float[Array, "batch height width c_out"]:
-    """Convolution with stride 1, zero-padded by 1 so that the size stays."""
+    """Return the convolution with stride 1 and a zero padding of 1, which keeps height and width."""
     return _conv_forward(x, kernel)[0]
 
 
@@ -74,9 +75,9 @@ conv3x3.defvjp(_conv_forward, _conv_backward)
 def conv3x3_max_pool(
     x: Float[Array, "batch height width c_in"], kernel: Float[Array, "3 3 c_in c_out"]
 ) -> Float[Array, "batch h_out w_out c_out"]:
-    """The maximum over disjoint 2x2 squares of `conv3x3`; an odd last row or column is dropped.
+    """Return `conv3x3`, followed by a 2x2 max-pool; an odd last row or column is dropped.
 
-    A tile holds four squares, so the convolution's own output never has to be put together.
+    A tile holds four pooling windows, so the output of the convolution is never assembled.
     """
     return _pool_forward(x, kernel)[0]
 
@@ -94,7 +95,7 @@ def _pool_backward(residuals: tuple[_Saved, Array], dy: Array) -> tuple[Array, A
     rows, columns = _grid(saved.x)
     height, width = 2 * rows - dy.shape[1], 2 * columns - dy.shape[2]
     dy = optimization_barrier(jnp.pad(dy, ((0, 0), (0, height), (0, width), (0, 0))))
-    tile: list[Array] = []  # its 16 places, row by row
+    tile: list[Array] = []  # the 16 positions of each tile, row by row
     for i in (0, 1):
         left, right = ([jnp.where(winner[i, j] == place, dy[:, i::2, j::2], 0) for place in range(4)] for j in (0, 1))
         tile += [*left[:2], *right[:2], *left[2:], *right[2:]]
@@ -105,7 +106,7 @@ conv3x3_max_pool.defvjp(_pool_forward, _pool_backward)
 
 
 def _grid(x: Array) -> tuple[int, int]:
-    """How many tiles cover the height and the width."""
+    """Return the number of tiles that cover the height and the width."""
     return -(-x.shape[1] // _TILE), -(-x.shape[2] // _TILE)
 
 
@@ -123,7 +124,7 @@ def _gradients(saved: _Saved, d_products: Float[Array, "6 6 batch rows columns c
     _, height, width, _ = saved.x.shape
     d_products = d_products.reshape(6, 6, -1, d_products.shape[-1])
     d_weights = jnp.einsum("uvnc,uvnd->uvcd", saved.tiles, d_products)
-    # Products with a matrix that is transposed on the fly take twice as long.
+    # Transpose first: products with a matrix that is transposed on the fly take twice as long.
     weights = optimization_barrier(saved.weights.transpose(0, 1, 3, 2))
     d_tiles = jnp.einsum("uvnd,uvdc->uvnc", d_products, weights)
     dx = _join(_both_axes(_INPUT.T, d_tiles.reshape(6, 6, len(saved.x), *_grid(saved.x), -1)))
@@ -133,9 +134,9 @@ def _gradients(saved: _Saved, d_products: Float[Array, "6 6 batch rows columns c
 def _both_axes(
     matrix: Shaped[np.ndarray, "k_out k"], x: Float[Array, "k k batch rows columns c"]
 ) -> Float[Array, "k_out k_out batch rows columns c"]:
-    """Transforms the places of each tile along both axes at once: one product with the Kronecker product.
+    """Transform each tile along both axes at once, by multiplying with the Kronecker product of the matrices.
 
-    It multiplies more than one axis after the other, but reads and writes memory once.
+    This takes more multiplications than one axis after the other, but reads and writes memory only once.
     """
     k_out, k = matrix.shape
     both = jnp.asarray(np.kron(matrix, matrix), x.dtype)
@@ -143,7 +144,7 @@ def _both_axes(
 
 
 def _combine(matrix: np.ndarray, terms: Array | Iterable[Array]) -> list[Array]:
-    """`matrix` times the vector of `terms`, written out: most of its elements are 0, 1 or -1."""
+    """Return `matrix` times the vector of `terms`, written out because most elements are 0, 1 or -1."""
     terms = list(terms)
 
     def row(factors: list[float]) -> Array:
@@ -154,26 +155,26 @@ def _combine(matrix: np.ndarray, terms: Array | Iterable[Array]) -> list[Array]:
 
 
 def _stack(arrays: Sequence[Array], axis: int = 0) -> Array:
-    """A stack that is written to memory: XLA would rather compute each element anew for each of its uses."""
+    """Stack arrays and write the result to memory. XLA would otherwise recompute each element at every use."""
     return optimization_barrier(jnp.stack(arrays, axis))
 
 
 def _split(x: Float[Array, "batch padded_height padded_width c"], rows: int, columns: int) -> Float[Array, "6 6 n c"]:
-    """Transforms the inputs of the tiles, one every 4 places and 6 long: along the rows, then along the columns."""
+    """Return the transformed 6x6 input tiles, one every 4 positions: transform the height, then the width."""
     x = _stack(_combine(_INPUT, [x[:, i : i + _TILE * (rows - 1) + 1 : _TILE] for i in range(6)]))
     x = _stack(_combine(_INPUT, [x[:, :, :, j : j + _TILE * (columns - 1) + 1 : _TILE] for j in range(6)]), axis=1)
     return x.reshape(6, 6, -1, x.shape[-1])
 
 
 def _join(x: Float[Array, "6 6 batch rows columns c"]) -> Float[Array, "batch padded_height padded_width c"]:
-    """The transpose of cutting an image into overlapping tiles."""
+    """Add overlapping tiles into an image: the transpose of cutting an image into tiles."""
     x = _overlap(x.transpose(2, 3, 0, 4, 1, 5), 3)
     x = _overlap(x.reshape(*x.shape[:3], -1, x.shape[-1]), 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _overlap(x: Array, axis: int) -> Array:
-    """Adds places 4 and 5 of each tile to places 0 and 1 of the next."""
+    """Add positions 4 and 5 of each tile to positions 0 and 1 of the next."""
     own = jax.lax.slice_in_dim(x, 0, _TILE, axis=axis + 1)
     over = jax.lax.slice_in_dim(x, _TILE, 6, axis=axis + 1)
     pad_own, pad_over = ([(0, 0)] * x.ndim for _ in range(2))
@@ -182,7 +183,7 @@ def _overlap(x: Array, axis: int) -> Array:
 
 
 def _interleave(x: Float[Array, "k k batch rows columns c"]) -> Float[Array, "batch height width c"]:
-    """Puts the k x k places of each tile side by side."""
+    """Assemble an image from the k x k positions of each tile."""
     k, _, batch, rows, columns, c = x.shape
     return optimization_barrier(x.transpose(2, 3, 0, 4, 1, 5)).reshape(batch, rows * k, columns * k, c)
 

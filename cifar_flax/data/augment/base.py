@@ -1,0 +1,71 @@
+"""The settings of all augmentations, what they take and return, and normalization."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
+
+from cifar_flax.errors import require
+
+
+@dataclass(slots=True, kw_only=True)
+class AugmentConfig:
+    normalization: str = "standard"  # standard (mean 0, standard deviation 1 over the train split) | unit (0 to 1)
+    flip: str = "none"  # horizontal: none | random | alternating (random in the first epoch, then every other epoch)
+    crop_padding: int = 0  # pixels of reflect padding around a random crop of the original size
+    cutout: int = 0  # side in pixels of a random square that is set to zero after normalization
+
+    def validate(self) -> None:
+        for field, allowed in (("normalization", ("standard", "unit")), ("flip", ("none", "random", "alternating"))):
+            value = getattr(self, field)
+            require(value in allowed, f"augment.{field}", value, f"must be one of {', '.join(allowed)}")
+        for field in ("crop_padding", "cutout"):
+            require(getattr(self, field) >= 0, f"augment.{field}", getattr(self, field), "must be at least 0")
+
+    def validate_for(self, image_shape: tuple[int, int, int]) -> None:
+        """Raise `ConfigError` if images of `image_shape` (height, width, channels) are too small for a setting."""
+        side = min(image_shape[:2])
+        for field, limit in (("crop_padding", side - 1), ("cutout", side)):  # a reflection repeats no pixel twice
+            allowed = f"must be at most {limit} for images of {image_shape[0]}x{image_shape[1]}"
+            require(getattr(self, field) <= limit, f"augment.{field}", getattr(self, field), allowed)
+
+
+class Examples(NamedTuple):
+    """The images and the targets of a device's part of a batch."""
+
+    image: Shaped[Array, "batch height width c"]  # uint8 before normalization, then float32
+    target: Float[Array, "batch classes"]  # probability of each class
+
+
+# The numbers of these streams are part of the results of all runs. Other names are numbered by their CRC-32.
+_STREAMS = {"flip": 0, "crop_rows": 1, "crop_columns": 2, "cutout_rows": 3, "cutout_columns": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """The settings and the sources of randomness that an augmentation uses."""
+
+    config: AugmentConfig
+    epoch: Int[Array, " batch"]  # of each example
+    epoch_keys: Key[Array, " batch"]  # a function of the seed, the epoch and the example
+    first_epoch_keys: Key[Array, " batch"]  # those of epoch 0
+    next_row: Callable[[Array], Array]  # shift rows [batch, ...] by one in the batch of all devices, cyclically
+
+    def keys(self, name: str, *, first_epoch: bool = False) -> Key[Array, " batch"]:
+        """Return one key per example for the random stream `name`; with `first_epoch`, the same key in each epoch."""
+        number = _STREAMS.get(name, zlib.crc32(name.encode()))
+        keys = self.first_epoch_keys if first_epoch else self.epoch_keys
+        return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def normalize(
+    image: UInt8[Array, "batch height width c"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "batch height width c"]:
+    """Return `(image - mean) / std` for each channel; `mean` and `std` are in units of the stored bytes (0 to 255)."""
+    scale = 1 / jnp.asarray(std, jnp.float32)
+    shift = -jnp.asarray(mean, jnp.float32) * scale
+    return image.astype(jnp.float32) * scale[None, None, None] + shift[None, None, None]

@@ -1,0 +1,99 @@
+"""What a network may consist of, and the optimizer group of each parameter."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from cifar_flax import models
+from cifar_flax.errors import UserError
+from cifar_flax.models.network import ModelConfig, Network, param_groups
+from cifar_flax.runtime.trees import named_leaves
+from cifar_flax.training import state
+
+
+def groups_of(network):
+    return named_leaves(param_groups(network), ".")
+
+
+class Mixed(Network):
+    """Layers whose kernels have one to four axes."""
+
+    groups = {"special": "whitening"}  # noqa: RUF012
+
+    def __init__(self, *arguments, platform, rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.conv_1d = nnx.Conv(3, 4, 3, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=4, decode=False, rngs=rngs)
+        self.embed = nnx.Embed(5, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.linear = nnx.Linear(4, 2, rngs=rngs)
+        self.position = nnx.Param(np.zeros((1, 5, 4), np.float32))
+        self.special = nnx.Linear(2, 2, rngs=rngs)
+
+
+def test_groups_follow_layer_and_name_not_the_number_of_axes():
+    expected = {
+        "conv.kernel": "convolutions",
+        "conv.bias": "biases",
+        "conv_1d.kernel": "convolutions",
+        "conv_1d.bias": "biases",
+        "embed.embedding": "dense",
+        "norm.scale": "biases",
+        "norm.bias": "biases",
+        "linear.kernel": "dense",
+        "linear.bias": "biases",
+        "position": "biases",
+        "special.kernel": "whitening",
+        "special.bias": "whitening",
+    }
+    for part in ("query", "key", "value", "out"):  # kernels with three axes, some biases with two
+        expected |= {f"attention.{part}.kernel": "dense", f"attention.{part}.bias": "biases"}
+    assert groups_of(Mixed(platform="cpu", rngs=nnx.Rngs(0))) == expected
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_groups_of_the_networks(name):
+    """In these networks, groups also follow from the number of axes, as in checkpoints of earlier releases."""
+    network = nnx.eval_shape(
+        lambda: models.build(models.config_class(name)(), (32, 32, 3), 10, platform="cpu", rngs=nnx.Rngs(0))
+    )
+    shapes = named_leaves(nnx.to_pure_dict(nnx.state(network, nnx.Param)), ".")
+    for path, group in groups_of(network).items():
+        by_axes = {1: "biases", 2: "dense", 4: "convolutions"}[shapes[path].ndim]
+        assert group == ("whitening" if path.startswith("whitening.") else by_axes)
+
+
+class WithDropout(Network):
+    def __init__(self, *arguments, platform, rngs):
+        self.blocks = nnx.List([nnx.Dropout(0.5, rngs=rngs)])
+
+
+class WithCache(Network):
+    def __init__(self, *arguments, platform, rngs):
+        self.hits = nnx.Variable(jax.numpy.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (
+            WithDropout,
+            "model.name='cnn': blocks.0 keeps random state, as nnx.Dropout does. Use cifar_flax.models.layers",
+        ),
+        (WithCache, "model.name='cnn': hits is of type Variable. Variables must be nnx.Param or nnx.BatchStat."),
+    ],
+)
+def test_state_that_is_not_saved_is_refused(monkeypatch, network, message):
+    config = models.CNNConfig()
+    monkeypatch.setitem(models.MODELS, "cnn", (type(config), network))
+    with pytest.raises(UserError) as caught:
+        state.create_model(config, (32, 32, 3), 10, platform="cpu")
+    assert str(caught.value).startswith(message)
+
+
+def test_configs_of_networks_share_the_dtype():
+    for config, _ in models.MODELS.values():
+        assert issubclass(config, ModelConfig)
+        with pytest.raises(UserError, match=r"model\.dtype='float16'"):
+            config(dtype="float16").validate()
