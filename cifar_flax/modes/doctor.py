@@ -1,6 +1,6 @@
-"""--mode=doctor: print what would keep a run from starting here, and why a GPU is not used.
+"""--mode=doctor: check whether a run can start on this machine, and report why a GPU is not used.
 
-The checks of the installation import nothing that may be missing or broken; the others are imported after them.
+The installation checks import nothing that may be missing or broken; the other checks are imported after them.
 """
 
 import textwrap
@@ -24,7 +24,7 @@ _wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_long_words=F
 
 
 def doctor(config: "Config", workdir: Path) -> None:
-    """Print what a run of `config` in `workdir` would meet; raise `UserError` with the reasons if it would fail."""
+    """Check whether a run of `config` in `workdir` can start; print the findings. Raise `UserError` if it cannot."""
     from cifar_flax.diagnosis import devices, run
     from cifar_flax.diagnosis.visit import Visit
 
@@ -32,13 +32,13 @@ def doctor(config: "Config", workdir: Path) -> None:
     needed += ["scikit-learn"] if config.data.name == "digits" else []
     visit = Visit(config, workdir)
     print(f"cifar_flax {cifar_flax.__version__}: can a run with {config.data.name} start here?")
-    # In the order of printing: a check may need the results of those before it.
+    # In printing order; a check may use the results of earlier checks.
     checks: list[tuple[str, Check]] = [
         ("python", installation.python),
         ("packages", installation.required_packages),
         ("packages", partial(installation.optional_packages, tuple(needed))),
         ("devices", partial(devices.devices, visit)),
-        # Before anything is compiled: JAX opens the cache folder once, and reports its errors once.
+        # Before anything is compiled, since JAX opens the cache folder and reports its errors only once.
         ("programs", partial(devices.programs, visit)),
         ("memory", partial(devices.memory, visit)),
         ("data", partial(run.data, visit)),
@@ -53,15 +53,15 @@ def doctor(config: "Config", workdir: Path) -> None:
 
 
 def examine_installation(error: UserError) -> None:
-    """Print the checks of the installation, when `error` keeps the other checks from being imported."""
+    """Print the installation checks, if `error` prevents the other checks from being imported."""
     print(f"cifar_flax {cifar_flax.__version__}: can a run start here?")
     found = _print([("python", installation.python), ("packages", installation.required_packages)])
-    if not any(reason.startswith("packages") for reason in found):  # their versions are fine
+    if not any(reason.startswith("packages") for reason in found):  # the versions are fine
         _print([("packages", lambda: iter([Finding(FAIL, str(error))]))])
 
 
 def _print(checks: Iterable[tuple[str, Check]]) -> list[str]:
-    """Print the findings of `checks`; return those that fail."""
+    """Print the findings of `checks`; return the failures, such as "disk: 1 MB free"."""
     reasons = []
     for name, check in checks:
         for finding in _findings(check):

@@ -18,7 +18,7 @@ from cifar_flax.training.evaluator import final_evaluator
 
 
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
-    """Evaluate the checkpoint that `config.eval.checkpoint` names on `config.data.eval_split`; return eval.json."""
+    """Evaluate the checkpoint `config.eval.checkpoint` on `config.data.eval_split`; return the content of eval.json."""
     run = restore(config, workdir)
     arrays = sources.load(config.data, config.data.eval_split)
     run.info.check(arrays)
@@ -31,7 +31,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
         result |= {"tta": config.eval.tta, "tta_below": config.eval.tta_below}
     result |= evaluation.summary
     if processes.is_main():
-        show(evaluation_table(result))  # first, so that a full disk loses none of it
+        show(evaluation_table(result))  # first, so that it is not lost if the disk is full
         write_json(workdir / "eval.json", result)
         write_report(workdir, result, run.metadata, arrays, evaluation.probabilities)
         written = [workdir / "eval.json", workdir / "report.html", *_plot(workdir, result)]
@@ -40,13 +40,13 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def _plot(workdir: Path, result: dict[str, Any]) -> list[Path]:
-    """Write the confusion matrix as a PNG and for TensorBoard, and return the PNG; the packages may be missing."""
+    """Write the confusion matrix as a PNG and to TensorBoard, unless a package is missing; return the PNG's path."""
     path = workdir / "confusion_matrix.png"
     try:
         size = confusion.plot(path, result)
     except UserError as error:
-        show(f"\nno {path.name} is written: {error}")
+        show(f"\n{path.name} is not written: {error}")
         return []
-    with contextlib.suppress(UserError):  # training has reported that tensorboardX is missing
+    with contextlib.suppress(UserError):  # training reports a missing tensorboardX
         write_evaluation_events(workdir, result, path, size)
     return [path]

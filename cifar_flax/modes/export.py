@@ -1,4 +1,4 @@
-"""--mode=export: write the network of a run for other programs, checked by a process without this package."""
+"""--mode=export: write the model of a run for other programs, and check it in a separate process."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,19 +16,20 @@ from cifar_flax.restore import RestoredRun, restore
 from cifar_flax.telemetry.console import show
 from cifar_flax.training import evaluator
 
-TOLERANCE = 1e-5  # between the probabilities of evaluation and of the exported program
+TOLERANCE = 1e-5  # maximum difference between the probabilities of evaluation and of the exported program
 
 
 def export(config: Config, workdir: Path, output: Path) -> None:
-    """Write the network of `workdir` to the folder `output`, which appears when it is complete and has been checked.
+    """Write the model of `workdir` to the folder `output`, which appears only when it is complete and checked.
 
-    `model.safetensors` has the weights, `config.json` what else one must know to rebuild the network, `labels.txt` a
-    class per line. `model.stablehlo` is the whole program, as `jax.export` serializes it: from bytes of the shape
-    (n, height, width, channels) to probabilities, normalised and with test-time augmentation as evaluation has it, on
-    each of `PLATFORMS`.
+    `model.safetensors` holds the weights, `config.json` all other values needed to rebuild the model, and `labels.txt`
+    one class per line. `model.stablehlo` is the whole program, serialized by `jax.export`: it maps uint8 images of
+    shape (n, height, width, channels) to probabilities, including normalization and the config's test-time augmentation
+    (TTA), and runs on each of `PLATFORMS`.
 
-    Another process runs the program on all images of the split that evaluation counts. Raises `UserError` unless it
-    finds the same classes, and probabilities within `TOLERANCE`; `ConfigError` if `output` exists already.
+    A separate process, without this package, runs the program on the evaluation split. Raise `UserError` unless it
+    predicts the same classes as evaluation, with probabilities within `TOLERANCE`. Raise `ConfigError` if `output`
+    exists.
     """
     require(not output.exists(), "--output", str(output), "exists already; choose another folder")
     save = packages.load("safetensors").save
@@ -42,14 +43,14 @@ def export(config: Config, workdir: Path, output: Path) -> None:
     sizes = "".join(f"\n  {path.name:18} {path.stat().st_size:12,} bytes" for path in sorted(output.iterdir()))
     show(
         f"{output}:{sizes}\n"
-        f"model.stablehlo, run by another process on the {checked['num_examples']:,} images of the {checked['split']} "
-        f"split: the same classes (accuracy {checked['accuracy']:.2%}), probabilities within "
-        f"{checked['largest_difference_of_probabilities']:.2g}"
+        f"model.stablehlo, checked in a separate process on the {checked['num_examples']:,} images of the "
+        f"{checked['split']} split: same classes as evaluation (accuracy {checked['accuracy']:.2%}), probabilities "
+        f"within {checked['largest_difference_of_probabilities']:.2g}"
     )
 
 
 def _check(run: RestoredRun, folder: Path) -> dict[str, Any]:
-    """Run the program in `folder` in another process; return how its results compare with those of evaluation."""
+    """Run the program in `folder` in another process; return its accuracy and its difference from evaluation."""
     config = run.config
     arrays = sources.load(config.data, config.data.eval_split)
     run.info.check(arrays)
@@ -61,9 +62,9 @@ def _check(run: RestoredRun, folder: Path) -> dict[str, Any]:
     difference = float(np.abs(found - expected).max())
     if same != len(expected) or not difference <= TOLERANCE:
         raise UserError(
-            f"the exported program is not written: of {len(expected)} {config.data.eval_split} images it classifies "
-            f"{same} as evaluation does, with probabilities that differ by up to {difference:.2g} "
-            f"({TOLERANCE:g} is allowed)"
+            f"the program is not exported: it predicts the class of evaluation for {same} of {len(expected)} "
+            f"{config.data.eval_split} images, and its probabilities differ by up to {difference:.2g} "
+            f"(allowed: {TOLERANCE:g})"
         )
     return {
         "dataset": arrays.dataset,

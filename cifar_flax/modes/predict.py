@@ -29,22 +29,21 @@ _RUNNERS_UP = 2
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A file to classify, and the result."""
+    """A file to classify, and the result if there is one."""
 
     path: Path
-    label: str | None = None  # the class that its folder is named after
+    label: str | None = None  # class that the folder of the file is named after
     probabilities: Float32[np.ndarray, " classes"] | None = None
-    error: str = ""  # why there are no probabilities
+    error: str = ""  # reason if there are no probabilities
 
 
 def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path | None) -> None:
-    """Classify the image files among `paths` and in the folders among them; print a table or write `output`.
+    """Classify the image files in `paths`, which may be files and folders; print a table or write `output`.
 
-    Files in a folder that has the name of a class, inside one of `paths`, count as labelled with it: print accuracy and
-    confusion matrix over them too.
+    Files in folders named after classes count as labelled: also print their accuracy and confusion matrix.
 
-    Raises `ConfigError` if `output` is not .csv, .json or .jsonl, `UserError` at the end if some of the files could not
-    be classified.
+    Raise `ConfigError` if `output` is not .csv, .json or .jsonl, and `UserError` at the end if some files could not be
+    classified.
     """
     if output is not None:
         require(output.suffix in _FORMATS, "--output", str(output), f"must end with {', '.join(_FORMATS)}")
@@ -80,9 +79,10 @@ def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path |
 
 
 def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Prediction]:
-    """Yield the files among `paths` and, sorted, all but hidden files in and below the folders among them.
+    """Yield the files to classify: files in `paths`, and the sorted files below folders in `paths`, except hidden ones.
 
-    The label of a file is the class that the folder right below the one among `paths` is named after, or that one.
+    The label of a file below a folder in `paths` is the class that its top-level subfolder is named after, or else the
+    class that the folder itself is named after.
     """
     classes = {name.casefold(): name for name in class_names}
     for path in paths:
@@ -93,11 +93,11 @@ def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Predicti
             labels = [classes.get(name.casefold()) for name in (*entry.parent.parts[:1], folder)]
             yield Prediction(path / entry, next(filter(None, labels), None))
         if not visible:
-            yield Prediction(path)  # a file; `classify` reports a folder without files
+            yield Prediction(path)  # a file, or a folder without files, which `classify` reports
 
 
 def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Prediction]:
-    """Yield the result for each of `found`, in order; files are decoded by as many threads as there are cores."""
+    """Yield the results for `found`, in order. Files are decoded in one thread per CPU core."""
 
     def read(one: Prediction) -> UInt8[np.ndarray, "height width channels"] | UserError:
         try:
@@ -107,11 +107,11 @@ def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Predict
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, reading():
         for start in range(0, len(found), model.batch_size):
-            some = found[start : start + model.batch_size]
-            contents = list(pool.map(read, some))
+            batch = found[start : start + model.batch_size]
+            contents = list(pool.map(read, batch))
             images = [content for content in contents if isinstance(content, np.ndarray)]
             rows = iter(model.predict(np.stack(images)) if images else ())
-            for one, content in zip(some, contents, strict=True):
+            for one, content in zip(batch, contents, strict=True):
                 if isinstance(content, UserError):
                     yield dataclasses.replace(one, error=str(content))
                 else:
@@ -147,7 +147,7 @@ def _csv(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     writer.writeheader()
     for row in rows:
         writer.writerow(row | {f"p({name})": value for name, value in row.get("probabilities", {}).items()})
-    return text.getvalue().encode(errors="surrogateescape")  # names of files are bytes
+    return text.getvalue().encode(errors="surrogateescape")  # file names may be any bytes
 
 
 def _json(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
@@ -162,7 +162,7 @@ _FORMATS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}
 
 
 def _score(predictions: Sequence[Prediction], class_names: Sequence[str]) -> dict[str, Any]:
-    """Return accuracy and confusion matrix (rows: true classes) over the labelled files; empty if there are none."""
+    """Return accuracy and confusion matrix (rows: true classes) over the labelled files, or {} if there are none."""
     confusion = np.zeros((len(class_names),) * 2, int)
     for one in predictions:
         if one.label is not None and one.probabilities is not None:

@@ -1,4 +1,4 @@
-"""--mode=train: train to the end, then evaluate."""
+"""--mode=train: train a model, then evaluate it."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from cifar_flax.training.trainer import Trainer
 
 
 def train(config: Config, folder: Path, *, summary: bool = False) -> None:
-    """Train to the end, from the newest checkpoint in `folder` if there is one, then evaluate.
+    """Train to the end, resuming from the newest checkpoint in `folder` if there is one, then evaluate.
 
-    Nothing in `folder` is touched before config and data have been checked against each other. With `summary`, the
-    network's layers are printed first.
+    Config and data are checked before anything in `folder` changes. If `summary` is True, print the model's layers
+    first.
 
-    Raises `signals.Stopped` if a signal has ended the run; its progress is saved.
+    Raise `signals.Stopped` if a signal stops the run; its progress is saved.
     """
     trainer = Trainer(config)
     if config.train.init_from and not saved_steps(folder / CHECKPOINTS):

@@ -1,1 +1,1 @@
-"""Results for people: the page of a run, the comparison of runs, the picture of a confusion matrix."""
+"""HTML pages and plots of results: a run's report, comparisons of runs, the confusion matrix."""

@@ -1,4 +1,4 @@
-"""Curves and the reliability diagram as SVG: sized in units that are pixels on a phone."""
+"""SVG charts and their building blocks. One unit is about one pixel on a phone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from cifar_flax.report.page import Content, Markup, element, note
 
 _WIDTH, _HEIGHT = 400, 240
 _TOP, _BOTTOM, _LEFT = 10, 36, 44  # margins
-_CHARACTER = 6.4  # width of one, about
-_MARKS = 14  # units from one on a line to the next, at least
+_CHARACTER = 6.4  # approximate width of a character, in units
+_MARKS = 14  # minimum distance between two markers of a line, in units
 _COLORS = 8
 _SHAPES = ("circle", "square", "triangle", "diamond")
 
@@ -22,7 +22,7 @@ Values = Float[np.ndarray, " values"]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a chart, with gaps where `y` is NaN; lines of the same `style` look the same in all charts."""
+    """A line of a chart, with gaps at NaN values of `y`; lines of the same `style` look the same in all charts."""
 
     name: str
     x: Values
@@ -35,7 +35,7 @@ class Line:
 
 
 def number(value: float) -> str:
-    """Format a number, such as "0.25", "12,000", "2e-5"."""
+    """Format a number, such as "0.25", "12,000" or "2e-5"."""
     if value and not 1e-4 <= abs(value) < 1e6:
         mantissa, exponent = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -70,14 +70,14 @@ def line_chart(
     may_be_logarithmic: bool = False,
     skipped: Sequence[Line] = (),
 ) -> Markup:
-    """Return a figure of `lines` over epochs. Of many points in one column of pixels, draw those that `thin` keeps.
+    """Return a figure that plots `lines` against the epoch. Dense lines are reduced by `thin`.
 
-    `show` formats the values of the y ticks. The y axis is logarithmic if `may_be_logarithmic` and the values span
-    more than a factor of 30. Draw a mark on the x axis where a line of `skipped` is above 0.
+    `show` formats the y tick labels. The y axis is logarithmic if `may_be_logarithmic` is true and the values are
+    positive and span more than a factor of 30. Epochs at which a line of `skipped` is above 0 are marked on the x axis.
     """
     lines = [line for line in lines if len(line.known)]
     if not lines:
-        return element("figure", element("figcaption", title), note("Nothing of this is logged."))
+        return element("figure", element("figcaption", title), note("No values were logged."))
     low, high = min(float(line.known.min()) for line in lines), max(float(line.known.max()) for line in lines)
     logarithmic = may_be_logarithmic and low > 0 and high > 30 * low
     ticks = log_ticks(low, high) if logarithmic else linear_ticks(0.0 if from_zero else low, high)
@@ -109,7 +109,7 @@ def rectangle(title: Markup, x: float, y: float, width: float, height: float, **
 
 
 def legend(names: Sequence[Content]) -> Markup:
-    """Return the legend of lines with the styles 0, 1, ..."""
+    """Return a legend for lines with the styles 0, 1, ..."""
     items = []
     for style, name in enumerate(names):
         key = (element("path", d="M1 6H35", class_="line"), _mark(18.0, 6.0, style, 4.0))
@@ -119,7 +119,7 @@ def legend(names: Sequence[Content]) -> Markup:
 
 
 def axes(x: Scale, y: Scale) -> list[Markup]:
-    """Return the axes, with lines and labels at the ticks of the scales."""
+    """Return the elements of both axes, with grid lines at the y ticks and labels at all ticks."""
     parts = []
     left, right, bottom = coordinate(x.start), coordinate(x.end), coordinate(y.start)
     for tick in y.ticks:
@@ -135,7 +135,7 @@ def axes(x: Scale, y: Scale) -> list[Markup]:
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
-    """Round numbers, about five, that take in `low` and `high`."""
+    """Return about five equally spaced round numbers that cover `low` to `high`."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-20):
         low = low - abs(low) / 10 if low else 0.0
         high = high if high > low else 1.0
@@ -146,31 +146,32 @@ def linear_ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten that take in `low` and `high`, at most about six."""
+    """Return at most seven powers of ten that cover `low` to `high`."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     step = -(-(last - first) // 6)
     return [float(f"1e{first + i}") for i in range(0, last - first + step, step)]
 
 
-def share(value: float) -> str:
-    """Such as "97.5 %"."""
+def percentage(value: float) -> str:
+    """Return the fraction `value` as a percentage, such as "97.5 %"."""
     return f"{100 * value:.6g}\u202f%"
 
 
 def coordinate(value: Any) -> str:
-    """As short as a hundredth of a unit allows."""
+    """Format a coordinate with at most two decimals."""
     return f"{float(value):.2f}".rstrip("0").rstrip(".")
 
 
 def short(name: str, length: int) -> str:
-    """At most `length` characters of it, from its begin and its end."""
+    """Return `name`, with "…" in place of its middle if it is longer than `length` characters."""
     return name if len(name) <= length else f"{name[: (length - 1) // 2]}…{name[-(length // 2) :]}"
 
 
 def thin(x: Values, y: Values) -> tuple[Float[np.ndarray, " kept"], Float[np.ndarray, " kept"]]:
-    """Of the points in one column of pixels, where there are many, the first, the last, the lowest and the highest.
+    """Reduce a dense line to the first, last, lowest and highest point in each column of pixels.
 
-    A column that holds NaN alone keeps one, as it is a gap.
+    A column that holds only NaN keeps one point, so that the gap remains. A line with at most four points per column
+    on average is returned as it is.
     """
     column = np.floor(x)
     if len(x) <= 4 * len(np.unique(column)):
@@ -188,7 +189,7 @@ def _drawn(line: Line, x: Scale, y: Scale) -> Markup:
     path = ""
     for piece in np.ma.clump_unmasked(np.ma.masked_invalid(up)):
         points = [f"{coordinate(at)} {coordinate(height)}" for at, height in zip(across[piece], up[piece], strict=True)]
-        path += f"M{'L'.join(points)}{'h0' if len(points) == 1 else ''}"  # h0: a dot
+        path += f"M{'L'.join(points)}{'h0' if len(points) == 1 else ''}"  # h0 draws a single point as a dot
     parts = [element("path", d=path, class_="line")]
     next_mark = -math.inf
     for i, at in enumerate(x(line.x).tolist()):
@@ -200,7 +201,7 @@ def _drawn(line: Line, x: Scale, y: Scale) -> Markup:
 
 
 def _skipped(line: Line, x: Scale, y: Scale) -> list[Markup]:
-    """Return marks on the x axis where `line` is above 0, one per column of pixels."""
+    """Return markers on the x axis at epochs at which `line` is above 0, at most one per column of pixels."""
     there, parts = line.y > 0, []
     columns, column_of = np.unique(np.floor(x(line.x[there])), return_inverse=True)
     for column, steps in zip(columns, np.bincount(column_of, weights=line.y[there]), strict=True):

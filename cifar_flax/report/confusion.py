@@ -1,4 +1,4 @@
-"""The confusion matrix: as text, as a PNG and as SVG. Rows are true classes, columns predicted ones."""
+"""The confusion matrix as text, PNG and SVG. Rows are true classes, columns are predicted classes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,48 +11,49 @@ from cifar_flax import packages
 from cifar_flax.report.charts import coordinate, rectangle, short, svg, text
 from cifar_flax.report.page import Markup, element, percent, scrolling
 
-FEW_CLASSES = 20  # up to so many, cells have counts and names
-NARROW = 12  # of so many, all can be seen on a phone
-_CELL = 31  # units, of few classes
-_LABELS = 14  # characters of a name beside its row
-_SIDE = 640  # units, of many
+FEW_CLASSES = 20  # up to this many classes, cells show counts and axes show class names
+NARROW = 12  # up to this many classes, the whole matrix is readable on a phone
+_CELL = 31  # size of a cell in units, for up to FEW_CLASSES classes
+_LABELS = 14  # maximum characters of a class name on an axis
+_SIDE = 640  # maximum width in pixels, for more than FEW_CLASSES classes
 _SHADES = 10
-CELLS = 20_000  # at most so many are drawn, of many classes
+_CORNER = "true \\ predicted"  # heading of the rows and columns of the text table
+CELLS = 20_000  # maximum number of cells drawn, for more than FEW_CLASSES classes
 
 
 def text_lines(counts: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of a table for a terminal: rows are true classes, columns predicted ones."""
-    width = max(map(len, [*class_names, "true, predicted:"]))
+    """Yield the lines of a table for a terminal: rows are true classes, columns are predicted classes."""
+    width = max(map(len, [*class_names, _CORNER]))
     columns = [max(len(name[:6]), len(f"{counts[:, i].max()}")) for i, name in enumerate(class_names)]
     heads = [f"{name[:6]:>{size}}" for name, size in zip(class_names, columns, strict=True)]
-    yield "  ".join([f"{'true, predicted:':{width}}", *heads])
+    yield "  ".join([f"{_CORNER:{width}}", *heads])
     for name, row in zip(class_names, counts, strict=True):
         yield "  ".join([f"{name:{width}}", *(f"{n:{size}}" for n, size in zip(row, columns, strict=True))])
 
 
 def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
-    """Write the confusion matrix of an evaluation as a PNG, and return its width and height in pixels.
+    """Write the confusion matrix of an evaluation as a PNG and return its width and height in pixels.
 
-    Raises `UserError` if matplotlib is missing, too old or broken.
+    Raise `UserError` if matplotlib is missing, too old or broken.
     """
     pyplot = packages.load("matplotlib")
     pyplot.switch_backend("Agg")
     counts, names = np.asarray(result["confusion_matrix"]), list(result["per_class"])
-    shares = fractions(counts)
+    normalized = fractions(counts)
     size = min(2.5 + 0.5 * len(names), 16)  # inches
     font = min(10, 400 / len(names))  # points
     figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(normalized, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
     axes.set_yticks(range(len(names)), names, fontsize=font)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     correct = f"{result['accuracy']:.2%} of {result['num_examples']:,} correct"
     axes.set_title(f"{result['dataset']} {result['split']}: {correct}")
-    if len(names) <= FEW_CLASSES:  # more would not be readable
+    if len(names) <= FEW_CLASSES:  # counts of more classes would be unreadable
         for (row, column), count in np.ndenumerate(counts):
             if count:
-                color = "white" if shares[row, column] > 0.5 else "black"
+                color = "white" if normalized[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     width, height = map(int, figure.canvas.get_width_height())
@@ -61,23 +62,23 @@ def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def fractions(counts: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:
-    """Return each count as a fraction of its true class (its row)."""
+    """Return the row-normalized matrix: each count as a fraction of its true class."""
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def heat_map(counts: Int[np.ndarray, "classes classes"], names: Sequence[str]) -> Markup:
-    """Return the matrix as SVG: the darker a cell, the larger its fraction of its true class.
+    """Return the matrix as SVG; the opacity of a cell grows with its fraction of its true class.
 
-    Mistakes have another color, and are darkest where the fraction is the largest of all mistakes. Above `FEW_CLASSES`
-    there are neither counts nor names, and only the cells of the `CELLS` largest counts are drawn.
+    Mistakes have their own color; the largest fraction among them is fully opaque. For more than `FEW_CLASSES` classes,
+    the matrix has neither counts nor names, and only the `CELLS` largest counts are drawn.
     """
-    shares, is_hit = fractions(counts), np.eye(len(counts), dtype=bool)
-    largest_mistake = max(shares[~is_hit].max(initial=0), 1e-9)
-    depth = np.where(is_hit, shares, shares / largest_mistake)
-    return _few(counts, shares, depth, names) if len(names) <= FEW_CLASSES else _many(counts, depth)
+    normalized, is_hit = fractions(counts), np.eye(len(counts), dtype=bool)
+    largest_mistake = max(normalized[~is_hit].max(initial=0), 1e-9)
+    depth = np.where(is_hit, normalized, normalized / largest_mistake)
+    return _few(counts, normalized, depth, names) if len(names) <= FEW_CLASSES else _many(counts, depth)
 
 
-def _few(counts: np.ndarray, shares: np.ndarray, depth: np.ndarray, names: Sequence[str]) -> Markup:
+def _few(counts: np.ndarray, normalized: np.ndarray, depth: np.ndarray, names: Sequence[str]) -> Markup:
     margin = 12 + 6.2 * min(max(map(len, names)), _LABELS)
     size = margin + _CELL * len(names)
     parts = []
@@ -89,7 +90,7 @@ def _few(counts: np.ndarray, shares: np.ndarray, depth: np.ndarray, names: Seque
         parts.append(text(x=0, y=0, transform=turned, **label))
     for (i, j), count in np.ndenumerate(counts):
         x, y = margin + _CELL * j, margin + _CELL * i
-        title = element("title", f"{names[i]} taken for {names[j]}: {count:,} ({percent(float(shares[i, j]))})")
+        title = element("title", f"{names[i]} predicted as {names[j]}: {count:,} ({percent(float(normalized[i, j]))})")
         look = {"class_": "hit" if i == j else "miss", "fill_opacity": f"{opaque(float(depth[i, j])):.3g}"}
         parts.append(rectangle(title, x, y, _CELL - 1, _CELL - 1, **look))
         if count:
@@ -103,13 +104,13 @@ def _few(counts: np.ndarray, shares: np.ndarray, depth: np.ndarray, names: Seque
 
 
 def _many(counts: np.ndarray, depth: np.ndarray) -> Markup:
-    """Return one path per shade, of at most `CELLS` cells."""
+    """Return the matrix of many classes, drawn as one path per color and shade."""
     rows, columns = np.nonzero(counts)
     largest = np.argsort(-counts[rows, columns], kind="stable")[:CELLS]
     rows, columns = rows[largest], columns[largest]
     shades = np.ceil(depth[rows, columns] * _SHADES).astype(int)
     parts = [element("path", d=f"M0 0H{len(counts)}V{len(counts)}H0z", class_="frame")]
-    side = max(1, len(counts) // 250)  # units: of very many classes, a cell of its true size could not be seen
+    side = max(1, len(counts) // 250)  # in units; cells of very large matrices are enlarged to stay visible
     for kind, of_kind in (("hit", rows == columns), ("miss", rows != columns)):
         for shade in np.unique(shades[of_kind]):
             chosen = of_kind & (shades == shade)
@@ -120,9 +121,9 @@ def _many(counts: np.ndarray, depth: np.ndarray) -> Markup:
     return svg(parts, len(counts), len(counts), _WORDS, style=f"max-width: {_SIDE}px")
 
 
-_WORDS = "Confusion matrix: rows are true classes, columns predicted ones; the table lists the most frequent mistakes"
+_WORDS = "Confusion matrix: rows are true, columns are predicted classes; the table lists the most frequent mistakes"
 
 
 def opaque(depth: float) -> float:
-    """Return the opacity of a cell of `depth` (0 to 1): any depth above 0 is visible."""
+    """Return the opacity of a cell of `depth` (0 to 1). Any depth above 0 is visible."""
     return 0.0 if depth <= 0 else 0.08 + 0.92 * depth

@@ -1,4 +1,4 @@
-"""HTML that is safe by construction: what is not `Markup` is text, and is escaped."""
+"""HTML that is safe by construction: every string that is not `Markup` is escaped."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,18 +9,18 @@ from cifar_flax import files
 
 _STYLE = Path(__file__).with_name("page.css")
 _VOID = ("img", "meta")  # elements without content
-NOTHING = "\u2013"  # stands where there is no figure
-# A browser that obeys this runs no script and asks no other computer for anything.
+NOTHING = "\u2013"  # placeholder for a missing value
+# This policy makes browsers run no scripts and send no network requests.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 class Markup(str):
-    """Text that is HTML; any other text is what it says, and nothing in it is obeyed."""
+    """A string of HTML, which is inserted into pages without escaping."""
 
     __slots__ = ()
 
 
-Content = str  # `Markup`, or text
+Content = str  # `Markup` or plain text
 
 
 def join(parts: Iterable[Content], separator: Content = "") -> Markup:
@@ -28,7 +28,7 @@ def join(parts: Iterable[Content], separator: Content = "") -> Markup:
 
 
 def element(name: str, /, *content: Content, **attributes: object) -> Markup:
-    """Return `<name attributes>content</name>`; `class_` stands for class, `aria_label` for aria-label."""
+    """Return `<name attributes>content</name>`; `class_` becomes class, `aria_label` becomes aria-label."""
     names = {key: key.rstrip("_").replace("_", "-") for key in attributes}
     inside = "".join(f' {names[key]}="{_escape(str(value))}"' for key, value in attributes.items())
     return Markup(f"<{name}{inside}>" if name in _VOID else f"<{name}{inside}>{join(content)}</{name}>")
@@ -39,7 +39,7 @@ def _escape(text: Content) -> str:
 
 
 class Section(NamedTuple):
-    name: str  # its id on the page
+    name: str  # id of the HTML element
     title: str
     content: Markup
 
@@ -49,10 +49,10 @@ def note(*content: Content) -> Markup:
 
 
 def table(header: Sequence[Content], rows: Iterable[Sequence[Content]], *, label: str, kind: str = "figures") -> Markup:
-    """Rows under a header, the first of each row naming it; scrolls by itself where it is too wide or too long.
+    """Return a table whose first column names the rows; it scrolls if it is too wide or too long.
 
-    `kind` is "figures" (all columns but the first to the right) or "text"; `label` says to those who cannot see it
-    what is in it.
+    `label` describes the table to screen readers. `kind` is "figures" (all columns but the first are right-aligned) or
+    "text".
     """
     head = element("tr", *(element("th", cell, scope="col") for cell in header))
     body = (
@@ -68,15 +68,16 @@ def scrolling(content: Markup, label: str) -> Markup:
 
 
 def definitions(entries: Mapping[str, Content]) -> Markup:
-    """Names and what they mean, side by side."""
+    """Return a list of names and their values."""
     pairs = (element("div", element("dt", name), element("dd", value)) for name, value in entries.items())
     return element("dl", *pairs)
 
 
 def write(path: Path, title: str, head: Markup, sections: Sequence[Section]) -> None:
-    """Write a whole document to `path`, atomically: `head`, a list of the sections, the sections.
+    """Write an HTML document to `path`, atomically: `head`, links to the sections, and the sections.
 
-    Characters that UTF-8 cannot encode, such as half of a surrogate pair, become "?". Raises `OSError`.
+    Characters that UTF-8 cannot encode, such as half of a surrogate pair, become "?". Raise `OSError` if the
+    file cannot be written.
     """
     links = (element("a", section.title, href=f"#{section.name}") for section in sections)
     parts = (element("section", element("h2", part.title), part.content, id=part.name) for part in sections)

@@ -1,7 +1,7 @@
-"""The metrics and the settings of a run, as text."""
+"""Read the metrics and settings of a run, and format them as text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,22 @@ from flax import traverse_util
 
 from cifar_flax import files
 from cifar_flax.errors import require
-from cifar_flax.report.charts import number
+from cifar_flax.report import charts
 from cifar_flax.report.log import Log
-from cifar_flax.report.page import NOTHING, percent
+from cifar_flax.report.page import NOTHING, Markup, percent
+from cifar_flax.telemetry.scalars import other_scalars, title
 from cifar_flax.training import metrics
 
-Result = Mapping[str, Any]  # what eval.json holds
+Result = Mapping[str, Any]  # content of eval.json
 
 _METRICS = ("accuracy", "num_examples", "loss", "top5_accuracy", "expected_calibration_error")
 
 
 def read_result(folder: Path) -> Result | None:
-    """Return eval.json of the run in `folder`, or None if there is none yet. Raises `ConfigError` if it is damaged."""
+    """Return eval.json of the run in `folder`, or None if there is none yet.
+
+    Raise `ConfigError` if it is damaged.
+    """
     path = folder / "eval.json"
     if not path.exists():
         return None
@@ -32,7 +36,7 @@ def read_result(folder: Path) -> Result | None:
         fits = fits and isinstance(result["dataset"], str) and isinstance(result["split"], str)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         fits = False
-    require(fits, "PATH", str(folder), "its eval.json is damaged; --mode=eval writes it again")
+    require(fits, "PATH", str(folder), "its eval.json is damaged; run --mode=eval to write it again")
     return result
 
 
@@ -47,29 +51,44 @@ def interval(result: Result) -> str:
 
 
 def comparable(result: Result, other: Result) -> bool:
-    """Return whether both have the same data set, split and number of examples."""
+    """Return whether both results have the same data set, split and number of images."""
     return all(result[name] == other[name] for name in ("dataset", "split", "num_examples"))
 
 
 def difference(result: Result, reference: Result) -> str:
-    """Return the difference of the accuracies in percentage points ± its standard error (for independent images)."""
+    """Return the accuracy difference in percentage points ± its standard error, assuming independent images."""
     variances = [r["accuracy"] * (1 - r["accuracy"]) / r["num_examples"] for r in (result, reference)]
     points = 100 * (result["accuracy"] - reference["accuracy"])
     sign = "\u2212" if points < 0 else "+"
     return f"{sign}{abs(points):.2f} ± {100 * math.sqrt(sum(variances)):.2f}"
 
 
+def other_metrics(result: Result) -> dict[str, str]:
+    """Return title -> value of the scalar metrics that not every evaluation has."""
+    return {title(name): f"{value:.4g}" for name, value in other_scalars(result).items()}
+
+
+def metric_chart(name: str, lines: Sequence[charts.Line], split: str = "") -> Markup:
+    """Return a chart of the metric `name`, a column of metrics.jsonl, in `split`; omit lines without values."""
+    heading = title(name)
+    heading = heading[:1].upper() + heading[1:] + (f", {split}" if split else "")
+    show = charts.percentage if name.endswith("accuracy") else charts.number
+    return charts.line_chart(heading, [line for line in lines if len(line.known)], show=show)
+
+
 def epochs(log: Log) -> str:
-    return number(round(max(float(lines.epoch[-1]) for lines in log.splits.values()), 2)) if log.splits else NOTHING
+    """Return the last epoch in the log."""
+    last = [float(lines.epoch[-1]) for lines in log.splits.values()]
+    return charts.number(round(max(last), 2)) if last else NOTHING
 
 
 def training_rate(log: Log) -> str:
-    """Return images per second, the median of the log's lines."""
+    """Return the training throughput in images per second: the median over the log."""
     rate = log.training_median("images_per_second")
     return NOTHING if rate is None else f"{rate:,.0f}"
 
 
 def settings(config: dict[str, Any]) -> dict[str, str]:
-    """Return path -> value of every setting, such as "optim.learning_rate" -> "0.001"."""
+    """Return a flat mapping of all settings, such as {"optim.learning_rate": "0.001"}."""
     flat = traverse_util.flatten_dict(config, sep=".")
     return {path: '""' if value == "" else str(value) for path, value in flat.items()}

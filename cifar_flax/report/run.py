@@ -1,4 +1,4 @@
-"""The report of a run: report.html."""
+"""Write the report of a run: report.html."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Float
 
 from cifar_flax.data.cache import Arrays
-from cifar_flax.report import charts, confusion, page, pictures, reliability, results
+from cifar_flax.report import charts, confusion, examples, page, reliability, results
 from cifar_flax.report.log import Log, read_log
 from cifar_flax.report.page import Content, Markup, Section, element, join, note, percent
 
-_CONFUSIONS = 12  # pairs of classes in the list of the most frequent
+_CONFUSIONS = 12  # pairs of classes in the list of the most frequent mistakes
 
 
 def write_report(
@@ -22,23 +22,23 @@ def write_report(
     arrays: Arrays,
     probabilities: Float[np.ndarray, "n classes"],
 ) -> None:
-    """Write report.html, a page that loads nothing from elsewhere; raises `OSError`.
+    """Write report.html to `workdir`: a page without external resources.
 
-    `result` is the content of eval.json, `metadata` the checkpoint's metadata, `arrays` the split in the order of
-    `probabilities`.
+    `result` is the content of eval.json, `metadata` is the checkpoint's metadata, and `arrays` is the evaluated split,
+    in the order of `probabilities`. Raise `OSError` if the page cannot be written.
     """
     log = read_log(workdir / "metrics.jsonl")
     name = workdir.resolve().name
     title = f"{name}: {percent(result['accuracy'])} of {result['dataset']} {result['split']}"
     sections = [
         Section("training", "Training", _curves(log)),
-        Section("confusions", "Confusions", _confusions(result)),
-        Section("classes", "Classes", _classes(result)),
+        Section("confusions", "Confusion matrix", _confusions(result)),
+        Section("classes", "Metrics per class", _classes(result)),
         Section("calibration", "Calibration", _calibration(result)),
-        Section("mistakes", "Most confident mistakes", pictures.mistakes(arrays, probabilities)),
-        Section("hardest", "Hardest examples", pictures.hardest(arrays, probabilities)),
+        Section("mistakes", "Most confident mistakes", examples.mistakes(arrays, probabilities)),
+        Section("hardest", "Hardest examples", examples.hardest(arrays, probabilities)),
         Section("config", "Config", _config(metadata["config"])),
-        Section("origin", "How it was made", _origin(metadata.get("made_by"))),
+        Section("origin", "Command and environment", _origin(metadata.get("made_by"))),
     ]
     page.write(workdir / "report.html", title, _headline(name, result, log), sections)
 
@@ -48,7 +48,7 @@ def _headline(name: str, result: dict[str, Any], log: Log) -> Markup:
     if "tta" in result:
         lead += f", test-time augmentation {result['tta']}"
     if result.get("tta_below") is not None:
-        lead += f" where the top probability is below {result['tta_below']}"
+        lead += f" for images with confidence below {result['tta_below']}"
     metrics = {"top-5 accuracy": percent(result["top5_accuracy"])} if len(result["per_class"]) > 5 else {}  # not 100 %
     metrics |= {
         "loss": f"{result['loss']:.4f}",
@@ -57,12 +57,13 @@ def _headline(name: str, result: dict[str, Any], log: Log) -> Markup:
         "epochs": results.epochs(log),
         "images per second in training": results.training_rate(log),
     }
+    metrics |= results.other_metrics(result)
     accuracy = element(
         "div",
         element("div", percent(result["accuracy"]), class_="hero"),
         element("p", "accuracy", class_="hero-name"),
-        element("p", f"95\u202f% interval {results.interval(result)}", class_="lead"),
-        element("p", f"{results.correct(result):,} of {result['num_examples']:,} right", class_="lead"),
+        element("p", f"95\u202f% confidence interval {results.interval(result)}", class_="lead"),
+        element("p", f"{results.correct(result):,} of {result['num_examples']:,} correct", class_="lead"),
     )
     headline = element("div", accuracy, page.definitions(metrics), class_="headline")
     return join([element("h1", name), element("p", lead, class_="lead"), headline])
@@ -70,8 +71,8 @@ def _headline(name: str, result: dict[str, Any], log: Log) -> Markup:
 
 def _curves(log: Log) -> Markup:
     if not log.splits:
-        return note("There is no metrics.jsonl, so there are no curves.")
-    styles = sorted(log.splits, key="train".__eq__)  # in every report the evaluated split looks the same
+        return note("There are no curves, as metrics.jsonl is missing or empty.")
+    styles = sorted(log.splits, key="train".__eq__)  # train last: the evaluated split has the same style in all reports
 
     def lines(column: str, splits: Iterable[str] = log.splits) -> list[charts.Line]:
         chosen = [(split, log.splits[split]) for split in splits]
@@ -80,13 +81,14 @@ def _curves(log: Log) -> Markup:
     train = ["train"] if log.train is not None else []
     charted = [
         charts.line_chart("Loss", lines("loss"), may_be_logarithmic=True, skipped=lines("skipped_steps", train)),
-        charts.line_chart("Accuracy", lines("accuracy"), show=charts.share),
+        charts.line_chart("Accuracy", lines("accuracy"), show=charts.percentage),
         charts.line_chart("Learning rate", lines("learning_rate", train), from_zero=True),
         charts.line_chart("Images per second in training", lines("images_per_second", train), from_zero=True),
+        *(results.metric_chart(name, lines(name)) for name in log.others),
     ]
     about = (
-        "Training figures are as the network saw the images: augmented, with dropout, with label smoothing; so their "
-        "loss may well lie above that of images it has never seen. Nothing is smoothed."
+        "Training loss and accuracy are measured on augmented images, with dropout and label smoothing, so the loss "
+        "can be higher than on held-out images. The curves are not smoothed."
     )
     notes = note(" ".join([about, *_about_training(log)]))
     return join([charts.legend(styles), element("div", *charted, class_="pair"), notes])
@@ -99,38 +101,39 @@ def _about_training(log: Log) -> list[str]:
     skipped, unknown = np.nansum(log.train.skipped_steps), np.isnan(log.train.loss)
     if skipped > 0:
         sentences.append(
-            f"{skipped:,.0f} steps were left out, as their loss or gradient was not finite: triangles on the axis of "
-            "the loss."
+            f"{skipped:,.0f} steps were skipped because their loss or gradient was not finite (triangles on the x axis "
+            "of the loss)."
         )
     if unknown.any():
-        sentences.append(f"{unknown.sum():,} of {len(unknown):,} lines of the log have no train loss: gaps.")
+        sentences.append(f"{unknown.sum():,} of {len(unknown):,} log lines have no train loss (gaps in the curve).")
     waited = log.training_median("input_wait_fraction")
     if waited is not None:
-        sentences.append(f"Training waited for its input {percent(waited)} of the time (median).")
+        sentences.append(f"Training waited for input data {percent(waited)} of the time (median over the log).")
     return sentences
 
 
 def _confusions(result: dict[str, Any]) -> Markup:
     names, counts = list(result["per_class"]), np.asarray(result["confusion_matrix"])
     is_mistake = ~np.eye(len(counts), dtype=bool)
-    mistakes, shares = counts * is_mistake, confusion.fractions(counts)
+    mistakes, normalized = counts * is_mistake, confusion.fractions(counts)
     largest = np.argsort(-mistakes, axis=None, kind="stable")[:_CONFUSIONS]
     pairs = [divmod(int(index), len(names)) for index in largest if mistakes.flat[index]]
     rows = [
-        (f"{names[true]} → {names[taken]}", f"{counts[true, taken]:,}", percent(shares[true, taken], 1))
-        for true, taken in pairs
+        (f"{names[true]} → {names[predicted]}", f"{counts[true, predicted]:,}", percent(normalized[true, predicted], 1))
+        for true, predicted in pairs
     ]
     frequent = note("There are no mistakes.")
     if rows:
-        frequent = page.table(("true → predicted", "images", "of the class"), rows, label="Most frequent mistakes")
+        frequent = page.table(("true → predicted", "images", "of the true class"), rows, label="Most frequent mistakes")
     about = (
-        "Rows are true classes, columns predicted ones. Blue: the share of a class that was recognised. Orange: the "
-        f"share taken for another, the strongest {percent((shares * is_mistake).max(), 1)}."
+        "Rows are true classes, columns are predicted classes. Blue: fraction of a class that was classified correctly "
+        "(recall). Orange: fraction that was misclassified as another class, at most "
+        f"{percent((normalized * is_mistake).max(), 1)}."
     )
     if len(names) > confusion.FEW_CLASSES:
-        about += " The classes are in the order of the table below."
+        about += " The order of the classes is that of the table below."
     if np.count_nonzero(counts) > confusion.CELLS:
-        about += f" The {confusion.CELLS:,} largest of {np.count_nonzero(counts):,} counts are drawn."
+        about += f" Only the {confusion.CELLS:,} largest of {np.count_nonzero(counts):,} nonzero counts are drawn."
     matrix = element("div", confusion.heat_map(counts, names), note(about))
     list_of_pairs = element("div", element("h3", "Most frequent mistakes"), frequent)
     return element("div", matrix, list_of_pairs, class_="pair" if len(names) <= confusion.NARROW else "stack")
@@ -140,10 +143,10 @@ def _classes(result: dict[str, Any]) -> Markup:
     sizes = [sum(row) for row in result["confusion_matrix"]]
     rows: list[tuple[Content, ...]] = []
     for size, (name, metrics) in zip(sizes, result["per_class"].items(), strict=True):
-        bar = element("span", class_="bar", style=f"--share: {100 * metrics['f1']:.1f}%")
-        f1 = join([bar, element("span", percent(metrics["f1"]), class_="share")])
+        bar = element("span", class_="bar", style=f"--fraction: {100 * metrics['f1']:.1f}%")
+        f1 = join([bar, element("span", percent(metrics["f1"]), class_="percentage")])
         rows.append((name, f"{size:,}", percent(metrics["precision"]), percent(metrics["recall"]), f1))
-    return page.table(("class", "images", "precision", "recall", "F1"), rows, label="Figures of each class")
+    return page.table(("class", "images", "precision", "recall", "F1"), rows, label="Metrics per class")
 
 
 def _calibration(result: dict[str, Any]) -> Markup:
@@ -155,17 +158,18 @@ def _calibration(result: dict[str, Any]) -> Markup:
                 (between, f"{entry['count']:,}", percent(entry["confidence"], 1), percent(entry["accuracy"], 1))
             )
     about = (
-        f"The expected calibration error is {percent(result['expected_calibration_error'])}: how far the share that "
-        f"was right lies from the top probability, on average over the examples in {len(bins)} bins (Guo et al. 2017). "
-        "The line across a bar is the share that was right, orange its distance from the probability."
+        f"The expected calibration error is {percent(result['expected_calibration_error'])}: the absolute difference "
+        f"between accuracy and mean confidence, averaged over {len(bins)} bins, weighted by the number of images "
+        "per bin (Guo et al. 2017). The line across a bar is the accuracy; orange is the gap to the mean confidence."
     )
     diagram = element("div", reliability.diagram(bins), note(about))
-    numbers = page.table(("top probability", "images", "mean", "right"), rows, label="Calibration by top probability")
+    header = ("confidence bin", "images", "mean confidence", "accuracy")
+    numbers = page.table(header, rows, label="Calibration by confidence")
     return element("div", diagram, numbers, class_="pair")
 
 
 def _config(config: dict[str, Any]) -> Markup:
-    """Return the settings by section; those outside of any section are in "run"."""
+    """Return the settings by section; top-level settings are in the section "run"."""
     sections = {name: part for name, part in config.items() if isinstance(part, dict)}
     sections = {"run": {name: config[name] for name in config if name not in sections}} | sections
     settings = {name: results.settings(part) for name, part in sections.items() if part}
@@ -175,7 +179,7 @@ def _config(config: dict[str, Any]) -> Markup:
 
 def _origin(made_by: Mapping[str, Any] | None) -> Markup:
     if made_by is None:
-        return note("The version that trained this checkpoint did not note it.")
+        return note("The checkpoint does not record its command and environment.")
     command = element("pre", element("code", made_by["command"]), aria_label="Command", tabindex=0)
     versions = element("div", page.definitions(made_by["versions"]), class_="settings")
     return join([command, element("p", made_by["hardware"]), versions])

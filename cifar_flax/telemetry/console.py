@@ -1,8 +1,10 @@
-"""Text for the terminal."""
+"""Terminal output."""
 
 import contextlib
 from collections.abc import Mapping
 from typing import Any
+
+from cifar_flax.telemetry.scalars import other_scalars, title
 
 
 def show(text: str) -> None:
@@ -17,17 +19,18 @@ def printable(text: str) -> str:
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
-    """Return the metrics of eval.json as a table for people."""
+    """Return the metrics of eval.json as a table to print."""
     name_width = max(len("class"), *(len(name) for name in result["per_class"]))
     correct = round(result["accuracy"] * result["num_examples"])
-    below = f" where the top probability is below {result['tta_below']}" if result.get("tta_below") else ""
-    views = f", test-time augmentation {result['tta']}{below}" if "tta" in result else ""
+    below = f" for images with confidence below {result['tta_below']}" if result.get("tta_below") else ""
+    tta = f", test-time augmentation {result['tta']}{below}" if "tta" in result else ""
     lines = [
-        f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']}{views}",
+        f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']}{tta}",
         f"  accuracy                    {result['accuracy']:.2%} ({correct} of {result['num_examples']})",
         f"  top-5 accuracy              {result['top5_accuracy']:.2%}",
         f"  loss                        {result['loss']!r}",
         f"  expected calibration error  {result['expected_calibration_error']!r}",
+        *(f"  {title(name):26}  {value!r}" for name, value in other_scalars(result).items()),
         "",
         f"  {'class':{name_width}}  precision  recall      F1",
     ]

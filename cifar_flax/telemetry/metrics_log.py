@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line of JSON per logging step and per evaluation."""
+"""Read and write metrics.jsonl: one line of JSON per logging step and per evaluation."""
 
 import hashlib
 import json
@@ -17,9 +17,9 @@ Metrics = dict[str, Any]  # one line of metrics.jsonl
 
 
 class MetricsWriter:
-    """Append lines to metrics.jsonl and to TensorBoard's event files; in the main process alone.
+    """Append metrics to metrics.jsonl and TensorBoard's event files, in the main process only.
 
-    Raises `OSError`, with the file's name, from the call that could not write.
+    Methods raise `OSError` with the file's name if they cannot write.
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class MetricsWriter:
         mark: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
     ):
-        """Continue at `start_step`, where `mark` was taken: lines after it are dropped, as they will come again.
+        """Open the files to continue at `start_step`, and delete later lines, which the run will write again.
 
-        `settings` are TensorBoard's hyper-parameters of the run.
+        `mark` is the result of `mark()` at that step, and `settings` are the hyperparameters shown in TensorBoard.
         """
         self._file = self._events = None
         if not processes.is_main():
@@ -68,7 +68,7 @@ class MetricsWriter:
             raise OSError(error.errno, error.strerror, f"{self._file.name} or tensorboard beside it") from error
 
     def mark(self) -> dict[str, Any] | None:
-        """Return the size and checksum of metrics.jsonl, once that is on the disk; for the checkpoint of this step."""
+        """Flush metrics.jsonl to disk and return its size and checksum, to be saved in the checkpoint of this step."""
         if self._file is None:
             return None
         os.fsync(self._file.fileno())
@@ -76,19 +76,19 @@ class MetricsWriter:
 
 
 def _written_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> bytes:
-    """Truncate metrics.jsonl to what was written up to `mark`, and return it.
+    """Truncate metrics.jsonl to its size at `mark`, and return its content.
 
-    Where that has been changed meanwhile, lines up to `step` stay if they can be read; a line on the screen says so.
+    If this part has changed since, keep the valid lines up to `step` and log a warning.
     """
     content = path.read_bytes() if path.exists() else b""
     kept, lines = content[: mark["bytes"]] if mark else b"", content.splitlines(keepends=True)
     if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
         kept = b"".join(line for line in lines if _step_of(line) <= step)
         left = len(kept.splitlines())
-        found = f"{left} of its {len(lines)} lines are kept" if content else "it is not there"
-        processes.log(f"{path} is not what the run had written at step {step}: {found}")
+        found = f"keeping {left} of its {len(lines)} lines" if content else "it is missing"
+        processes.log(f"{path} has changed since the checkpoint of step {step}: {found}")
     elif lines and not mark:
-        processes.log(f"there is no checkpoint: starting from step 0 and deleting {len(lines)} lines of {path}")
+        processes.log(f"no checkpoint found: starting from step 0 and deleting {len(lines)} lines of {path}")
     if kept != content:
         files.replace(path, kept)
     return kept

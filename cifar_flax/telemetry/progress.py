@@ -1,4 +1,4 @@
-"""The progress of a training run: a bar on a terminal, elsewhere a line per evaluation."""
+"""Progress of a training run: a bar on a terminal, otherwise one line per evaluation."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from cifar_flax.telemetry.metrics_log import Metrics
 
 
 class Lines:
-    """A stand-in for tqdm's bar that prints the lines of `write` and no bar."""
+    """A stand-in for tqdm's bar that only prints the lines passed to `write`."""
 
     write = staticmethod(processes.log)
 
@@ -22,7 +22,7 @@ class Lines:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line per evaluation; of the main process alone."""
+    """Show a progress bar on a terminal, otherwise one line per evaluation; in the main process only."""
 
     def __init__(self, *, start: int, total: int, epochs: float):
         self._start, self._total, self._epochs = start, total, epochs
@@ -54,7 +54,7 @@ class Progress:
             f"epoch {metrics['epoch']:.1f}/{self._epochs:g}",
             f"{metrics['split']} loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%}",
         ]
-        if train:  # not where a run goes on with an evaluation
+        if train:  # empty if a resumed run starts with an evaluation
             left = (time.monotonic() - self._begin) * (self._total - step) / (step - self._start)
             columns.insert(1, _training(train))
             columns += [

@@ -1,4 +1,4 @@
-"""TensorBoard's event files. The only file that imports tensorboardX, which may be missing."""
+"""TensorBoard event files. Only this module imports tensorboardX, which is optional."""
 
 import shutil
 import time
@@ -8,19 +8,19 @@ from typing import Any
 
 from cifar_flax import packages
 from cifar_flax.packages import without
+from cifar_flax.telemetry.scalars import scalars
 
-_METRICS = ("train/loss", "validation/accuracy", "test/accuracy")  # beside the hyper-parameters
-_EVALUATION_METRICS = ("accuracy", "top5_accuracy", "loss", "expected_calibration_error")
+_METRICS = ("train/loss", "validation/accuracy", "test/accuracy")  # shown beside the hyperparameters
 
 
 class Events:
-    """An event file, written in the caller's thread: tensorboardX's own thread would hang the run on a full disk.
+    """Write an event file in the caller's thread: tensorboardX's own thread would hang the run on a full disk.
 
-    Raises `UserError` if tensorboardX is missing, too old or broken, and `OSError` if the file cannot be written.
+    Raise `UserError` if tensorboardX is missing, too old or broken, and `OSError` if the file cannot be written.
     """
 
     def __init__(self, folder: Path):
-        with without("torch"):  # seconds, and hundreds of megabytes, for tensors that this project does not use
+        with without("torch"):  # its import takes seconds and hundreds of megabytes, and is not needed
             packages.load("tensorboardX")
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto import event_pb2, summary_pb2
@@ -29,7 +29,7 @@ class Events:
         self._writer = event_file_writer.EventsWriter(str(folder / "events"))
 
     def start(self, step: int, settings: Mapping[str, Any]) -> None:
-        """Begin a session at `step`: hide later events of earlier sessions, and write the hyper-parameters."""
+        """Start a session at `step`: hide later events of earlier sessions and write the hyperparameters."""
         session = self._event.SessionLog(status=self._event.SessionLog.START)
         self._write(step + 1, session_log=session)
         values = {name: value if type(value) in (bool, int, float) else str(value) for name, value in settings.items()}
@@ -38,7 +38,7 @@ class Events:
         self._writer.flush()
 
     def scalars(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
-        """Write the `metrics` of a split that are not None."""
+        """Write those `metrics` of a split that are not None."""
         for name, value in metrics.items():
             if value is not None:
                 self._write(step, summary=self._summary.scalar(f"{split}/{name}", value))
@@ -53,18 +53,18 @@ class Events:
     def close(self) -> None:
         self._writer.close()
 
-    def _write(self, step: int, **what: Any) -> None:
-        self._writer.write_event(self._event.Event(wall_time=time.time(), step=step, **what))
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event.Event(wall_time=time.time(), step=step, **content))
 
 
-def write_evaluation_events(workdir: Path, result: Mapping[str, Any], picture: Path, size: tuple[int, int]) -> None:
-    """Write the evaluation `result` and its confusion matrix, the PNG `picture` of `size`, in place of earlier ones.
+def write_evaluation_events(workdir: Path, result: Mapping[str, Any], plot: Path, size: tuple[int, int]) -> None:
+    """Write the evaluation `result` and `plot`, a PNG of the confusion matrix, and delete earlier evaluation events.
 
-    Raises `UserError` if tensorboardX is missing, too old or broken.
+    `size` is the (width, height) of `plot`. Raise `UserError` if tensorboardX is missing, too old or broken.
     """
     folder = workdir / "tensorboard" / "evaluation"
     shutil.rmtree(folder, ignore_errors=True)
     events = Events(folder)
-    events.image(result["step"], "confusion_matrix", picture.read_bytes(), size)
-    events.scalars(result["step"], result["split"], {name: result[name] for name in _EVALUATION_METRICS})
+    events.image(result["step"], "confusion_matrix", plot.read_bytes(), size)
+    events.scalars(result["step"], result["split"], scalars(result))
     events.close()
