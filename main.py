@@ -1,4 +1,4 @@
-"""Trains, evaluates and uses image classifiers: `python main.py --help`."""
+"""Train, evaluate and use image classifiers; see `python main.py --help`."""
 
 from cifar_flax.cli import entry_point
 

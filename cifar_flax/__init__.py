@@ -1,4 +1,4 @@
-"""Train, checkpoint and evaluate small-image classifiers in JAX and Flax; classify images with what was trained."""
+"""Train, checkpoint and evaluate small-image classifiers in JAX and Flax, and classify images with them."""
 
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -11,14 +11,14 @@ __version__ = "0.1.0"
 
 
 def load(workdir: str | PathLike[str]) -> "Classifier":
-    """The network that the run in the folder `workdir` has trained.
+    """Return the classifier trained by the run in the folder `workdir`.
 
         model = cifar_flax.load("runs/default")
         probabilities = model.predict(images)
 
-    Raises `errors.UserError` where there is none, or it is not as it was saved.
+    Raise `errors.UserError` if the folder has no checkpoint, or if the checkpoint is damaged.
     """
-    # Only now: they take seconds.
+    # Imported here because they take seconds.
     from pathlib import Path
 
     from cifar_flax.classifier import Classifier

@@ -1,4 +1,4 @@
-"""`python -m cifar_flax` is `python main.py`."""
+"""Run the command line: `python -m cifar_flax` does the same as `python main.py`."""
 
 from cifar_flax.cli import entry_point
 

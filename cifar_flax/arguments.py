@@ -1,4 +1,4 @@
-"""The arguments of the command line, parsed and checked."""
+"""Parse and check the command-line arguments."""
 
 import argparse
 import contextlib
@@ -20,21 +20,21 @@ from cifar_flax.errors import ConfigError, require
 from cifar_flax.restore import saved_config
 
 _DESCRIPTION = """
-Trains small-image classifiers, and serves what was trained.
+Train, evaluate and use small-image classifiers.
 
 modes:
-  train     a run, from its newest checkpoint if there is one; needs --config (this is the default)
-  eval      counts the test split again, and writes the run's eval.json and report.html; needs --workdir
-  predict   classifies the image files, and those in the folders, that PATH names; needs --workdir
-  compare   the runs in the folders that PATH names, side by side on one page
-  export    the network for other programs: safetensors, StableHLO; needs --workdir and --output
-  doctor    what would keep a run from starting here
+  train     train a model, or resume from its newest checkpoint; needs --config (default mode)
+  eval      evaluate a trained model again and write eval.json and report.html; needs --workdir
+  predict   classify image files and folders of images, listed as PATH; needs --workdir
+  compare   write one page that compares the runs in the folders listed as PATH
+  export    write the model as safetensors and StableHLO for other programs; needs --workdir and --output
+  doctor    check whether a run can start on this machine
 """
 _EXAMPLES = """
 examples:
-  python main.py --config configs/default.py --config.train.epochs=30 --workdir=runs/longer
-  python main.py --mode=eval --workdir=runs/longer
-  python main.py --mode=predict --workdir=runs/longer holiday/ cat.jpg
+  %(prog)s --config default --config.train.epochs=30 --workdir=runs/longer
+  %(prog)s --mode=eval --workdir=runs/longer
+  %(prog)s --mode=predict --workdir=runs/longer holiday/ cat.jpg
 """
 
 
@@ -43,11 +43,11 @@ _OVERRIDE = r"--?(?:no)?config\.([^=]*)=?(.*)"  # such as --config.seed=1
 
 @dataclass(frozen=True, slots=True)
 class _Mode:
-    """The options that a mode accepts and requires, by their names on the command line."""
+    """The command-line options that a mode accepts (`takes`) and requires (`needs`)."""
 
     takes: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    paths: int = 0  # the minimum number of PATH arguments; 0: none are accepted
+    paths: int = 0  # minimum number of PATH arguments; 0: PATH is not accepted
 
 
 MODES = {
@@ -60,18 +60,20 @@ MODES = {
 }
 
 
-_WHAT = {
+_NEEDED_OPTIONS = {
     "--config": "a config file: --config FILE",
     "--workdir": "the folder of a run: --workdir=DIR",
     "--output": "a folder to write to: --output=DIR",
 }
-_PATHS = {"predict": "image files or folders", "compare": "the folders of two runs or more"}
+_NEEDED_PATHS = {"predict": "image files or folders", "compare": "the folders of two or more runs"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
+    """A parsed and checked command line."""
+
     mode: str
-    config: Config  # the file's, or the one saved in the workdir, with the fields that flags set
+    config: Config  # from the config file or the checkpoint, with `--config.FIELD=VALUE` applied
     workdir: Path
     paths: tuple[Path, ...]
     output: Path | None
@@ -84,21 +86,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Read the arguments after the program's name; raise `ConfigError` for the first that is not allowed."""
+    """Parse `argv`, without the program name. Raise `ConfigError` for the first argument that is not allowed."""
     arguments, rest = _parser().parse_known_args(argv)
     name, mode = arguments.mode, MODES[arguments.mode]
-    given = {f"--{option}": value for option, value in vars(arguments).items() if option != "mode"}
+    options = {f"--{option}": value for option, value in vars(arguments).items() if option != "mode"}
     uses_run = "--workdir" in mode.needs
-    saved = ": the config saved with the checkpoint is; name the run's folder by --workdir" if uses_run else ""
-    for option, value in given.items():
+    saved = ", which uses the config saved with the checkpoint; pass --workdir instead" if uses_run else ""
+    for option, value in options.items():
         instead = saved if option == "--config" else ""
         require(not value or option in mode.takes, option, value, f"not used in {name}{instead}")
     for argument in rest:
         if re.match(r"--?[a-zA-Z]", argument) and not re.match(_OVERRIDE, argument):
             raise ConfigError(f"unknown argument {argument!r} (see --help)")
     for option in mode.needs:
-        if not given[option]:
-            raise ConfigError(f"{name} needs {_WHAT[option]} (see --help)")
+        if not options[option]:
+            raise ConfigError(f"{name} needs {_NEEDED_OPTIONS[option]} (see --help)")
     if uses_run or (name == "doctor" and arguments.workdir and not arguments.config):
         config = saved_config(Path(arguments.workdir))
     else:
@@ -106,13 +108,13 @@ def parse(argv: Sequence[str]) -> Command:
     config, changed, paths = _override(config, rest)
     config.validate()
     for path, value in changed.items():
-        others = f"{', '.join(LOCATIONS)}, eval.* and parallel.* can"
-        require(not uses_run or may_override(path), path, value, f"cannot be changed in {name}; {others}")
+        allowed = f"only {', '.join(LOCATIONS)}, eval.* and parallel.* may change in {name}"
+        require(not uses_run or may_override(path), path, value, allowed)
         require(name != "compare", path, value, "not used in compare")
     if paths and not mode.paths:
         raise ConfigError(f"unknown argument {paths[0]!r} (see --help)")
     if len(paths) < mode.paths:
-        raise ConfigError(f"{name} needs {_PATHS[name]} (see --help)")
+        raise ConfigError(f"{name} needs {_NEEDED_PATHS[name]} (see --help)")
     return Command(
         mode=name,
         config=config,
@@ -123,41 +125,47 @@ def parse(argv: Sequence[str]) -> Command:
     )
 
 
+def _program() -> str:
+    """Return the command that started this process, for the help text."""
+    started_as = {"main.py": "python main.py", "__main__.py": "python -m cifar_flax"}
+    return started_as.get(Path(sys.argv[0]).name, "cifar-flax")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="main.py",
-        usage="main.py [--mode=MODE] [options] [PATH ...]",
+        prog=_program(),
+        usage="%(prog)s [--mode=MODE] [options] [PATH ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--mode", choices=tuple(MODES), default="train", help=argparse.SUPPRESS)
-    run = parser.add_argument_group("which run")
+    run = parser.add_argument_group("run")
     run.add_argument(
         "--config",
         metavar="FILE",
-        help="train, doctor: a config file, or the name of one that ships; --config.FIELD=VALUE sets a field",
+        help="train, doctor: config file, or name of a shipped config; --config.FIELD=VALUE sets a field",
     )
-    run.add_argument("--workdir", metavar="DIR", help="where the run lives (train: runs/<name of the config file>)")
-    results = parser.add_argument_group("results")
-    results.add_argument("--summary", action="store_true", help="train: print the network's layers first")
+    run.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/<name of the config>)")
+    results = parser.add_argument_group("output")
+    results.add_argument("--summary", action="store_true", help="train: print the model's layers first")
     results.add_argument(
         "--output",
         metavar="PATH",
-        help="predict: a .csv, .json or .jsonl file; compare: the page (comparison.html); export: a folder",
+        help="predict: .csv, .json or .jsonl file; compare: page (default: comparison.html); export: new folder",
     )
     return parser
 
 
 def shipped_configs() -> Path:
-    """Return the folder of the configs that ship with this package: inside it, or beside it in a checkout."""
+    """Return the folder of the shipped configs: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def _config_file(name: str) -> Path:
-    """Return the file that `--config` means: a path, or a shipped config by its name alone."""
+    """Return the path of the config file `name`, which is a path or the name of a shipped config."""
     path = Path(name)
     if path.is_file():
         return path
@@ -171,43 +179,46 @@ def _config_file(name: str) -> Path:
 
 @contextlib.contextmanager
 def _siblings(folder: Path) -> Iterator[None]:
-    """Let a config in `folder` import its siblings inside the block: `import other` or `from configs import other`."""
+    """Let a config file in `folder` import its siblings: `import other` or `from configs import other`."""
     path, modules = list(sys.path), set(sys.modules)
     sys.path[:] = [str(folder), *path, str(folder.parent)]
     try:
         yield
     finally:
         sys.path[:] = path
-        for name in set(sys.modules) - modules:  # another folder may have a file of the same name
+        for name in set(sys.modules) - modules:  # another folder may have a module of the same name
             file = getattr(sys.modules[name], "__file__", None)
             if file is not None and Path(file).parent == folder:
                 del sys.modules[name]
 
 
 def _load(name: str) -> Config:
-    """Return what the `get_config` of a Python file returns."""
+    """Return the config that `get_config()` in the config file `name` returns."""
     path = str(_config_file(name))
     try:
         with _siblings(Path(path).resolve().parent):
             config = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # a config file may raise anything
+    except Exception as error:  # a config file can raise anything
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if str(error) == "'get_config'":
-            reason = "it defines no get_config()"
+            reason = "must define get_config()"
         raise ConfigError(f"--config={name!r}: {f'line {line}: ' if line else ''}{reason}") from error
-    returned = f"get_config() returns a {type(config).__name__}, not a Config"
-    require(isinstance(config, Config), "--config", name, returned)
+    allowed = f"get_config() must return a Config, not {type(config).__name__}"
+    require(isinstance(config, Config), "--config", name, allowed)
     return config
 
 
 def _override(config: Config, arguments: list[str]) -> tuple[Config, dict[str, Any], list[str]]:
-    """Apply arguments such as `--config.seed=1`; return the new config, field -> new value, and the other arguments."""
+    """Apply the arguments that override fields, such as `--config.seed=1`.
+
+    Return the new config, a dict from overridden field to new value, and the other arguments.
+    """
     overrides = [match for argument in arguments if (match := re.match(_OVERRIDE, argument))]
     allowed = {match[1]: describe_field(config, match[1], match[2]) for match in overrides}
     values = flags.FlagValues()
-    values.set_gnu_getopt(True)  # flags may come after other arguments
+    values.set_gnu_getopt(True)  # overrides may follow PATH arguments
     try:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=["", *arguments])
         rest = values(["main.py", *arguments])[1:]

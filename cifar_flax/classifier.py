@@ -1,4 +1,4 @@
-"""A trained network that classifies images: what `cifar_flax.load` returns."""
+"""The classifier that `cifar_flax.load` returns."""
 
 import functools
 from collections.abc import Iterable
@@ -17,15 +17,15 @@ from cifar_flax.training import steps
 
 
 class Classifier:
-    """The network of a run, as its evaluation uses it: with test-time augmentation if that does.
+    """The trained model of a run, with the weights and the test-time augmentation that its evaluation uses.
 
-    `class_names` are those of the data set that it was trained on, `image_shape` is (height, width, channels).
+    `class_names` are the classes of the training data set; `image_shape` is (height, width, channels).
     """
 
     def __init__(self, run: RestoredRun):
         self.class_names = run.info.class_names
         self.image_shape = run.info.image_shape
-        self.batch_size = run.task.layout.round_up(run.config.eval.batch_size)  # the most images at a time
+        self.batch_size = run.task.layout.round_up(run.config.eval.batch_size)  # maximum number of images per call
         self._task, self._weights, self._eval = run.task, run.weights, run.config.eval
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
@@ -36,39 +36,39 @@ class Classifier:
     def predict(
         self, images: UInt8[Any, "n height width channels"] | Iterable[str | PathLike[str]]
     ) -> Float32[np.ndarray, "n classes"]:
-        """The probability of each class, for images of `image_shape` (bytes, 0 to 255) or files of any size and kind.
+        """Return the probability of each class for each image; column `i` belongs to `class_names[i]`.
 
-        `model.class_names[i]` names the class of column `i`.
+        `images` is a uint8 array (0 to 255) of shape (n, *image_shape), or a list of image files of any size.
 
-        Raises `UserError` where the images have another shape or type, or a file cannot be read.
+        Raise `UserError` if the array has another shape or dtype, or if a file cannot be read.
         """
         images = np.asarray(images) if isinstance(images, np.ndarray | jax.Array) else self._read(images)
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
-            what = f"{images.dtype} of shape {images.shape}"
-            raise UserError(f"images: {what}; must be uint8 (0 to 255) of shape (n, {str(self.image_shape)[1:]}")
-        found = np.empty((len(images), len(self.class_names)), np.float32)
+            actual = f"{images.dtype} of shape {images.shape}"
+            raise UserError(f"images: {actual}; must be uint8 (0 to 255) of shape (n, {str(self.image_shape)[1:]}")
+        probabilities = np.empty((len(images), len(self.class_names)), np.float32)
         for start in range(0, len(images), self.batch_size):
-            some = images[start : start + self.batch_size]
-            found[start : start + len(some)] = self._probabilities(some)
-        return found
+            batch = images[start : start + self.batch_size]
+            probabilities[start : start + len(batch)] = self._probabilities(batch)
+        return probabilities
 
-    def _read(self, given: Any) -> UInt8[np.ndarray, "n height width channels"]:
-        some = isinstance(given, Iterable) and not isinstance(given, str | PathLike)
-        paths: list[Any] = list(given) if some else [None]
+    def _read(self, files: Any) -> UInt8[np.ndarray, "n height width channels"]:
+        is_list = isinstance(files, Iterable) and not isinstance(files, str | PathLike)
+        paths: list[Any] = list(files) if is_list else [None]
         if not all(isinstance(path, str | PathLike) for path in paths):
             raise UserError("images: must be one array (n, height, width, channels) or a list of files")
         pixels = np.empty((len(paths), *self.image_shape), np.uint8)
         with reading():
-            for place, path in enumerate(paths):
+            for i, path in enumerate(paths):
                 try:
-                    pixels[place] = read_image(Path(path), self.image_shape)
+                    pixels[i] = read_image(Path(path), self.image_shape)
                 except UserError as error:
                     raise UserError(f"{path}: {error}") from error
         return pixels
 
     def _probabilities(self, images: UInt8[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n classes"]:
         layout = self._task.layout
-        # A few sizes, each compiled once.
+        # Pad to a power of two, so that only a few batch sizes are compiled.
         size = layout.round_up(min(1 << (len(images) - 1).bit_length(), self.batch_size))
         padded = np.zeros((size, *self.image_shape), np.uint8)
         padded[: len(images)] = images

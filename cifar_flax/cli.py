@@ -1,6 +1,6 @@
-"""The command line of `python main.py`, `python -m cifar_flax` and `cifar-flax`: from start to exit code.
+"""Entry point of `python main.py`, `python -m cifar_flax` and `cifar-flax`.
 
-Imports nothing heavy before the installed packages have been checked.
+Nothing heavy is imported before the installed packages are checked.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def entry_point() -> NoReturn:
-    """Run the command line of this process and exit."""
+    """Run the command in `sys.argv` and exit with its exit code."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of imports; signals.py takes over
-    allocator.keep_freed_memory()  # starts the process again, so before the imports that take their time
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C interrupts the imports
+    allocator.keep_freed_memory()  # re-executes the process, so it precedes the slow imports
     error = check_installation()
     if error is not None:
         sys.exit(_report_installation(error))
@@ -33,13 +33,16 @@ def entry_point() -> NoReturn:
 
 
 def check_installation() -> UserError | None:
-    """Import what every mode needs. If that fails, return an error that names the package and the required version."""
+    """Import the packages that every mode needs; return an error if one is missing, too old or broken.
+
+    The error names the package and the required version.
+    """
     try:
         packages.require(packages.REQUIRED)
-        from cifar_flax import arguments  # noqa: F401  # and with it JAX, Flax, Optax and Orbax
+        from cifar_flax import arguments  # noqa: F401  # imports JAX, Flax, Optax and Orbax too
     except UserError as error:
         return error
-    except Exception as error:  # an import of incompatible packages may raise anything
+    except Exception as error:  # importing incompatible packages can raise anything
         name = packages.culprit(error)
         if name is None:
             raise
@@ -57,18 +60,18 @@ def _report_installation(error: UserError) -> int:
 
 
 def main() -> int:
-    """Run the mode that the arguments name, and return the exit code. A user's mistake is reported in one line."""
+    """Run the mode in `sys.argv` and return the exit code. Errors that the user can fix are printed as one line."""
     from cifar_flax import arguments
     from cifar_flax.runtime import compilation, devices, processes, signals
 
     def fail(line: str, code: int) -> int:
-        with contextlib.suppress(OSError):  # nobody may be reading stderr
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(f"{processes.label()}{line}", file=sys.stderr)
         return code
 
     compilation.keep_programs()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once, and keeps it if the run is killed
+        sys.stdout.reconfigure(line_buffering=True)  # a killed run loses no printed line
     try:
         command = arguments.parse(sys.argv[1:])
         if command.mode in ("train", "eval"):  # the other modes run in one process
@@ -79,7 +82,7 @@ def main() -> int:
             _run(command)
     except UserError as error:
         return fail(f"error: {error}", error.exit_code)
-    except OSError as error:  # a full disk, a folder that may not be written to
+    except OSError as error:  # such as a full disk or a read-only folder
         return fail(f"error: {error}", 1)
     except signals.Stopped as stopped:
         return fail(str(stopped), stopped.exit_code)
@@ -92,7 +95,7 @@ def main() -> int:
 
 
 def _run(command: "Command") -> None:
-    """Run the mode. Each imports its own: `predict` starts faster without the training loop."""
+    """Run the mode. Its module is imported only now: `predict` starts faster without importing the training loop."""
     config, workdir = command.config, command.workdir
     match command.mode:
         case "train":

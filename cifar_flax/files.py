@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 _SEAL = "seal"
-PARTIAL = ".partial"  # what the names of files end with that are being written
+PARTIAL = ".partial"  # suffix of files that are still being written
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Replaces `path` at once, so that no reader and no crash sees half of it; raises `OSError` that names it."""
+    """Write `content` to `path` atomically: readers see the old file or the new one, even after a crash.
+
+    Raise `OSError` that names `path` if it cannot be written.
+    """
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
     try:
         with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # a full disk
+    except OSError as error:  # such as a full disk
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
     os.replace(partial, path)
@@ -33,37 +36,39 @@ def replace(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, which is renamed to `folder` at the end of the block; removed if the block raises.
+    """Yield an empty temporary folder, which is renamed to `folder` at the end of the block.
 
-    Raises `OSError` that names `folder` if it exists already. Readers never see a part of it.
+    Readers never see an incomplete `folder`. If the block raises, the temporary folder is removed. Raise `OSError` that
+    names `folder` if it already exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are closed to others
+        partial.chmod(0o755)  # mkdtemp creates folders that only their owner can read
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Rename the complete folder `partial` to `folder`, durably."""
+    """Rename the complete folder `partial` to `folder`, so that the rename survives a power loss."""
     partial.rename(folder)
     sync_folder(folder.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON, atomically."""
     replace(path, json.dumps(value, indent=1).encode())
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """As `write_json`, with a checksum of `content` inside."""
+    """Write `content` and its checksum to `path` as JSON, atomically."""
     write_json(path, content | {_SEAL: json_checksum(content)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` was given; raises `OSError` or `ValueError` where it cannot be read or is something else."""
+    """Return the content that `write_sealed` wrote. Raise `OSError` or `ValueError` if it is unreadable or damaged."""
     content = read_json(path)
     if not isinstance(content, dict) or content.pop(_SEAL, None) != json_checksum(content):
         raise ValueError(f"{path.name} does not match its checksum")
@@ -71,7 +76,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Raises `OSError` or `ValueError` where `path` cannot be read or is no JSON."""
+    """Return the JSON value in `path`. Raise `OSError` or `ValueError` if it cannot be read or is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except RecursionError as error:
@@ -79,18 +84,18 @@ def read_json(path: Path) -> Any:
 
 
 def json_checksum(content: Any) -> str:
-    """Return the SHA-256 of `content` (of JSON), independent of the order of keys."""
+    """Return the SHA-256 of the JSON value `content`, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256 of every file in `folder` and below it; raises `OSError`."""
+    """Return a dict from relative path to SHA-256 of all files below `folder`. Raise `OSError` if one is unreadable."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
 
 
 def require_checksums(folder: Path, sums: dict[str, str]) -> None:
-    """Raises `OSError` or `ValueError` unless all that `checksums` found is there and has not changed."""
+    """Raise `OSError` or `ValueError` unless all files in `sums` exist in `folder` and match their checksums."""
     for name, wanted in sums.items():
         if _sha256(folder / name) != wanted:
             raise ValueError(f"{name} does not match its checksum")
@@ -102,10 +107,10 @@ def _sha256(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Has the names in `folder` on the disk, should the machine lose its power."""
+    """Flush the entries of `folder` to disk, so that renames survive a power loss."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # there is no such thing on this system
+    except OSError:  # some systems cannot open folders
         return
     try:
         os.fsync(handle)
@@ -116,17 +121,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path, aside: Path) -> None:
-    """Removes `folder`, which has the name `aside` meanwhile: under its own name nobody finds a part of it."""
+    """Remove `folder`, renamed to `aside` first so that no reader finds it half deleted."""
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[None]:
-    """Here, no other process is in such a block of the same `path`, which then tells who is.
+    """Hold an exclusive lock on `path`; the file records the holder's PID and host.
 
-    Raises `BlockingIOError` where one is and `wait` is False, `OSError` where `path` cannot be written. The lock is the
-    kernel's: it ends with its process. Where the file system has none, nobody is kept out.
+    The kernel releases the lock when the process ends. On file systems without locks, nothing is locked. Raise
+    `BlockingIOError` if another process holds the lock and `wait` is False, `OSError` if `path` cannot be written.
     """
     with path.open("a+") as file:
         try:
@@ -144,9 +149,9 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 def lock_holder(path: Path) -> str | None:
-    """Which process is in a block that is `locked` by `path`; None where none is, or it does not show.
+    """Return the process that holds the lock on `path`, such as "process 12 on host"; None if it is free or unknown.
 
-    Nothing is written: the lock is shared for a moment, if it can be had.
+    Nothing is written: the test takes a shared lock for a moment.
     """
     try:
         import fcntl

@@ -1,6 +1,6 @@
-"""The required and optional packages: which are installed, in which versions, and whether they can be imported.
+"""Check which required and optional packages are installed, in which versions, and whether they can be imported.
 
-Imports nothing but the standard library, so that it can report a package that is missing, too old or broken.
+Only the standard library is imported, so that missing, old and broken packages can be reported.
 """
 
 import importlib
@@ -19,17 +19,17 @@ from types import ModuleType
 import cifar_flax
 from cifar_flax.errors import UserError, one_line
 
-PYTHONS = ((3, 11), (3, 14))  # the oldest and the newest that are supported
+PYTHONS = ((3, 11), (3, 14))  # oldest and newest supported version
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    module: str  # the module that is imported
-    oldest: str  # the oldest version that works, as in pyproject.toml
-    used_for: str = ""  # the feature that needs it; "": every run does
+    module: str  # module to import
+    oldest: str  # oldest supported version, as in pyproject.toml
+    used_for: str = ""  # feature that needs the package; "": every run needs it
 
 
-# Name in the package index -> requirement. Every run needs those without `used_for`.
+# By the name of the distribution.
 PACKAGES = {
     "jax": Package("jax", "0.10"),
     "flax": Package("flax", "0.12.6"),
@@ -48,7 +48,8 @@ PACKAGES = {
     "pillow": Package("PIL.Image", "10.1", "--mode=predict"),
     "safetensors": Package("safetensors.numpy", "0.5", "--mode=export"),
 }
-_TENSORFLOWS = ("tensorflow", "tensorflow-cpu", "tensorflow-macos", "tf-nightly")  # one module, several packages
+# Distributions that provide the module `tensorflow`.
+_TENSORFLOWS = ("tensorflow", "tensorflow-cpu", "tensorflow-macos", "tf-nightly")
 REQUIRED = tuple(name for name, package in PACKAGES.items() if not package.used_for)
 OPTIONAL = tuple(name for name in PACKAGES if name not in REQUIRED)
 
@@ -64,18 +65,18 @@ def version(name: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return name -> version of this package, of Python, of jaxlib and of the installed ones of `PACKAGES`."""
+    """Return a dict from name to version of this package, Python, jaxlib and the installed packages of `PACKAGES`."""
     found = {"cifar_flax": cifar_flax.__version__, "python": platform.python_version()}
     return found | {name: installed for name in ("jaxlib", *PACKAGES) if (installed := version(name))}
 
 
 def installed(name: str) -> bool:
-    """Return whether the package `name` of `PACKAGES` is there; it is not imported."""
+    """Return whether the package `name` of `PACKAGES` is installed, without importing it."""
     return has_module(PACKAGES[name].module.partition(".")[0])
 
 
 def has_module(module: str) -> bool:
-    """Return whether the top-level `module` is there; it is not imported."""
+    """Return whether the top-level `module` is installed, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ValueError:  # sys.modules has an entry without a spec
@@ -87,15 +88,15 @@ def fault(name: str) -> str | None:
     wanted, found = PACKAGES[name].oldest, version(name)
     if not installed(name):
         is_new = sys.version_info >= (3, 14) and name.startswith("tensorflow")
-        where = ", but does not exist for this version of Python" if is_new else ""
-        return f"{name} is not installed; {name}>={wanted} is needed{where}"
+        unavailable = ", but it is not available for this version of Python" if is_new else ""
+        return f"{name} is not installed; {name}>={wanted} is needed{unavailable}"
     if found is not None and numbers(found) < numbers(wanted):
         return f"{name} {found} is too old; {name}>={wanted} is needed"
     return None
 
 
 def require(names: Iterable[str], purpose: str = "") -> None:
-    """Raise `UserError` that lists those of `names` that are missing or too old, and what they are needed for."""
+    """Raise `UserError` if packages in `names` are missing or too old; `purpose` begins the message."""
     faults = {name: reason for name in names if (reason := fault(name))}
     if faults:
         raise UserError(f"{purpose}{': ' if purpose else ''}{'; '.join(faults.values())} ({_advice(faults)})")
@@ -104,18 +105,18 @@ def require(names: Iterable[str], purpose: str = "") -> None:
 def load(name: str) -> ModuleType:
     """Import and return the module of the optional package `name`.
 
-    Raises `UserError`, with the version that is needed, if it is missing, too old or cannot be imported.
+    Raise `UserError` that names the required version if the package is missing, too old or cannot be imported.
     """
     package = PACKAGES[name]
     require([name], package.used_for)
     try:
         return importlib.import_module(package.module)
-    except Exception as error:  # an import of incompatible packages may raise anything
+    except Exception as error:  # importing incompatible packages can raise anything
         raise broken(name, error) from error
 
 
 def culprit(error: Exception) -> str | None:
-    """Return the package whose import has raised `error`, or None if it is none of `PACKAGES`."""
+    """Return the package whose import raised `error`, or None if it is not in `PACKAGES`."""
     modules = [str(error.name)] if isinstance(error, ModuleNotFoundError) else []
     frames = traceback.extract_tb(error.__traceback__)
     modules += [part for frame in reversed(frames) for part in Path(frame.filename).parts]
@@ -126,7 +127,7 @@ def culprit(error: Exception) -> str | None:
 
 
 def broken(name: str, error: Exception) -> UserError:
-    """Return the error to raise if importing the package `name` has raised `error`."""
+    """Return the error to raise if importing the package `name` raised `error`."""
     reason = f"{name} {version(name)} cannot be imported ({one_line(error)}); {name}>={PACKAGES[name].oldest} is needed"
     return UserError(f"{reason} ({_advice([name])})")
 
@@ -137,19 +138,19 @@ def _advice(names: Iterable[str]) -> str:
 
 
 def numbers(version: str) -> list[int]:
-    """Return the release segment of `version` as numbers: "2.20.0rc1" gives [2, 20, 0]."""
+    """Return the release segment of `version` as numbers, such as [2, 20, 0] for "2.20.0rc1"."""
     match = re.match(r"\d+(\.\d+)*", version)
     return [int(number) for number in match[0].split(".")] if match else []
 
 
 @contextmanager
 def without(module: str) -> Iterator[None]:
-    """Make imports of `module` fail inside the block, unless it has been imported already.
+    """Make imports of `module` fail inside the block, unless it is already imported.
 
-    Libraries try such imports for the sake of users who might pass them that module's objects.
+    This saves time: some libraries import large modules only to recognize their objects as arguments.
     """
     there = module in sys.modules
-    sys.modules.setdefault(module, None)  # type: ignore[arg-type]  # a module that is None cannot be imported
+    sys.modules.setdefault(module, None)  # type: ignore[arg-type]  # importing a module that is None fails
     try:
         yield
     finally:

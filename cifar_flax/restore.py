@@ -1,4 +1,4 @@
-"""Restore a run from its workdir: for evaluation and prediction, or as the initial weights of another run."""
+"""Restore a run from its workdir, to use the trained model or to initialize another run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,13 @@ from cifar_flax.training.steps import Task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoredRun:
+    """A run restored from one of its checkpoints."""
+
     config: Config
     info: DatasetInfo
     task: Task
     state: TrainState
-    metadata: Metadata  # of the checkpoint
+    metadata: Metadata  # metadata of the checkpoint
 
     @property
     def step(self) -> int:
@@ -36,7 +38,7 @@ class RestoredRun:
 
     @property
     def weights(self) -> PyTree:
-        """Parameters and batch statistics for evaluation: their average, if `averaging` keeps one."""
+        """Return the parameters and batch statistics for evaluation: their average, if `averaging` keeps one."""
         state = self.state
         return averaging.evaluated(self.config.averaging, (state.params, state.batch_stats), state.average)
 
@@ -44,8 +46,8 @@ class RestoredRun:
 def saved_config(workdir: Path, field: str = "--workdir") -> Config:
     """Return the config saved with the newest checkpoint of `workdir`; raise `UserError` if there is none.
 
-    But for `parallel`: what is trained is used where that is started. It may be by several processes, so nothing here
-    makes JAX look for devices. `field` is what has named the folder.
+    `parallel` is reset to its defaults, since the devices may differ from those that trained the run. JAX's devices are
+    not initialized, since this process may have to join others first. Messages refer to the folder as `field`.
     """
     folder = _checkpoint_folder(workdir, field)
     steps = saved_steps(folder)
@@ -57,9 +59,9 @@ def saved_config(workdir: Path, field: str = "--workdir") -> Config:
 
 
 def restore(config: Config, workdir: Path, field: str = "--workdir") -> RestoredRun:
-    """Restore the checkpoint of `workdir` that `config.eval.checkpoint` names, on the devices of `config.parallel`.
+    """Restore the checkpoint in `workdir` that `config.eval.checkpoint` selects, on the devices of `config.parallel`.
 
-    Raises `UserError` where there is none, or it is not as it was saved.
+    Raise `UserError` if there is no such checkpoint or if it is damaged.
     """
     with Checkpoints(_checkpoint_folder(workdir, field), config.checkpoint, read_only=True) as checkpoints:
         step = checkpoints.newest_step()
@@ -68,7 +70,9 @@ def restore(config: Config, workdir: Path, field: str = "--workdir") -> Restored
         if config.eval.checkpoint == "best":
             step = checkpoints.best_step()
             if step is None:
-                raise UserError(f"{field}={str(workdir)!r}: none of its checkpoints has a validation accuracy")
+                raise UserError(
+                    f"{field}={str(workdir)!r}: no checkpoint has a validation accuracy; use eval.checkpoint=newest"
+                )
         metadata = checkpoints.metadata(step)
         info = DatasetInfo.from_dict(metadata["dataset"])
         task, init = setup(config, info)
@@ -81,12 +85,12 @@ def _checkpoint_folder(workdir: Path, field: str) -> Path:
     if not workdir.is_dir():
         raise ConfigError(f"{field}={str(workdir)!r}: no such folder")
     if not folder.is_dir():
-        raise ConfigError(f"{field}={str(workdir)!r}: holds no checkpoint; train one first")
+        raise ConfigError(f"{field}={str(workdir)!r}: holds no checkpoint; run --mode=train first")
     return folder
 
 
 def _no_checkpoint(workdir: Path, field: str) -> UserError:
-    return UserError(f"{field}={str(workdir)!r}: holds no finished checkpoint; train one first")
+    return UserError(f"{field}={str(workdir)!r}: holds no finished checkpoint; run --mode=train first")
 
 
 _FIELD = "train.init_from"
@@ -96,9 +100,10 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
     """Return the initial state `state` with the matching weights of the run `config.train.init_from`.
 
     Weights match if their names, such as "hidden.kernel", and their shapes are equal. Weights that do not match (such
-    as a head for another number of classes) and the optimizer keep their fresh initialization; they are listed.
+    as a head for another number of classes) keep their fresh initialization and are logged. The optimizer state and the
+    average of the weights are initialized afresh.
 
-    Raises `ConfigError` if that run has no checkpoint, `UserError` if none of its parameters matches.
+    Raise `UserError` if that run has no checkpoint or if none of its parameters matches.
     """
     folder = Path(config.train.init_from)
     saved = saved_config(folder, _FIELD)
@@ -110,12 +115,12 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
     )
     fits = {name for name, array in ours.items() if name in theirs and theirs[name].shape == array.shape}
     unfit = [
-        f"{name}: {_shape(theirs, name)} there, {_shape(ours, name)} here"
+        f"{name}: {_shape(theirs, name)} in that run, {_shape(ours, name)} in this run"
         for name in (ours | theirs)
         if name not in fits
     ]
     if not fits & named_leaves(state.params, ".").keys():
-        raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights matches this network ({'; '.join(unfit)})")
+        raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights matches this model ({'; '.join(unfit)})")
     processes.log(f"initialized {len(fits)} of {len(ours)} weights from {folder}, step {run.step}")
     if run.info.class_names != info.class_names and len(run.info.class_names) == len(info.class_names):
         processes.log(f"  that run has other classes: {', '.join(run.info.class_names)}")

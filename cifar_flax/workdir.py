@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and of which config."""
+"""Lock the folder of a run, and check that its config has not changed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def opened(workdir: Path, config: Config) -> Iterator[None]:
-    """Here, no other run writes to `workdir`, which is made if it is not there, and it is one of `config`.
+    """Create and lock `workdir`, write `config` to its config.json, and keep the lock until the end of the block.
 
-    Raises `UserError` where another run is at work in it or it cannot be used, `ConfigError` where it holds a run of a
-    config that differs in more than what no weight tells.
+    Raise `UserError` if another run uses `workdir` or if it cannot be written, `ConfigError` if it holds a run whose
+    config differs in a setting that affects the trained weights.
     """
     field = f"--workdir={str(workdir)!r}"
     with contextlib.ExitStack() as stack:
@@ -33,14 +33,14 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
                 files.write_json(workdir / _CONFIG, configs.to_dict(config))
             processes.wait_for_all()
             if not (workdir / _CONFIG).exists():
-                raise UserError(f"{field}: must be one folder for all processes; process 0 has made another")
+                raise UserError(f"{field}: must be one folder shared by all processes; process 0 created another one")
         except OSError as error:
             raise UserError(f"{field}: cannot be used as the folder of a run: {error.strerror}") from error
         yield
 
 
 def require_usable(workdir: Path, config: Config) -> None:
-    """Raises what `opened` would of a run that is in `workdir`; nothing is written."""
+    """Raise the errors that `opened` would raise for the run in `workdir`, without writing anything."""
     field = f"--workdir={str(workdir)!r}"
     if holder := files.lock_holder(workdir / _LOCK):
         raise _taken(field, holder)
@@ -48,7 +48,7 @@ def require_usable(workdir: Path, config: Config) -> None:
 
 
 def _taken(field: str, holder: str) -> UserError:
-    return UserError(f"{field}: {holder} trains there; wait for its end or choose another --workdir")
+    return UserError(f"{field}: is in use by {holder}; wait until it ends, or choose another --workdir")
 
 
 def _lock(stack: contextlib.ExitStack, workdir: Path, field: str) -> None:
@@ -57,44 +57,42 @@ def _lock(stack: contextlib.ExitStack, workdir: Path, field: str) -> None:
         stack.enter_context(files.locked(path, wait=False))
     except BlockingIOError as error:
         raise _taken(field, path.read_text(errors="replace") or "another process") from error
-    for left in workdir.glob(f".*{files.PARTIAL}"):  # what killed runs were writing
+    for left in workdir.glob(f".*{files.PARTIAL}"):  # remains of killed runs
         left.unlink(missing_ok=True)
 
 
 def _require_same(workdir: Path, config: Config, field: str) -> None:
-    """Raises `ConfigError` unless the run in `workdir`, if there is one, goes on with `config`."""
+    """Raise `ConfigError` if `workdir` holds a run that cannot resume with `config`."""
     saved, where = _saved(workdir, field)
     changed = [] if saved is None else configs.differences(saved, config, where)
     if changed:
-        raise ConfigError(
-            f"{field}: holds a run of another config ({'; '.join(changed)}); choose another --workdir, or set them back"
-        )
+        raise ConfigError(f"{field}: holds a run with another config ({'; '.join(changed)}); choose another --workdir")
 
 
 def _saved(workdir: Path, field: str) -> tuple[Config | None, str]:
-    """The config of the newest checkpoint that tells it, else that in config.json of a run that has begun; and which.
+    """Return the config of the run in `workdir` and its source, or (None, "") if there is none.
 
-    Raises `UserError` where a run that has come further has lost its checkpoints: it would begin anew, and that be the
-    end of its log.
+    The config comes from the newest readable checkpoint, or from config.json if the run has no checkpoint yet. Raise
+    `UserError` if the checkpoints of the run are gone: a restart from step 0 would overwrite its log.
     """
     checkpoints = workdir / CHECKPOINTS
     steps = saved_steps(checkpoints)
     for step in reversed(steps):
-        with contextlib.suppress(DamagedError):  # restoring will say so
+        with contextlib.suppress(DamagedError):  # reported when it is restored
             return configs.from_dict(read_metadata(checkpoints, step)["config"]), "the checkpoint"
     log, path = workdir / "metrics.jsonl", workdir / _CONFIG
     if not log.exists() or not log.stat().st_size:
         return None, ""
-    has_begun = checkpoints.is_dir() and path.exists() and not (workdir / "eval.json").exists()
-    if not steps and not has_begun:
-        raise UserError(f"{field}: has a {log.name}, but its {CHECKPOINTS} are gone; put them back, or choose another")
+    has_started = checkpoints.is_dir() and path.exists() and not (workdir / "eval.json").exists()
+    if not steps and not has_started:
+        raise UserError(f"{field}: has a {log.name} but no {CHECKPOINTS}; restore them or choose another --workdir")
     if not path.exists():
-        return None, ""  # all checkpoints are damaged: restoring will refuse
+        return None, ""  # all checkpoints are damaged: reported when they are restored
     try:
         return configs.from_dict(files.read_json(path)), path.name
     except ConfigError as error:
         raise UserError(
-            f"{field}: its {_CONFIG} is none of this version ({error}); choose another --workdir"
+            f"{field}: its {_CONFIG} does not fit this version ({error}); choose another --workdir"
         ) from error
     except ValueError as error:
         raise UserError(f"{field}: its {_CONFIG} is damaged ({error}); choose another --workdir") from error

@@ -1,12 +1,13 @@
-"""96 % of CIFAR-10 in 1,776 steps: airbench's network, wider, deeper and with residuals, with SGD and Lookahead.
+"""96 % on CIFAR-10 in 1,776 steps: a wider, deeper, residual airbench network with SGD and Lookahead.
 
 Command:  python main.py --config configs/airbench96.py
 Hardware: not measured
-Accuracy: not measured; the original's is 96.03 % (n=400)
-Time:     not measured; the original's is 34.7 s on an NVIDIA A100
+Accuracy: not measured; the original reports 96.03 % (n=400)
+Time:     not measured; the original takes 34.7 s on an NVIDIA A100
 
-Source: `legacy/airbench96.py` of the repository KellerJordan/cifar10-airbench. There the loss is the sum over the
-batch, here it is the mean: learning rates are times the batch size, and weight decays divided by it.
+Source: `legacy/airbench96.py` of the repository KellerJordan/cifar10-airbench. The original sums the loss
+over the batch, whereas this project averages it: learning rates are multiplied by the batch size, and weight decays are
+divided by it.
 """
 
 from cifar_flax.config import (
@@ -21,11 +22,11 @@ from cifar_flax.config import (
     TrainConfig,
 )
 
-STEPS_PER_EPOCH = 48  # of 1,024 images; the last 848 are left out
+STEPS_PER_EPOCH = 48  # batches of 1,024 images; the remaining 848 images are dropped
 MOMENTUM = 0.85
-RATE = 9.0 / (1 + 1 / (1 - MOMENTUM))  # Nesterov momentum multiplies a steady gradient by the divisor
-DECAY = 0.012 / 9.0  # of each group, over its learning rate
-BIAS = 64  # times the learning rate
+RATE = 9.0 / (1 + 1 / (1 - MOMENTUM))  # divisor: the original's estimate of how Nesterov momentum enlarges steps
+DECAY = 0.012 / 9.0  # the original's weight decay divided by its learning rate
+BIAS = 64  # learning rate of the biases as a multiple of RATE
 
 
 def get_config() -> Config:

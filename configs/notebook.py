@@ -1,17 +1,17 @@
-"""The reference CNN the Keras notebook's way: Adam with a constant learning rate, no augmentation.
+"""The reference CNN, trained like the Keras notebook: Adam with a constant learning rate, no augmentation.
 
 Command:  python main.py --config configs/notebook.py
 Hardware: two cores of an AMD EPYC (Zen 5), no GPU; Python 3.11, jax 0.10.2
-Accuracy: after 10 epochs 64.88 % of the test split, at the best of them 67.53 % (means of seeds 0 to 5; standard
+Accuracy: 64.88 % on the test split after 10 epochs, 67.53 % at the best epoch (means of seeds 0 to 5; standard
           deviations 3.08 and 0.56)
-Keras:    65.77 % and 67.31 % (1.39 and 0.50), Keras 3.15 on TensorFlow 2.21, same initial weights, on an AMD EPYC
-          (Zen 3), by python -m benchmarks.keras_notebook --seeds 0 1 2 3 4 5
-Time:     1 min 49 s (seed 0), compilation and evaluations included
+Keras:    65.77 % and 67.31 % (standard deviations 1.39 and 0.50); Keras 3.15 on TensorFlow 2.21, same initial weights,
+          on an AMD EPYC (Zen 3), measured by python -m benchmarks.keras_notebook --seeds 0 1 2 3 4 5
+Time:     1 min 49 s (seed 0), including compilation and evaluations
 
-Seeds 0, 1 and 2 alone: 63.00 % and, at best, 67.71 % here, 66.15 % and 67.22 % in Keras. The last epoch's figure says
-little: the test split's accuracy swings by several points from epoch to epoch in both. Here, at least, BatchNorm's
-running averages trail the weights: with statistics measured afresh on 10,000 training images, seeds 0, 1 and 2 end at
-68.2, 69.1 and 68.4 %.
+For seeds 0, 1 and 2 alone, the accuracies are 63.00 % and 67.71 % (best epoch) in this project, and 66.15 % and 67.22 %
+in Keras. The accuracy of the last epoch is noisy: in both, test accuracy changes by several points from epoch to epoch.
+In this project, BatchNorm's running averages lag behind the weights: with statistics recomputed on 10,000 training
+images, seeds 0, 1 and 2 end at 68.2, 69.1 and 68.4 %.
 """
 
 from cifar_flax.config import AugmentConfig, CNNConfig, Config, DataConfig, OptimConfig, TrainConfig

@@ -1,9 +1,9 @@
-"""Handwritten digits that scikit-learn ships, through the same network and loop as CIFAR-10: no download.
+"""The handwritten digits of scikit-learn, with the network and training loop of CIFAR-10. Needs no download.
 
 Command:  python main.py --config configs/quickstart.py
 Hardware: two cores of an AMD EPYC (Zen 5), no GPU; Python 3.11, jax 0.10.2
 Accuracy: 98.50 % (mean of seeds 0, 1, 2; standard deviation 0.16)
-Time:     20 s, compilation and evaluation included; 12 to 14 s once compiled programs are kept
+Time:     20 s, including compilation and evaluation; 12 to 14 s with cached compiled programs
 """
 
 from cifar_flax.config import AugmentConfig, Config, DataConfig, OptimConfig, TrainConfig

@@ -1,1 +1,1 @@
-"""Checkpoints on disk."""
+"""Checkpoint files and their metadata."""

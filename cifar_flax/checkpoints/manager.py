@@ -1,8 +1,8 @@
-"""Checkpoints on disk. The only file that imports Orbax.
+"""Save and restore checkpoints. Only this module imports Orbax.
 
-Layout: `checkpoints/<step>/state/` is Orbax's, beside it lies the metadata of `metadata.py`. A folder appears under its
-number when it is complete, by one rename. Other names: `<step>.unfinished` is a save at work or what a killed one left,
-`<step>.damaged` is not what had been saved.
+Orbax writes the state to `checkpoints/<step>/state/`; `metadata.py` writes the metadata beside it. A save writes to
+`<step>.unfinished`, which is renamed to `<step>` when it is complete; a killed run may leave an unfinished folder.
+Damaged checkpoints are quarantined: renamed to `<step>.damaged`.
 """
 
 import contextlib
@@ -34,8 +34,7 @@ from cifar_flax.errors import UserError, one_line, require
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.trees import all_finite, named_leaves
 
-# Orbax tells every step of every save, and asyncio of every array that a failed one has not come to: the error that is
-# raised says it all.
+# Silence Orbax's and asyncio's per-array logging; failures are reported by the exception.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
@@ -46,9 +45,9 @@ _is_finite = jax.jit(all_finite)
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
-    every_epochs: int = 1  # epochs between checkpoints; the last step always has one
-    keep: int = 2  # the newest so many stay on disk
-    keep_best: int = 0  # and so many with the highest validation accuracy
+    every_epochs: int = 1  # epochs between checkpoints; the last step is always saved
+    keep: int = 2  # number of newest checkpoints to keep
+    keep_best: int = 0  # number of checkpoints with the highest validation accuracy to keep as well
 
     def validate(self) -> None:
         for field in ("every_epochs", "keep"):
@@ -57,23 +56,23 @@ class CheckpointConfig:
 
 
 def steps_to_keep(accuracies: Mapping[int, float | None], newest: int, best: int) -> set[int]:
-    """Which of the steps stay: the last `newest`, and the `best` of highest accuracy; later ones where it is equal.
+    """Return the last `newest` steps and the `best` steps with the highest accuracy; of equal ones, the later steps.
 
-    Steps without an accuracy, or with NaN, are among the best of nothing.
+    Steps whose accuracy is None or NaN do not count as best.
     """
     judged = [(value, step) for step, value in accuracies.items() if value is not None and not math.isnan(value)]
     return {*sorted(accuracies, reverse=True)[:newest], *(step for _, step in sorted(judged, reverse=True)[:best])}
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: the state as nested dicts of arrays, and what `save` is told with it."""
+    """Save, restore and remove the checkpoints of one workdir: the state's arrays, and metadata."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, read_only: bool = False):
         self._folder, self._config = folder.absolute(), config
         self._orbax = ocp.StandardCheckpointer()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        self._restored = 0  # the step of the checkpoint that the run goes on from
+        self._restored = 0  # step of the checkpoint that the run resumed from; 0: none
         if not read_only and processes.is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in self._folder.glob("*.unfinished"):
@@ -83,15 +82,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Closes; but not after an error in one of several processes, whose save waits for others that may be gone."""
+        """Close, except after an error in a multi-process run: the save would wait for processes that may be gone."""
         if kind is None:
             self.close()
         elif jax.process_count() == 1:
-            with contextlib.suppress(UserError):  # the first error is the one to tell
+            with contextlib.suppress(UserError):  # the first error is the one to report
                 self.close()
 
     def close(self) -> None:
-        """Waits for the save in the background; raises what it raised."""
+        """Wait for the save in the background, and raise its error if it failed."""
         try:
             self.wait()
         finally:
@@ -99,24 +98,25 @@ class Checkpoints:
             self._orbax.close()
 
     def save(self, state: Any, content: Metadata, accuracy: float | None = None, *, is_extra: bool = False) -> None:
-        """Save `state`, a pytree with a `step`, and `content` (of JSON) in the background.
+        """Save `state`, a pytree with a `step`, and the JSON object `content` in the background.
 
-        Returns when the state may be changed.
+        When this method returns, the caller may change the state. `accuracy` is the validation accuracy, or None.
 
-        `accuracy` is the validation split's, None where there is none. One that `is_extra`, as where a run is stopped,
-        stays until there is a newer one and takes no place: in the end the run has the checkpoints that it would have.
+        `is_extra` marks a checkpoint saved outside the schedule because the run was stopped. It is removed when there
+        is a newer one and does not count towards `keep`, so that the resumed run ends with the checkpoints of an
+        uninterrupted run.
 
-        Raises `UserError` where the state is not finite, and for a save before this one that has failed.
+        Raise `UserError` if the state is not finite or if the previous save failed.
         """
         self.wait()
         step = int(jax.device_get(state.step))
         if not jax.device_get(_is_finite(state)):
-            raise UserError(f"the state after step {step} is not finite: training has diverged; it is not saved")
+            raise UserError(f"the state after step {step} is not finite and is not saved: training has diverged")
         arrays = named_leaves(state)
         shapes = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
         metadata = {"step": step, "accuracy": accuracy, "is_extra": is_extra, "arrays": shapes, **content}
         with self._errors(step):
-            if step == self._restored:  # the state is there, and the same to the bit
+            if step == self._restored:  # the same state is on disk already
                 if processes.is_main():
                     write_metadata(self._path(step), metadata | {"sha256": self.metadata(step)["sha256"]})
             else:
@@ -127,7 +127,7 @@ class Checkpoints:
                 self._saving = step, self._thread.submit(self._finish, unfinished, metadata)
 
     def _finish(self, unfinished: Path, metadata: Metadata) -> None:
-        """The part of `save` in the background: a complete checkpoint gets its name, others may go."""
+        """Finish `save` in the background: rename the complete checkpoint to its step, and remove old ones."""
         try:
             with _quiet():
                 self._orbax.wait_until_finished()
@@ -143,13 +143,13 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         steps, extra = self.steps(), set()
-        accuracies: dict[int, float | None] = {}  # of those that are no extra
+        accuracies: dict[int, float | None] = {}  # checkpoints that are not extra
         for step in steps:
             try:
                 metadata = self.metadata(step)
             except DamagedError:
                 metadata = {"is_extra": True}
-            except UserError:  # cannot be read today: it may be the best
+            except UserError:  # cannot be read for now, but may be the best: keep it
                 continue
             if metadata["is_extra"]:
                 extra.add(step)
@@ -160,15 +160,15 @@ class Checkpoints:
             try:
                 files.remove_folder(self._path(step), self._path(f"{step}.unfinished"))
             except OSError as error:
-                raise UserError(f"{self._path(step)} is kept no longer, but cannot be removed ({error})") from error
+                raise UserError(f"the old checkpoint {self._path(step)} cannot be removed ({error})") from error
 
     def check(self) -> None:
-        """Raises `UserError` if a save in the background has failed."""
+        """Raise `UserError` if a save in the background has failed."""
         if self._saving is not None and self._saving[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises `UserError` if it cannot be."""
+        """Wait until the save in the background is on disk; raise `UserError` if it failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
             with self._errors(saving[0]):
@@ -176,7 +176,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _errors(self, step: int) -> Iterator[None]:
-        """Turns what goes wrong in saving into one message."""
+        """Raise errors of a save as one `UserError` that names the step to resume from."""
         try:
             yield
         except UserError:
@@ -185,19 +185,20 @@ class Checkpoints:
             if lost := processes.lost_peer(error):
                 raise lost from error
             newest = max(self.steps(), default=None)
-            left = "there is no other" if newest is None else f"the same command goes on from step {newest}"
+            left = "there is no other" if newest is None else f"the same command resumes from step {newest}"
             what = f"the checkpoint of step {step} could not be saved in {self._folder}"
             raise UserError(f"{what}; {left} ({one_line(error)})") from error
 
     def steps(self) -> list[int]:
-        """Those that have a checkpoint, intact or not, in order."""
+        """Return the steps that have a checkpoint, intact or not, in ascending order."""
         return saved_steps(self._folder)
 
     def newest_step(self) -> int | None:
+        """Return the newest step that has a checkpoint, or None; the main process decides for all."""
         return processes.from_main(max(self.steps(), default=0)) or None
 
     def best_step(self) -> int | None:
-        """The step of the highest validation accuracy among those on disk; raises `UserError` if one cannot be read."""
+        """Return the step with the highest validation accuracy, or None. Raise `UserError` if one cannot be read."""
         accuracies = {step: self.metadata(step)["accuracy"] for step in self.steps()}
         accuracies = {step: value for step, value in accuracies.items() if value is not None}
         return processes.from_main(max(steps_to_keep(accuracies, 0, 1), default=0)) or None
@@ -209,27 +210,27 @@ class Checkpoints:
     def restore_newest(self, template: PyTree) -> tuple[PyTree, Metadata] | None:
         """Return state and metadata of the newest intact checkpoint, or None if the run has no checkpoint.
 
-        Those that are not are set aside, with a line that says why.
+        Newer checkpoints that are damaged are renamed to `<step>.damaged`, and the reason is logged.
 
-        Raises `UserError` where there are some, but none intact, where one cannot be read, and where the state does not
-        fit `template`.
+        Raise `UserError` if all checkpoints are damaged, if one cannot be read, or if the state does not match
+        `template`.
         """
-        _is_finite(template)  # compiled here, so that no save waits for it
+        _is_finite(template)  # compile it now, so that no save has to wait
         step = processes.from_main(self._newest_intact() if processes.is_main() else 0)
         if step < 0:
             raise UserError(
-                f"{self._folder}: none of its checkpoints is as it was saved; to start anew, choose another --workdir"
+                f"{self._folder}: all checkpoints are damaged; to restart training, choose another --workdir"
             )
         if not step:
             return None
         self._restored = step
         if processes.is_main():
-            self._remove_old()  # a killed run may not have come to it
+            self._remove_old()  # a killed run may have left some
         metadata = self.metadata(step)
         return self._load(metadata, template), metadata
 
     def _newest_intact(self) -> int:
-        """0 where there is no checkpoint at all, -1 where none is intact."""
+        """Return the newest intact step, 0 if there is no checkpoint, or -1 if all are damaged."""
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -237,21 +238,21 @@ class Checkpoints:
             except DamagedError as error:
                 damaged[step] = str(error.__cause__)
             else:
-                for other, why in damaged.items():  # only now: where all are, a second start must see that too
-                    aside = self._path(f"{other}.damaged")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    self._path(other).rename(aside)
+                for other, why in damaged.items():  # not if all are damaged: the next start must report it again
+                    quarantined = self._path(f"{other}.damaged")
+                    shutil.rmtree(quarantined, ignore_errors=True)
+                    self._path(other).rename(quarantined)
                     what = f"the checkpoint of step {other} is damaged ({why})"
-                    processes.log(f"{what}, now {aside.name}; using {step}")
+                    processes.log(f"{what}; renamed to {quarantined.name}, using step {step}")
                 return step
         for step, why in damaged.items():
             processes.log(f"the checkpoint of step {step} is damaged ({why})")
         return -1 if damaged else 0
 
     def restore(self, step: int, template: PyTree) -> PyTree:
-        """The state saved at `step`, with the structure, the shapes and the devices of `template`.
+        """Return the state saved at `step`, with the structure, shapes and shardings of `template`.
 
-        Raises `UserError` if it has another structure or is not as it was saved.
+        Raise `UserError` if the saved state has another structure or is damaged.
         """
         metadata = self.metadata(step)
         self._require_intact(metadata)
@@ -259,13 +260,13 @@ class Checkpoints:
 
     def _load(self, metadata: Metadata, template: PyTree) -> PyTree:
         step, wanted = metadata["step"], named_leaves(template)
-        # Orbax would load a part of a state that does not fit.
+        # Checked here, because Orbax restores a state that matches only in part.
         for name in sorted(wanted.keys() | metadata["arrays"].keys()):
             ours = f"{wanted[name].shape} {wanted[name].dtype}" if name in wanted else "absent"
             theirs = metadata["arrays"].get(name, "absent")
             if ours != theirs:
-                difference = f"{name} is {theirs} there and {ours} here"
-                raise UserError(f"{self._path(step)} does not fit this run: {difference}; choose another --workdir")
+                difference = f"{name} is {theirs} in the checkpoint, {ours} in this run"
+                raise UserError(f"{self._path(step)} does not match this run: {difference}; choose another --workdir")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
         try:
             restored = self._orbax.restore(self._path(step) / _STATE, unflatten_dict(abstract, sep="/"))
@@ -275,7 +276,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
 
     def _require_intact(self, metadata: Metadata) -> None:
-        """Raises `DamagedError` unless the state's files are as they were saved, `UserError` if they cannot be read."""
+        """Raise `DamagedError` if the state's files do not match their checksums, `UserError` if one is unreadable."""
         try:
             files.require_checksums(self._path(metadata["step"]) / _STATE, metadata["sha256"])
         except (OSError, ValueError) as error:
@@ -287,12 +288,15 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Here, and after an error for good, writes that end when Orbax has given up print no traceback each."""
+    """Suppress the tracebacks of writes that end after Orbax has given up.
+
+    If the block raises, they stay suppressed, since such writes may still end later.
+    """
     hook = sys.unraisablehook
 
-    def without_closed_loops(what: Any) -> None:
-        if "Event loop is closed" not in str(what.exc_value):
-            hook(what)
+    def without_closed_loops(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
 
     sys.unraisablehook = without_closed_loops
     yield

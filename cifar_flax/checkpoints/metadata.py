@@ -1,7 +1,7 @@
-"""The metadata of a checkpoint, beside its state: `checkpoints/<step>/record.json`.
+"""Read and write the metadata of a checkpoint: `checkpoints/<step>/record.json`.
 
-It holds what the run must know to go on, the shapes of the arrays, the SHA-256 sums of the state's files and one of
-itself. Nothing here needs Orbax, JAX's devices or the other processes.
+It holds the values that a run needs to resume, the shapes of the arrays, and the SHA-256 checksums of the state's files
+and of the metadata itself. This module needs neither Orbax, nor JAX's devices, nor the other processes.
 """
 
 from pathlib import Path
@@ -14,29 +14,30 @@ from cifar_flax.runtime import processes
 _NAME = "record.json"
 _FORMAT = 1
 
-CHECKPOINTS = "checkpoints"  # the folder in a workdir
+CHECKPOINTS = "checkpoints"  # folder in the workdir
 
 Metadata = dict[str, Any]
 
 
 class DamagedError(UserError):
-    """What lies on the disk is not what was saved."""
+    """Raised if files of a checkpoint are missing or differ from what was saved."""
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
+    """Write `metadata` and its checksum to the checkpoint folder `folder`."""
     files.write_sealed(folder / _NAME, {"format": _FORMAT} | metadata)
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in `folder`."""
+    """Return the steps that have a checkpoint in `folder`, in ascending order."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def read_metadata(folder: Path, step: int) -> Metadata:
-    """What `Checkpoints.save` was told.
+    """Return the metadata of the checkpoint of `step` in `folder`.
 
-    Raises `DamagedError` if it is not what was written, `UserError` if it cannot be read or is of another version.
+    Raise `DamagedError` if it is missing or damaged, `UserError` if it cannot be read or has another format version.
     """
     path = folder / str(step)
     try:
@@ -44,9 +45,9 @@ def read_metadata(folder: Path, step: int) -> Metadata:
         if metadata.get("step") != step:
             raise ValueError(f"{_NAME} is of step {metadata.get('step')}")
     except (OSError, ValueError) as error:
-        if (path / "_CHECKPOINT_METADATA").exists():  # Orbax had its files there before there was a format
+        if (path / "_CHECKPOINT_METADATA").exists():  # versions before record.json put Orbax's files there
             raise UserError(
-                f"the checkpoint {path} was made by an earlier version, and this one cannot read it"
+                f"the checkpoint {path} was written by an earlier version, which this version cannot read"
             ) from error
         raise unreadable(folder, step, error) from error
     if metadata.get("format") != _FORMAT:
@@ -55,10 +56,10 @@ def read_metadata(folder: Path, step: int) -> Metadata:
 
 
 def unreadable(folder: Path, step: int, error: Exception) -> UserError:
-    """What to raise where reading that checkpoint has raised `error`."""
+    """Return the error to raise if reading the checkpoint of `step` raised `error`."""
     if lost := processes.lost_peer(error):
         return lost
     what = f"the checkpoint {folder}/{step} cannot be read ({one_line(error)})"
     if not isinstance(error, (FileNotFoundError, ValueError)):
         return UserError(what)
-    return DamagedError(f"{what}; the training command goes on from an intact one before it, if there is one")
+    return DamagedError(f"{what}; training resumes from an earlier intact checkpoint, if there is one")

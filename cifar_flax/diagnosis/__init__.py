@@ -1,1 +1,1 @@
-"""Checks of the installation, for --mode=doctor."""
+"""Checks for --mode=doctor: installation, devices and the run."""

@@ -1,4 +1,4 @@
-"""Checks of the devices, of the cache of compiled programs and of the memory allocator."""
+"""Check the devices, the persistent compilation cache and the memory allocator."""
 
 import contextlib
 import logging
@@ -20,6 +20,7 @@ from cifar_flax.runtime.environment import machine
 
 
 def devices(visit: Visit) -> Iterator[Finding]:
+    """Check that JAX finds devices, and report why a GPU or TPU is not used."""
     with _jax_warnings() as records:
         try:
             found = all_devices()
@@ -39,14 +40,14 @@ def devices(visit: Visit) -> Iterator[Finding]:
             try:
                 jax.devices("tpu")
             except RuntimeError as error:
-                yield Finding(NOTE, f"TPU: libtpu is installed, but JAX finds none ({one_line(error)})")
+                yield Finding(NOTE, f"TPU: libtpu is installed, but JAX finds no TPU ({one_line(error)})")
         elif warned:  # such as a TPU without libtpu
             yield Finding(NOTE, warned)
 
 
 @contextlib.contextmanager
 def _jax_warnings() -> Iterator[list[logging.LogRecord]]:
-    """Collect the warnings that JAX and its plugins log while they search for devices; keep them off the terminal."""
+    """Collect the warnings that JAX and its plugins log while they search for devices, and do not print them."""
     handler, loggers = logging.handlers.BufferingHandler(1000), [logging.getLogger(n) for n in ("jax", "jax_plugins")]
     for logger in loggers:
         logger.addHandler(handler)
@@ -58,14 +59,16 @@ def _jax_warnings() -> Iterator[list[logging.LogRecord]]:
 
 
 def programs(visit: Visit) -> Iterator[Finding]:
+    """Check the persistent compilation cache."""
     if not visit.platform:
         return
     reason = compilation.why_not_kept()
-    kept = f"compiled once, and kept in {compilation.programs_folder()}"
-    yield Finding(NOTE, f"compiled at each start: {reason}") if reason else Finding(OK, kept)
+    cached = f"compiled once and cached in {compilation.programs_folder()}"
+    yield Finding(NOTE, f"compiled at each start: {reason}") if reason else Finding(OK, cached)
 
 
 def memory(visit: Visit) -> Iterator[Finding]:
+    """Check that glibc malloc is tuned for training on a CPU."""
     if visit.platform != "cpu":
         return
     tunables = os.environ.get("GLIBC_TUNABLES")

@@ -1,4 +1,4 @@
-"""Checks of Python and of the installed packages. Imports nothing but the standard library."""
+"""Check Python and the installed packages. Imports only the standard library."""
 
 import importlib
 import platform
@@ -19,7 +19,7 @@ class Finding:
 
 
 def python() -> Iterator[Finding]:
-    """Check the version of Python."""
+    """Check the Python version."""
     oldest, newest = packages.PYTHONS
     mark = FAIL if sys.version_info[:2] < oldest else NOTE if sys.version_info[:2] > newest else OK
     supported = "" if mark == OK else f"; {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]} are supported"
@@ -27,7 +27,7 @@ def python() -> Iterator[Finding]:
 
 
 def required_packages() -> Iterator[Finding]:
-    """Check the packages that every run needs."""
+    """Check the packages that every run requires."""
     versions = {name: packages.version(name) for name in (*packages.REQUIRED, "jaxlib")}
     yield Finding(OK, " ".join(f"{name}=={version}" for name, version in versions.items() if version))
     try:
@@ -37,17 +37,17 @@ def required_packages() -> Iterator[Finding]:
 
 
 def optional_packages(needed: tuple[str, ...] = ()) -> Iterator[Finding]:
-    """Check the optional packages: a fault of one in `needed` is FAIL, of another a NOTE."""
+    """Check the optional packages. A missing or broken package is a FAIL if it is in `needed`, otherwise a NOTE."""
     for name in packages.OPTIONAL:
         if reason := packages.fault(name) or _import_fault(name):
             yield Finding(FAIL if name in needed else NOTE, f"{reason}, for {packages.PACKAGES[name].used_for}")
 
 
 def _import_fault(name: str) -> str | None:
-    if name.startswith("tensorflow"):  # seconds; a run that needs it reports it
+    if name.startswith("tensorflow"):  # its import takes seconds, and a run that needs it reports the error
         return None
     try:
-        importlib.import_module(packages.PACKAGES[name].module.partition(".")[0])  # not pyplot, which writes files
+        importlib.import_module(packages.PACKAGES[name].module.partition(".")[0])  # not pyplot: it writes files
     except Exception as error:
         return str(packages.broken(name, error))
     return None

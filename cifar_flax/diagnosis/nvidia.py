@@ -1,4 +1,4 @@
-"""Why JAX does not use an NVIDIA GPU that is there."""
+"""Find out why JAX does not use an NVIDIA GPU of this machine."""
 
 import os
 import re
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from cifar_flax import packages
 
-# What the driver shows of itself: its version, and the devices it lets programs open (the last is Windows' in WSL).
+# The driver's version file, and files that exist if programs can use the GPU (the last one in WSL on Windows).
 DRIVER = Path("/proc/driver/nvidia/version")
 DEVICES = (Path("/dev/nvidia0"), Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 PCI = Path("/sys/bus/pci/devices")
 
-# CUDA's version -> the oldest driver that runs it. Source: JAX's installation guide.
+# CUDA version -> oldest driver that supports it. Source: JAX's installation guide.
 OLDEST_DRIVER = {13: 580, 12: 525}
 
 
@@ -23,38 +23,37 @@ def why_unused(warned: str) -> str | None:
     match = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)\s", DRIVER.read_text()) if DRIVER.exists() else None
     driver = match[1] if match else None  # such as "580.65.06"
     if driver is None and not any(path.exists() for path in DEVICES):
-        return "there is one, but its driver is not installed" if _is_plugged_in() else None
+        return "found, but its driver is not installed" if _is_plugged_in() else None
     return f"driver {driver or 'of unknown version'}, not used: {_reason(driver, warned)}"
 
 
 def _reason(driver: str | None, warned: str) -> str:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
-        return f"JAX_PLATFORMS={platforms} leaves it out"
+        return f"JAX_PLATFORMS={platforms} excludes it"
     if not any(path.exists() for path in DEVICES):
-        return f"{DEVICES[0]} is not there; a container must be given the GPU (docker run --gpus all)"
+        return f"{DEVICES[0]} does not exist; in Docker, use docker run --gpus all"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES={hidden} hides it"
     usable = [cuda for cuda, oldest in OLDEST_DRIVER.items() if driver is None or packages.numbers(driver)[0] >= oldest]
-    update = f"update it to {OLDEST_DRIVER[13]} or newer"
     if not usable:
-        return f"the driver is too old; {update}"
+        return f"the driver is too old; update it to {OLDEST_DRIVER[13]} or newer"
     install = f'pip install -U "jax[cuda{usable[0]}]"'
     plugins = {cuda: version for cuda in OLDEST_DRIVER if (version := packages.version(f"jax-cuda{cuda}-plugin"))}
     if not plugins:
-        return f"JAX's plugin for it is missing; {install}"
-    cuda, version = next(iter(plugins.items()))  # the newer one, as JAX has it
+        return f"JAX's CUDA plugin is not installed; {install}"
+    cuda, version = next(iter(plugins.items()))  # the newer one, which JAX prefers
     if cuda not in usable:
-        return f"jax-cuda{cuda}-plugin needs a driver from {OLDEST_DRIVER[cuda]} on; {update}, or {install}"
+        return f"jax-cuda{cuda}-plugin needs driver {OLDEST_DRIVER[cuda]} or newer; update the driver, or {install}"
     jaxlib = packages.version("jaxlib") or ""
     if packages.numbers(version)[:3] != packages.numbers(jaxlib)[:3]:
-        return f"jax-cuda{cuda}-plugin is {version}, jaxlib {jaxlib}: they must be equal; {install}"
-    return warned or "JAX does not say why; JAX_PLATFORMS=cuda makes it do so"
+        return f"jax-cuda{cuda}-plugin is {version}, jaxlib {jaxlib}: their versions must be equal; {install}"
+    return warned or "JAX reports no reason; JAX_PLATFORMS=cuda makes it raise the error"
 
 
 def _is_plugged_in() -> bool:
-    """Whether the machine has a display controller of NVIDIA's."""
+    """Return whether the machine has an NVIDIA display controller."""
     return any(
         (device / "vendor").read_text().strip() == "0x10de" and (device / "class").read_text().startswith("0x03")
         for device in PCI.glob("*")

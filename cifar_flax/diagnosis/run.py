@@ -1,4 +1,4 @@
-"""Checks of a run: its data, its first step, its folder and the disk."""
+"""Check the data, the start, the folder and the disk space of a run."""
 
 import os
 import shutil
@@ -20,14 +20,15 @@ from cifar_flax.runtime import compilation
 from cifar_flax.training.trainer import Trainer
 from cifar_flax.workdir import require_usable
 
-_PATIENCE = 3.0  # seconds, for a host to answer
-_SMALL_FILES = 20_000_000  # bytes, of all that a run writes besides checkpoints
+_TIMEOUT = 3.0  # seconds that a host has to accept a connection
+_SMALL_FILES = 20_000_000  # bytes that a run writes besides checkpoints
 
 
 def data(visit: Visit) -> Iterator[Finding]:
-    data, splits = visit.config.data, ("train", visit.config.data.eval_split)
-    if data.archive or data.name in sources.BUILT_IN:
-        counts = [f"{len(sources.load(data, split).labels)} images to {split}" for split in splits]
+    """Check that the training and evaluation data are available or can be downloaded."""
+    data, splits = visit.config.data, (visit.config.data.train_split, visit.config.data.eval_split)
+    if data.archive or data.name in sources.DATASETS:
+        counts = [f"{len(sources.load(data, split).labels)} {split} images" for split in splits]
         yield Finding(OK, f"{data.archive or data.name}: {', '.join(counts)}")
         visit.has_data = True
         return
@@ -53,24 +54,24 @@ def _preparation(visit: Visit, splits: list[str]) -> Iterator[Finding]:
     sources.require_tfds(data, splits[0])
     work = sources.preparation(data, splits)
     size = sum(work.downloads.values())
-    decoded = work.decoded or (0 if data.image_size else size)  # files hold images compressed
+    decoded = work.decoded or (0 if data.image_size else size)  # a lower bound: images in files are compressed
     visit.needs.append(("decoded images", sources.cache_dir(data), decoded))
     if work.is_prepared:
-        yield Finding(OK, f"{names}: a run decodes {_size(work.decoded)} that TFDS has prepared in {work.folder}")
+        yield Finding(OK, f"{names}: prepared by TFDS in {work.folder}; a run decodes {_size(work.decoded)}")
         return
-    visit.needs.append(("what TFDS downloads and prepares", work.folder, 2 * size))
+    visit.needs.append(("TFDS download and preparation", work.folder, 2 * size))
     failed = _unreachable(work.downloads)
     if failed:
         raise UserError(
-            f"{data.name} is neither in the cache nor prepared in {work.folder}, and to download it "
-            f"{', '.join(failed)} cannot be reached. Ways out: {sources.ways_out(data)}"
+            f"{data.name} is neither in the cache nor prepared in {work.folder}, and its download host cannot be "
+            f"reached: {', '.join(failed)}. Alternatives: {sources.alternatives(data)}"
         )
-    hosts = ", ".join(sorted({str(urlsplit(url).hostname) for url in work.downloads})) or "where it knows"
+    hosts = ", ".join(sorted({str(urlsplit(url).hostname) for url in work.downloads})) or "an unknown host"
     yield Finding(NOTE, f"{names}: TFDS downloads {_size(size)} from {hosts}")
 
 
 def _unreachable(urls: Iterable[str]) -> list[str]:
-    """Return the hosts of `urls`, or their proxies, that cannot be reached, each with the reason."""
+    """Return the hosts of `urls` (or their proxies) that cannot be reached, each with the reason."""
     addresses, failed = set(), []
     for url in urls:
         parts = urlsplit(url)
@@ -80,16 +81,16 @@ def _unreachable(urls: Iterable[str]) -> list[str]:
         addresses.add((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)))
     for host, port in sorted(addresses):
         try:
-            socket.create_connection((host, port), timeout=_PATIENCE).close()
+            socket.create_connection((host, port), timeout=_TIMEOUT).close()
         except OSError as error:
             failed.append(f"{host}:{port} ({error})")
     return failed
 
 
 def start(visit: Visit) -> Iterator[Finding]:
-    """All that a run does before its first step, on the devices, but for the writing."""
+    """Do all that a run does before its first step, except writing files."""
     if not (visit.platform and visit.has_data):
-        missing = "the images have still to be decoded" if visit.platform else "there is no device"
+        missing = "the images are not decoded yet" if visit.platform else "no device found"
         yield Finding(NOTE, f"not tried: {missing}")
         return
     with compilation.nothing_kept(), warnings.catch_warnings():
@@ -101,31 +102,33 @@ def start(visit: Visit) -> Iterator[Finding]:
         except Exception as error:
             raise UserError(one_line(error)) from error
     visit.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.initial_state))
-    yield Finding(OK, f"config, data and devices fit: {trainer.total_steps} steps on {trainer.layout}")
+    yield Finding(OK, f"config, data and devices work together: {trainer.total_steps} steps on {trainer.layout}")
 
 
 def folder(visit: Visit) -> Iterator[Finding]:
+    """Check that the run can use --workdir."""
     kept, steps = visit.config.checkpoint, saved_steps(visit.workdir / CHECKPOINTS)
-    more = max(kept.keep + kept.keep_best - len(steps), 0) + 1  # an old one goes when a new one is there
+    more = max(kept.keep + kept.keep_best - len(steps), 0) + 1  # an old one is deleted after a new one is saved
     visit.needs.append(("the run", visit.workdir, more * visit.state_bytes + _SMALL_FILES))
     require_usable(visit.workdir, visit.config)
-    yield Finding(OK, f"{visit.workdir}: {f'a run, to go on after step {steps[-1]}' if steps else 'no run yet'}")
+    yield Finding(OK, f"{visit.workdir}: {f'a run to resume from step {steps[-1]}' if steps else 'no run yet'}")
 
 
 def disk(visit: Visit) -> Iterator[Finding]:
+    """Check that each disk has room for what earlier checks found to be needed."""
     needed: Counter[int] = Counter()  # device -> bytes
     for what, folder, size in visit.needs:
         place = folder.expanduser().absolute()
-        while not os.path.exists(place):  # not Path's: it raises where a folder may not be read
+        while not os.path.exists(place):  # not Path.exists, which raises if a folder is not readable
             place = place.parent
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            yield Finding(FAIL, f"{place} cannot be written to, for {what}")
+            yield Finding(FAIL, f"{place} is not writable ({what})")
             continue
         device = place.stat().st_dev
         needed[device] += size
         free = shutil.disk_usage(place).free
-        also = "" if needed[device] == size else f", with the above {_size(needed[device])}"
-        text = f"{what}: about {_size(size)}{also}, of {_size(free)} free in {place}"
+        total = "" if needed[device] == size else f" ({_size(needed[device])} with the above)"
+        text = f"{what}: needs about {_size(size)}{total}; {_size(free)} free in {place}"
         yield Finding(OK if free >= needed[device] else FAIL, text)
 
 

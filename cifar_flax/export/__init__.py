@@ -1,1 +1,1 @@
-"""Export: the network as one serialized program, and a script that runs it."""
+"""Export a model as one serialized program, with a script that runs it."""

@@ -1,4 +1,4 @@
-"""The weights and the program of a trained network, for other programs."""
+"""Export the weights and the program of a trained model, to be used without this package."""
 
 import os
 import subprocess
@@ -24,14 +24,14 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def tensors(run: RestoredRun) -> dict[str, np.ndarray]:
-    """Return name, such as "conv.kernel", -> array: the parameters and batch statistics of evaluation."""
+    """Return a dict from name, such as "conv.kernel", to array: the weights and batch statistics for evaluation."""
     params, batch_stats = run.weights
-    arrays = named_leaves(params, ".") | named_leaves(batch_stats, ".")  # no name is in both
+    arrays = named_leaves(params, ".") | named_leaves(batch_stats, ".")  # their names differ
     return {name: np.ascontiguousarray(jax.device_get(array)) for name, array in arrays.items()}
 
 
 def stablehlo(run: RestoredRun) -> bytes:
-    """Serialize the network with its weights as one program, for any batch size and all of `PLATFORMS`."""
+    """Serialize the model and its weights as one program, for any batch size and all of `PLATFORMS`."""
     config, info = run.config, run.info
     alone = configs.from_dict(configs.to_dict(config))
     alone.parallel = ParallelConfig()  # on one device
@@ -47,7 +47,7 @@ def stablehlo(run: RestoredRun) -> bytes:
     on_cpu, on_accelerator = step("cpu"), step("cuda")
 
     def probabilities(image: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        # The kernels and the precision may depend on the platform.
+        # Kernels and precision may depend on the platform.
         return jax.lax.platform_dependent(image, cpu=on_cpu, default=on_accelerator)
 
     (batch,) = jax.export.symbolic_shape("batch")
@@ -56,15 +56,19 @@ def stablehlo(run: RestoredRun) -> bytes:
 
 
 def run_in_new_process(folder: Path, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n classes"]:
+    """Run the program in `folder` on `images` in a new process and return its probabilities.
+
+    Raise `UserError` if the process fails.
+    """
     with tempfile.TemporaryDirectory() as temporary:
-        given, answer = Path(temporary) / "images.npy", Path(temporary) / "probabilities.npy"
-        np.save(given, images, allow_pickle=False)
-        # -P: do not search the folder of the script for modules.
-        command = [sys.executable, "-P", run_program.__file__, str(folder), str(given), str(answer)]
+        inputs, outputs = Path(temporary) / "images.npy", Path(temporary) / "probabilities.npy"
+        np.save(inputs, images, allow_pickle=False)
+        # -P: do not import modules from the script's folder.
+        command = [sys.executable, "-P", run_program.__file__, str(folder), str(inputs), str(outputs)]
         leave_memory = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         done = subprocess.run(command, env=leave_memory, capture_output=True, text=True)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"the exported program is not written: another process cannot run it ({reason})")
-        probabilities: np.ndarray = np.load(answer, allow_pickle=False)
+            reason = (done.stderr.strip().splitlines() or ["no error message"])[-1]
+            raise UserError(f"the program is not exported: another process cannot run it ({reason})")
+        probabilities: np.ndarray = np.load(outputs, allow_pickle=False)
         return probabilities

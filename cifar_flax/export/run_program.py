@@ -1,7 +1,7 @@
-"""Runs an exported network: all that another program needs to know. It imports nothing of this package.
+"""Run an exported model, without importing this package; other programs can do the same.
 
-`python exported.py FOLDER IMAGES.npy PROBABILITIES.npy` classifies the images of one file, bytes of the shape
-(n, height, width, channels), and writes their probabilities, float32 of the shape (n, classes), to the other.
+`python run_program.py FOLDER IMAGES.npy PROBABILITIES.npy` reads uint8 images of shape (n, height, width, channels) and
+writes float32 probabilities of shape (n, classes).
 """
 
 import sys
@@ -11,10 +11,11 @@ import jax
 import jax.export
 import numpy as np
 
-_BATCH = 500  # images at a time
+_BATCH = 500  # images per call
 
 
 def main(folder: str, images: str, probabilities: str) -> None:
+    """Classify the images in the file `images` with the program in `folder`; write the file `probabilities`."""
     program = jax.export.deserialize(bytearray(Path(folder, "model.stablehlo").read_bytes()))
     classify = jax.jit(program.call)
     pixels = np.load(images, mmap_mode="r", allow_pickle=False)

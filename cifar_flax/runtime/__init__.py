@@ -1,1 +1,1 @@
-"""Devices, processes, signals, compilation and memory: where and how programs run."""
+"""Devices, processes, signals, compilation and memory of a run."""

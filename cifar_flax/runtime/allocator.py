@@ -1,6 +1,6 @@
-"""The C library's allocator for training on a CPU: what a step frees is kept for the next, which needs it again.
+"""Settings of glibc's malloc for training on a CPU: memory that one step frees is reused by the next.
 
-glibc reads its settings when a process starts, so a process that needs others starts once more.
+glibc reads its settings when a process starts, so they take effect only after the process re-executes itself.
 """
 
 import importlib.util
@@ -9,26 +9,27 @@ import sys
 
 # Names from glibc's manual, "Memory Allocation Tunables".
 _TUNABLES = {
-    "mmap_max": 0,  # all from the heap,
-    "arena_max": 1,  # from the one that can grow without limit,
-    "trim_threshold": 2**62,  # which gives nothing back
-    "top_pad": 2**26,  # and grows by 64 MB
-    # An aligned buffer leaves scraps beside it. In a thread's cache they count as used, and the buffer, once freed, is
-    # too small by them for the next one of its own size: the process grew by a buffer at many of its first steps.
+    "mmap_max": 0,  # allocate everything on the heap
+    "arena_max": 1,  # use only the main arena, which can grow without limit
+    "trim_threshold": 2**62,  # never return freed memory to the kernel
+    "top_pad": 2**26,  # when growing the heap, request 64 MB more than needed
+    # Aligned allocations leave small unused chunks beside the buffer. In a thread cache these chunks count as used and
+    # do not merge with the freed buffer, which is then too small for the next aligned buffer of the same size: the
+    # process grew by a whole buffer in many of its first steps.
     "tcache_count": 0,
 }
 SETTINGS = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _TUNABLES.items())}
 
 
 def keep_freed_memory() -> None:
-    """Starts the process again with `SETTINGS` in its environment; to be called before anything else is done.
+    """Re-execute the process with `SETTINGS` in its environment. Call this before anything else.
 
-    By default glibc gives every freed buffer above 32 MB back to the kernel, and it is mapped, zeroed and faulted in
-    page by page when the next training step allocates it again: on a CPU, a third of the step's time. The price is a
-    process that stays as large as it ever was.
+    By default glibc returns every freed buffer above 32 MB to the kernel. When the next training step allocates it
+    again, the kernel must map and zero it page by page, which takes a third of the step's time on a CPU. With
+    `SETTINGS` steps are faster, but the process keeps its peak memory.
 
-    Does nothing where JAX could use an accelerator, without glibc, in a process that was started for something else (a
-    notebook, a debugger), and where GLIBC_TUNABLES is set already, to nothing even: that is the switch.
+    Do nothing if JAX could use an accelerator, if the C library is not glibc, if the process was started for another
+    program (a notebook, a debugger), or if GLIBC_TUNABLES is set. Set it to the empty string to disable this function.
     """
     if "GLIBC_TUNABLES" in os.environ or _may_use_accelerator() or not _has_glibc() or not _is_own_process():
         return
@@ -41,7 +42,7 @@ def _may_use_accelerator() -> bool:
 
 
 def _is_own_process() -> bool:
-    """Whether Python was started with the file or module that is running, and nothing runs it for someone else."""
+    """Return whether the process was started to run this program, and not a debugger or notebook that runs it."""
     frame = sys._getframe()
     while frame.f_globals["__name__"] in {__name__, "cifar_flax.cli", "cifar_flax.__main__", "__main__", "runpy"}:
         if frame.f_back is None:

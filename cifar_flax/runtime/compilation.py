@@ -11,23 +11,23 @@ import jax
 from cifar_flax import files
 from cifar_flax.errors import one_line
 
-# Up to jax 0.10, XLA's CPU compiler drops optimization barriers before it fuses operations, and then computes a value
-# anew for each element that needs it: a step of the reference network takes twice as long. This keeps them.
+# Up to jax 0.10, XLA's CPU compiler removes optimization barriers before fusion and then recomputes a value for each
+# element that needs it, so that a step of the reference network takes twice as long. This option keeps the barriers.
 _CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
-# On a GPU some sums are taken in the order in which threads come to them, and the fastest of several programs is chosen
-# by timing them, at each compilation anew. This has neither. (On a CPU and a TPU programs repeat by themselves.)
+# On a GPU, atomic additions happen in varying order, and autotuning chooses kernels by timing at each compilation. This
+# option avoids both. (On CPUs and TPUs, programs are deterministic without it.)
 _DETERMINISTIC_GPU_OPTIONS = {"xla_gpu_deterministic_ops": True}
 
-_NAME = "compiled"  # the folder in the user's cache folder
+_NAME = "compiled"  # folder in the user's cache folder
 _FOLDER = "jax_compilation_cache_dir"
 _IS_USED = "jax_enable_compilation_cache"
 _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
-_MAX_BYTES = 2 * 2**30  # of the folder; the programs of the quickstart take 350 kB
+_MAX_BYTES = 2 * 2**30  # size limit of the folder; the programs of the quickstart take 350 kB
 
 
 def options(platform: str, *, deterministic: bool = False) -> dict[str, Any]:
-    """`compiler_options` for `jax.jit` of a training or evaluation step."""
+    """Return the `compiler_options` to compile a training or evaluation step with."""
     if platform == "cpu":
         return _CPU_OPTIONS
     return _DETERMINISTIC_GPU_OPTIONS if platform in ("gpu", "cuda") and deterministic else {}
@@ -36,27 +36,27 @@ def options(platform: str, *, deterministic: bool = False) -> dict[str, Any]:
 def keep_programs() -> None:
     """Enable JAX's persistent compilation cache, in the user's cache folder.
 
-    JAX runs what it loads from there, so the folder is accessible to its owner only; if that is impossible, it is not
-    used. JAX's variables take precedence: JAX_COMPILATION_CACHE_DIR names another folder, whose size is not limited,
-    and JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
+    JAX executes the programs that it loads from this folder, so only the owner may access it. If its permissions cannot
+    be restricted, the cache is not used. JAX's environment variables take precedence: JAX_COMPILATION_CACHE_DIR sets
+    another folder, whose size is not limited, and JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
     """
     if programs_folder() is None:
         folder = files.user_cache() / _NAME
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)  # fails on a folder of another user
+            folder.chmod(0o700)  # fails if another user owns the folder
         except OSError:
             return
         jax.config.update(_FOLDER, str(folder))
         _remove_oldest(folder)
-    jax.config.update(_MIN_SECONDS, 0)  # the many small ones add up to seconds
+    jax.config.update(_MIN_SECONDS, 0)  # compiling the many small programs takes seconds in total
 
 
 def _remove_oldest(folder: Path) -> None:
-    """Remove the oldest files of `folder` until the others take at most `_MAX_BYTES`.
+    """Remove the oldest files in `folder` until the rest takes at most `_MAX_BYTES`.
 
-    JAX's own limit (jax_compilation_cache_max_size) fails in jax 0.10 on an entry that a killed process has left
-    without its time of access: from then on, no program is cached.
+    JAX's own limit (jax_compilation_cache_max_size) is not used: in jax 0.10, a process killed during a write can leave
+    an entry without an access time, and after that no program is cached.
     """
     total = 0
     with contextlib.suppress(OSError):  # another process may be removing the same files
@@ -77,16 +77,16 @@ def why_not_kept() -> str | None:
         return "JAX_ENABLE_COMPILATION_CACHE is false"
     folder = programs_folder()
     if folder is None:
-        return f"{files.user_cache() / _NAME} cannot be made, or is not this user's"
+        return f"{files.user_cache() / _NAME} cannot be created or belongs to another user"
     try:
         with _changed({_MIN_SECONDS: 0, "jax_raise_persistent_cache_errors": True}):
-            return None if _finds_again(Path(folder)) else f"{folder} does not give back what is kept there"
-    except Exception as error:  # whatever the disk or JAX says to it
-        return f"{folder} does not work ({one_line(error)})"
+            return None if _finds_again(Path(folder)) else f"{folder} does not return a program that was written to it"
+    except Exception as error:  # any error of the disk or of JAX
+        return f"{folder} cannot be used ({one_line(error)})"
 
 
 def _finds_again(folder: Path) -> bool:
-    """Return whether a new program is read from the cache when it is compiled again; remove it from `folder`."""
+    """Compile a new program twice; return whether the second time reads it from the cache. Remove it from `folder`."""
     number, found = secrets.randbelow(2**31), []
 
     def program(x: jax.Array) -> jax.Array:
@@ -116,6 +116,7 @@ def nothing_kept() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _changed(settings: dict[str, Any]) -> Iterator[None]:
+    """Change `settings` of jax.config inside the block."""
     before = {name: getattr(jax.config, name) for name in settings}
     try:
         for name, value in settings.items():

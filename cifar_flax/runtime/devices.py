@@ -1,4 +1,4 @@
-"""How steps are spread over devices: one function, written for one of them, under jit, shard_map or pmap."""
+"""Data parallelism: run a step function on all devices with jit, shard_map or pmap."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from cifar_flax.errors import UserError, one_line, require
 from cifar_flax.runtime import compilation
 
-AXIS = "data"  # the mesh's one axis: each device has its rows of every batch and all of everything else
+AXIS = "data"  # the only mesh axis: batches are split along it, everything else is replicated
 BACKENDS = ("auto", "jit", "shard_map", "pmap")
 
 T = TypeVar("T")
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
-    """Where a run takes place: nothing that changes what it computes, or that the use of its checkpoint asks for."""
+    """Devices and processes of a run. These settings may change between restarts and are not read from a checkpoint."""
 
-    backend: str = "auto"  # jit (XLA spreads the batch) | shard_map | pmap | auto: jit on one device, else shard_map
-    distributed: str = "auto"  # whether other processes take part: off | on | auto: as Slurm or a TPU slice says
-    coordinator: str = ""  # where nothing says it: address:port of process 0
-    num_processes: int | None = None  # with coordinator
-    process_id: int | None = None  # with coordinator, from 0
-    heartbeat_timeout_seconds: int = 45  # after which a silent process counts as dead, and the others end
+    backend: str = "auto"  # jit (XLA splits the batch) | shard_map | pmap | auto: jit on one device, else shard_map
+    distributed: str = "auto"  # use several processes: off | on | auto: if started by Slurm or MPI, or on a TPU slice
+    coordinator: str = ""  # address:port of process 0; "": detected from the launcher
+    num_processes: int | None = None  # total number of processes; only with coordinator
+    process_id: int | None = None  # index of this process, from 0; only with coordinator
+    heartbeat_timeout_seconds: int = 45  # a process silent for this long counts as dead, and the others exit
 
     def validate(self) -> None:
         require(self.backend in BACKENDS, "parallel.backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
@@ -39,13 +39,15 @@ class ParallelConfig:
         require(seconds >= 10, "parallel.heartbeat_timeout_seconds", seconds, "must be at least 10")
         for name in ("num_processes", "process_id"):
             value = getattr(self, name)
-            require(bool(self.coordinator) == (value is not None), f"parallel.{name}", value, "goes with a coordinator")
+            fits = bool(self.coordinator) == (value is not None)
+            require(fits, f"parallel.{name}", value, "must be set together with parallel.coordinator")
         if not self.coordinator:
             return
         host, _, port = self.coordinator.rpartition(":")
         fits = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
         require(fits, "parallel.coordinator", self.coordinator, "must be address:port")
-        require(distributed != "off", "parallel.coordinator", self.coordinator, "needs another parallel.distributed")
+        allowed = "requires parallel.distributed=auto or on"
+        require(distributed != "off", "parallel.coordinator", self.coordinator, allowed)
         assert self.num_processes is not None
         assert self.process_id is not None
         require(self.num_processes >= 1, "parallel.num_processes", self.num_processes, "must be at least 1")
@@ -55,15 +57,15 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All devices of all processes in a row, and the transformation that spreads a step over them."""
+    """A one-dimensional mesh of all devices of all processes, and how step functions run on it."""
 
     backend: str  # jit | shard_map | pmap
     mesh: Mesh
-    deterministic: bool = False  # whether programs use only operations that repeat to the bit
+    deterministic: bool = False  # whether programs use only bitwise reproducible operations
 
     @property
     def axis_name(self) -> str | None:
-        """What a step takes its means and sums over; None where it is written, as under jit, for the whole batch."""
+        """Return the axis name for `jax.lax.pmean` and `psum` in a step, or None for jit: its step sees all rows."""
         return None if self.backend == "jit" else AXIS
 
     @property
@@ -72,33 +74,34 @@ class Layout:
 
     @property
     def platform(self) -> str:
-        """Such as "cpu", "gpu" or "tpu"."""
+        """Return the platform of the devices, such as "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     def __str__(self) -> str:
-        """Such as "8 x NVIDIA H100 (shard_map)"."""
+        """Return a description such as "8 x NVIDIA H100 (shard_map)"."""
         kind = self.mesh.devices.flat[0].device_kind
         return kind if self.num_devices == 1 else f"{self.num_devices} x {kind} ({self.backend})"
 
     def require_divides(self, field: str, batch_size: int) -> None:
-        """Raises `ConfigError` unless every device gets as many images of a batch."""
+        """Raise `ConfigError` unless the number of devices divides `batch_size`."""
         allowed = f"must be a multiple of the number of devices, {self.num_devices}"
         require(batch_size % self.num_devices == 0, field, batch_size, allowed)
 
     def round_up(self, batch_size: int) -> int:
-        """The smallest size that is not below and that the devices divide."""
+        """Return `batch_size` rounded up to a multiple of the number of devices."""
         return math.ceil(batch_size / self.num_devices) * self.num_devices
 
     def local_slice(self, batch_size: int) -> slice:
-        """Which places of a batch lie on the devices of this process: what it must read."""
+        """Return the rows of a batch that are on the devices of this process."""
         here = [i for i, device in enumerate(self.mesh.devices.flat) if device.process_index == jax.process_index()]
         each = batch_size // self.num_devices
         return slice(here[0] * each, (here[-1] + 1) * each)
 
     def shard_batch(self, inputs: T, batch_axis: int = 0) -> T:
-        """NumPy arrays that hold this process' rows of a batch, along `batch_axis`, as arrays on all devices.
+        """Return `inputs` as JAX arrays, split over all devices along `batch_axis`.
 
-        pmap has a leading axis of devices: there it comes before the batch's.
+        `inputs` are NumPy arrays with this process's rows of the batch. For pmap, an axis of devices is inserted before
+        the batch axis.
         """
         if self.backend == "pmap":
             inputs = jax.tree.map(
@@ -107,7 +110,7 @@ class Layout:
         return jax.make_array_from_process_local_data(self._sharding(batch_axis), inputs)
 
     def replicate(self, arrays: T) -> T:
-        """NumPy arrays, the same in every process, whole on each device."""
+        """Return NumPy `arrays` as JAX arrays replicated on each device. All processes must pass the same values."""
         return jax.make_array_from_process_local_data(self.replicated, arrays)
 
     @property
@@ -118,10 +121,10 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, AXIS))
 
     def parallelize(self, step: Callable[..., Any], *, shared: int, batch_axis: int = 0, donate: bool = False) -> Any:
-        """`step(state, inputs, *shared)` as a function for all devices, not yet compiled.
+        """Return `step(state, inputs, *shared)` as a function on all devices, not yet compiled.
 
-        `inputs` are split along `batch_axis`; the state and so many `shared` arrays are whole on each device, and so
-        is the result. With `donate` the state's memory is given to it.
+        `inputs` are split along `batch_axis`. The state, the `shared` further arguments and the result are replicated.
+        With `donate`, the result reuses the state's buffers.
         """
         donated = (0,) if donate else ()
         if self.backend == "pmap":
@@ -137,17 +140,20 @@ class Layout:
     def compile(
         self, step: Callable[..., Any], state: Any, inputs: Any, *shared: Any, batch_axis: int = 0, donate: bool = False
     ) -> jax.stages.Compiled:
-        """`spread`, compiled for arguments like these, so that no rate counts the compilation."""
-        spread = self.parallelize(step, shared=len(shared), batch_axis=batch_axis, donate=donate)
+        """Return `parallelize(step)` compiled for arguments like these, so that no measured rate includes compilation.
+
+        `shared` are the arguments of `step` after `state` and `inputs`.
+        """
+        function = self.parallelize(step, shared=len(shared), batch_axis=batch_axis, donate=donate)
         options = compilation.options(self.platform, deterministic=self.deterministic)
-        return spread.lower(state, inputs, *shared).compile(compiler_options=options)
+        return function.lower(state, inputs, *shared).compile(compiler_options=options)
 
 
 def all_devices() -> list[jax.Device]:
-    """Those that JAX computes on; raises `UserError` where it finds none of the kind that is asked for."""
+    """Return the devices that JAX uses. Raise `UserError` if the requested platform has none."""
     try:
         return jax.devices()
-    except Exception as error:  # a plugin's may be of any kind
+    except Exception as error:  # plugins may raise anything
         asked = f"JAX_PLATFORMS={platforms}: " if (platforms := os.environ.get("JAX_PLATFORMS")) else ""
         raise UserError(f"{asked}{one_line(error) if str(error) else 'there is no such device'}") from error
 
@@ -155,17 +161,18 @@ def all_devices() -> list[jax.Device]:
 def make_layout(
     config: ParallelConfig, devices: Sequence[jax.Device] | None = None, deterministic: bool = False
 ) -> Layout:
-    """The layout on `devices`, by default all there are.
+    """Return the layout on `devices`, by default all devices.
 
-    Raises `ConfigError` for pmap over several processes, `UserError` where they have not as many devices each.
+    Raise `ConfigError` if the backend is pmap and there are several processes, and `UserError` if the processes have
+    different numbers of devices.
     """
     row = sorted(devices or all_devices(), key=lambda device: (device.process_index, device.id))
     backend = config.backend
     if backend == "auto":
         backend = "jit" if len(row) == 1 else "shard_map"
     counts = Counter(device.process_index for device in row)
-    allowed = f"is for one process; there are {len(counts)}; shard_map is for any number"
+    allowed = f"supports one process only, but there are {len(counts)}. Use shard_map"
     require(backend != "pmap" or len(counts) == 1, "parallel.backend", backend, allowed)
     if len(set(counts.values())) > 1:
-        raise UserError(f"each process must have as many devices; they have {', '.join(map(str, counts.values()))}")
+        raise UserError(f"processes must have equal numbers of devices, not {', '.join(map(str, counts.values()))}")
     return Layout(backend, Mesh(np.array(row), (AXIS,), axis_types=(AxisType.Auto,)), deterministic)

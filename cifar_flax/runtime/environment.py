@@ -1,4 +1,4 @@
-"""The machine, the package versions and the command of a run."""
+"""Hardware, package versions and command of a run."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from cifar_flax import packages
 
 
 def processor() -> str:
-    """Return the processor's name, as far as the operating system reports it."""
+    """Return the processor's name or, if the operating system does not report it, its architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -19,7 +19,7 @@ def processor() -> str:
 
 
 def machine() -> str:
-    """Return the cores and the processor, such as "2 cores of AMD EPYC 9R14 Processor"."""
+    """Return the number of cores and the processor, such as "2 cores of AMD EPYC 9R14 Processor"."""
     return f"{os.cpu_count()} cores of {processor()}"
 
 

@@ -1,4 +1,4 @@
-"""Runs of several processes: how they find each other, agree, speak and end."""
+"""Multi-process runs: start, consistency checks, logging and exit."""
 
 import contextlib
 import os
@@ -21,18 +21,18 @@ from cifar_flax.errors import ConfigError, UserError, one_line
 from cifar_flax.packages import has_module
 from cifar_flax.runtime.devices import Layout, ParallelConfig
 
-# For how many seconds a process that ends with an error waits until all have come to their end. When the main process
-# has gone, which joins them, the others abort at once: it stays longer, until those that can have said what they found.
+# Seconds that a process with an error waits for the others before it exits. The main process hosts the coordination
+# service, and the others abort as soon as it exits, so it waits longer to let them report their errors.
 _LAST_WORDS = 1.0
 _LAST_WORDS_OF_MAIN = 5.0
 
-_label = ""  # of this process, where there are several
+_label = ""  # prefix of this process's log lines; "" in a single-process run
 
 
 def start(config: ParallelConfig) -> None:
-    """Joins the other processes of the run, if there are any; to be called before JAX looks for devices.
+    """Connect to the other processes of the run, if there are any. Call this before JAX initializes its devices.
 
-    Raises `ConfigError` where `distributed` is on and nothing says who they are, `UserError` where they cannot be had.
+    Raise `ConfigError` if the other processes are required but not known, and `UserError` if they cannot be reached.
     """
     global _label
     settings: dict[str, Any] = {"heartbeat_timeout_seconds": config.heartbeat_timeout_seconds}
@@ -45,13 +45,14 @@ def start(config: ParallelConfig) -> None:
         }
     elif config.distributed == "off" or not (config.distributed == "on" or _is_launched()):
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from signals.py
+    jax.config.update("jax_enable_preemption_service", False)  # it would replace the SIGTERM handler of signals.py
     try:
         jax.distributed.initialize(**settings)
-    except ValueError as error:  # nothing that JAX knows has launched this process
+    except ValueError as error:  # JAX detects no launcher
         if config.distributed == "on" or _num_tasks() > 1:
-            allowed = "nothing that JAX knows says who takes part: set parallel.coordinator, num_processes, process_id"
-            raise ConfigError(f"parallel.distributed={config.distributed!r}: {allowed}; or off ({error})") from error
+            reason = f"JAX cannot detect the other processes ({error})"
+            advice = "Set parallel.coordinator, num_processes and process_id, or parallel.distributed=off"
+            raise ConfigError(f"parallel.distributed={config.distributed!r}: {reason}. {advice}") from error
         return
     except RuntimeError as error:
         raise UserError(f"the other processes of the run cannot be reached ({one_line(error)})") from error
@@ -61,54 +62,54 @@ def start(config: ParallelConfig) -> None:
 
 
 def _is_launched() -> bool:
-    """Whether a launcher has started this process among others, or, on a TPU, may have: its metadata tell."""
+    """Return whether a launcher has started several processes, or may have: on a TPU only its metadata server knows."""
     tpu = has_module("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu" and "SLURM_JOB_ID" not in os.environ
     return tpu or _num_tasks() > 1
 
 
 def _num_tasks() -> int:
-    """How many processes the launcher has started.
+    """Return how many processes the launcher has started.
 
-    Slurm's shells know their job's number of tasks too; only that of the step is the number of processes at work.
+    SLURM_NTASKS is not used, because Slurm also sets it in a job's shell, which is a single process.
     """
     return max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and tells of the run."""
+    """Return whether this is the main process (number 0), which writes the files and the log of the run."""
     return jax.process_index() == 0
 
 
 def label() -> str:
-    """What the lines of this process begin with: which of several it is, and on which host."""
+    """Return the prefix of this process's log lines (its number and host), or "" in a single-process run."""
     return _label
 
 
 def log(text: str) -> None:
-    """Prints a line of the run, once for all processes; a run does not end because nobody reads it any more."""
+    """Print `text` in the main process only. Ignore a closed pipe, so that it cannot end a run."""
     if is_main():
         with contextlib.suppress(OSError):
             print(f"{_label}{text}")
 
 
 def wait_for_all() -> None:
-    """Returns when every process is here."""
+    """Block until every process has called this function."""
     if jax.process_count() > 1:
         multihost_utils.process_allgather(np.zeros(1, np.int32))
 
 
 def from_main(value: int) -> int:
-    """What the main process has as `value`, in all of them."""
+    """Return the main process's `value` in every process."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class Agreement:
-    """Lets all processes know of the same call when one of them wants something.
+    """All-reduce (max) of a per-process number, read `lag` calls later so that no training step waits for it.
 
-    Each asks once before every call of a step, with a number that is 0 while it wants nothing, and is told the greatest
-    number of all `lag` calls later: by then the devices have found it, behind the steps, and nobody has waited for it.
+    Every process must call this once before each call of a training step, with 0 for no request. All processes then
+    see a request, such as the number of a signal, before the same step.
     """
 
     def __init__(self, layout: Layout, lag: int):
@@ -117,16 +118,17 @@ class Agreement:
         self._asked: deque[jax.Array] = deque()
 
     def __call__(self, wanted: int) -> int:
+        """Submit `wanted`; return the maximum over all processes of the numbers submitted `lag` calls earlier."""
         if jax.process_count() == 1:
             return wanted
-        with jax.transfer_guard("allow"):  # this is meant to cross
+        with jax.transfer_guard("allow"):  # this transfer is intended
             numbers = self._layout.shard_batch(np.full(jax.local_device_count(), wanted, np.int32))
         self._asked.append(self._greatest(numbers))
         return int(jax.device_get(self._asked.popleft())) if len(self._asked) > self._lag else 0
 
 
 def require_agreement(**values: Any) -> None:
-    """Raises `UserError`, in every process, unless all of them call this with equal `values` (of JSON)."""
+    """Raise `UserError` in every process unless all processes pass equal `values`, which must be JSON-serializable."""
     if jax.process_count() == 1:
         return
     for name, value in values.items():
@@ -134,24 +136,25 @@ def require_agreement(**values: Any) -> None:
         digests = multihost_utils.process_allgather(np.frombuffer(checksum, np.uint8))
         others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
         if others:
-            which = f"process {others[0]} has" if len(others) == 1 else f"processes {others} have"
-            raise UserError(f"{which} another {name} than process 0; start all of them with the same")
+            which = f"process {others[0]} differs" if len(others) == 1 else f"processes {others} differ"
+            raise UserError(f"{which} from process 0 in {name}. Start all processes with the same {name}")
 
 
 def lost_peer(error: Exception) -> UserError | None:
-    """What to tell where `error` says that another process has gone; None where it says something else."""
+    """Return the error to report if `error` means that another process has exited, or None if it does not."""
     if _label and re.search("gloo|nccl|coordination|barrier|heartbeat|connection", str(error), re.IGNORECASE):
         return UserError(
-            f"another process of the run has ended or cannot be reached ({one_line(error)}); see its log; the same "
-            "command goes on from the newest checkpoint"
+            f"another process of the run has ended or cannot be reached ({one_line(error)}). See its log; the same "
+            "command resumes from the newest checkpoint"
         )
     return None
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the code that `main` returns: on success after the others, else soon.
+    """Call `main` and exit with the code that it returns: after the other processes on success, else within seconds.
 
-    JAX would have it wait for the others, and they, in the middle of a step, would wait for it.
+    JAX's exit handler is bypassed after an error: it would wait for the other processes, which would wait for this one
+    in the middle of a step.
     """
     try:
         code = main()
@@ -164,7 +167,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         try:
             if stream is not None:
                 stream.flush()
-        except OSError:  # what cannot be written must not become the exit code
+        except OSError:  # a failed flush must not change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     if jax.distributed.is_initialized() and code:
         leaving = threading.Thread(target=_leave, daemon=True)
@@ -177,6 +180,6 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def _leave() -> None:
-    """Returns when all processes have come here."""
-    with contextlib.suppress(Exception):  # the main process may have gone already
+    """Disconnect from the coordination service. This blocks until all processes disconnect."""
+    with contextlib.suppress(Exception):  # the main process may have exited already
         jax.distributed.shutdown()

@@ -1,4 +1,4 @@
-"""How a run ends that is asked to: by SIGTERM, which schedulers send before they take the machine, or by SIGINT."""
+"""Graceful shutdown on SIGTERM, which schedulers send before they preempt a job, and on SIGINT (Ctrl-C)."""
 
 import contextlib
 import os
@@ -9,34 +9,34 @@ import threading
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_GRACE = 3.0  # seconds for the main thread to come out of what it does, if that is nothing that a run would lose
+_GRACE = 3.0  # seconds for the main thread to raise `Stopped` outside of training; then the process is ended
 
-_deferring = False  # whether the training loop is at work, which looks itself
-_asked = 0  # the number of the first signal
+_deferring = False  # whether the main thread is in a block of `deferred`, which checks for signals itself
+_asked = 0  # number of the first signal; 0: none yet
 
 
 class Stopped(KeyboardInterrupt):
-    """The process has been asked to end. Not an `Exception`: nobody takes it for a failure of what it was doing."""
+    """Raised when a signal stops the process. Not an `Exception`, so that `except Exception` does not swallow it."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number  # as shells have it
+        self.exit_code = 128 + number  # the convention of shells
 
 
 @contextlib.contextmanager
 def signals_end_the_process() -> Iterator[None]:
-    """Here, SIGTERM and SIGINT raise `Stopped` in the main thread; in a block of `deferred`, that is left to the loop.
+    """Make SIGTERM and SIGINT raise `Stopped` in the main thread inside the block, except in a block of `deferred`.
 
-    A second signal ends the process at once, whatever the main thread is busy with. That takes a thread of its own:
-    Python runs no handler while the main thread compiles, or waits for the device.
+    A second signal ends the process immediately. A separate thread watches for it, because Python runs no signal
+    handler while the main thread compiles or waits for the device.
     """
     global _asked
-    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # What the parent has had ignored stays so, as for the background jobs of a script; None is a handler not Python's.
+    # Signals that the parent ignores stay ignored, as in a script's background jobs. None: a handler not set by Python.
     ours = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     handlers = {number: signal.signal(number, _handle) for number in ours}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -44,7 +44,7 @@ def signals_end_the_process() -> Iterator[None]:
     watcher.start()
     try:
         yield
-        if _asked:  # and whoever was at work has swallowed the exception, as callbacks from C do
+        if _asked:  # the exception was swallowed, as in callbacks from C
             raise Stopped(_asked)
     finally:
         signal.set_wakeup_fd(wakeup)
@@ -58,12 +58,13 @@ def signals_end_the_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], int]]:
-    """Here, the first signal does nothing but show in what is yielded: the number of the signal, 0 before there is one.
+    """Yield a function that returns the number of the first signal, or 0 if there was none.
 
-    Raises `Stopped` where there has been one before, and at the end of a block that has not heeded it.
+    Inside the block, the first signal raises nothing. Raise `Stopped` at the end of the block if there was a signal, or
+    at its start if an earlier `Stopped` was swallowed.
     """
     global _deferring
-    if _asked:  # and somebody has swallowed the exception
+    if _asked:  # an earlier exception was swallowed
         raise Stopped(_asked)
     _deferring = True
     try:
@@ -82,7 +83,7 @@ def _handle(number: int, frame: object) -> None:
 
 
 def _watch(reader: int) -> None:
-    """Reads the number of each signal as soon as it has come; ends when the pipe is closed."""
+    """React to each signal as soon as its number is in the pipe. Return when the pipe is closed."""
     first = True
     while byte := os.read(reader, 1):
         number = byte[0]
@@ -90,17 +91,17 @@ def _watch(reader: int) -> None:
             continue
         name = signal.Signals(number).name
         if first and _deferring:
-            _say(f"{name}: saving after this step; a second signal stops at once")
+            _print_line(f"{name}: saving after this step; a second signal stops at once")
             first = False
             continue
         if first:
             readable, _, _ = select.select([reader], [], [], _GRACE)
             if readable and not os.read(reader, 1):
                 return
-        _say(f"stopped by {name}")
+        _print_line(f"stopped by {name}")
         os._exit(128 + number)
 
 
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may be reading any more
+def _print_line(line: str) -> None:
+    with contextlib.suppress(OSError):  # a closed pipe or a full disk
         print(line, file=sys.stderr, flush=True)

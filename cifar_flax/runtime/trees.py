@@ -1,4 +1,4 @@
-"""Pytrees of arrays: names of their leaves, and whether they are finite."""
+"""Utilities for pytrees: leaf names and a check for NaN and infinity."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, PyTree
 
 
 def named_leaves(tree: PyTree, separator: str = "/") -> dict[str, Any]:
-    """Return path -> leaf, such as "opt_state/0/mu/conv/kernel", in the order of the tree's leaves."""
+    """Return a dict from leaf paths such as "opt_state/0/mu/conv/kernel" to leaves, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator=separator): leaf for path, leaf in leaves}
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Return whether no floating-point array in `tree` has an infinity or a NaN."""
+    """Return whether all floating-point arrays in `tree` are free of NaN and infinity."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
