@@ -4,7 +4,7 @@ import argparse
 
 
 def at_least_one(text: str) -> int:
-    """Return `text` as a count; argparse names the argument in its error."""
+    """Convert `text` to a positive integer; argparse adds the name of the argument to the error."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"is {text}; allowed: whole numbers from 1")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text}")
     return int(text)

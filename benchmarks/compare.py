@@ -4,7 +4,7 @@
     python -m benchmarks.compare --accuracy --rounds 1
 
 Each measurement runs in its own process, and every round measures each runner once. Ratios are computed within a round,
-so that other load on the machine affects both of their sides.
+so that other load on the machine affects both runners.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from cifar_flax.runtime import allocator
 OURS = "this project"
 # name -> (module of benchmarks.baselines, environment)
 RUNNERS: dict[str, tuple[str, dict[str, str]]] = {
-    OURS: ("ours", allocator.SETTINGS),  # as main.py sets them
+    OURS: ("ours", allocator.SETTINGS),  # main.py sets them too
     "PyTorch": ("pytorch", {}),
     "PyTorch, our allocator settings": ("pytorch", allocator.SETTINGS),
     "PyTorch, torch.compile": ("pytorch", {"COMPILE": "1"}),
@@ -42,7 +42,7 @@ Measurement = dict[str, Any]
 
 
 def measure(runner: str, folder: str, task: str, seconds: float) -> Measurement:
-    """Return the measurement that the runner's process prints, or its last line of `error` output if it fails."""
+    """Measure `runner` in a new process; if it fails, return the last line of its stderr as "error"."""
     module, environment = RUNNERS[runner]
     environment = {
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -57,7 +57,7 @@ def measure(runner: str, folder: str, task: str, seconds: float) -> Measurement:
 
 
 def compare(job: str, folder: str, task: str, runners: list[str], rounds: int, seconds: float) -> list[Measurement]:
-    """Measure each of `runners` once per round; a runner that fails is left out of the later rounds."""
+    """Measure each of `runners` once per round; skip a runner that has failed in the later rounds."""
     measurements, left = [], list(runners)
     for number in range(rounds):
         for runner in list(left):
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="training time per measurement (default: 15)")
     parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=list(RUNNERS))
     parser.add_argument("--networks", nargs="+", choices=("cnn", "airbench"), default=["cnn", "airbench"])
-    parser.add_argument("--accuracy", action="store_true", help="measure the time to 73 %% on CIFAR-10 instead")
+    parser.add_argument("--accuracy", action="store_true", help="measure the time to 73 %% accuracy instead")
     parser.add_argument("--out", type=Path, help="JSON file to write all measurements to")
     args = parser.parse_args()
     jobs: dict[str, Callable[[Path], None]] = {"time to 73 %": workload.write_accuracy}

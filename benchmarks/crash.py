@@ -2,9 +2,9 @@
 
     python -m benchmarks.crash --runs 200
 
-Each run is killed one to three times. Its results must be bitwise equal: parameters, batch statistics, optimizer state,
-every line of metrics.jsonl (except times and rates) and eval.json; and no restart may resume before the newest
-checkpoint. Everything except the machine's timing is a function of the seed.
+Each run is killed one to three times. Its results must be bitwise equal to those of the uninterrupted run: parameters,
+batch statistics, optimizer state, eval.json and every line of metrics.jsonl (except times and rates). No restart may
+resume before the newest checkpoint. Everything except the timing of the machine is a function of the seed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from cifar_flax.files import write_json
 from cifar_flax.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
-# A small network on the digits that uses every part of the state.
+# A small network on the digits data set; the settings use every part of the training state.
 ARGUMENTS = (
     f"--config={REPOSITORY / 'configs' / 'quickstart.py'}",
     "--config.train.epochs=4",
@@ -47,30 +47,30 @@ ARGUMENTS = (
 )
 TIMES = ("images_per_second", "input_wait_fraction", "checkpoint_blocked_seconds")
 TIMEOUT = 300  # seconds
-POLL = 0.002
+POLL = 0.002  # seconds
 
-# When a signal is sent: at any time, or up to SOON seconds after the event is visible in the run's folder.
+# A signal is sent at any time, or up to SOON seconds after the event becomes visible in the run's folder.
 MOMENTS = ("any time", "a save", "an evaluation", "the end of training")
 SOON = 0.08
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Outcome of one run."""
+    """Outcome of one interrupted run."""
 
-    signals: list[tuple[str, str]] = field(default_factory=list)  # moment and name
-    starts: int = 0
-    fell_back: int = 0  # starts that found a damaged checkpoint
-    lost: list[str] = field(default_factory=list)
+    signals: list[tuple[str, str]] = field(default_factory=list)  # (moment, name) pairs
+    starts: int = 0  # number of starts of main.py
+    fell_back: int = 0  # number of starts that found a damaged checkpoint
+    lost: list[str] = field(default_factory=list)  # descriptions of lost steps and of differences
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The uninterrupted run."""
+    """The uninterrupted run that all others are compared with."""
 
     trainer: Trainer
     seconds: float  # from start to end, with a warm compilation cache
-    content: dict[str, Any]
+    content: dict[str, Any]  # return value of `content`
 
 
 def start(folder: Path) -> subprocess.Popen:
@@ -92,7 +92,7 @@ def reference(folder: Path) -> Reference:
 
 
 def content(workdir: Path, trainer: Trainer) -> dict[str, Any]:
-    """Return what must equal the uninterrupted run."""
+    """Return the results that must be equal to those of the uninterrupted run."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     with Checkpoints(workdir / "checkpoints", trainer.config.checkpoint, read_only=True) as checkpoints:
         state = checkpoints.restore(trainer.total_steps, trainer.initial_state)
@@ -106,7 +106,7 @@ def content(workdir: Path, trainer: Trainer) -> dict[str, Any]:
 
 
 def wait_for(process: subprocess.Popen, workdir: Path, moment: str, delay: float, last_step: int) -> bool:
-    """Wait until `delay` seconds after the moment; return False if the process ends before."""
+    """Wait until `delay` seconds after `moment`; return False if the process ends first."""
     metrics, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
 
     def lines() -> list[str]:
@@ -116,7 +116,7 @@ def wait_for(process: subprocess.Popen, workdir: Path, moment: str, delay: float
     has_come = {
         "any time": lambda: True,
         "a save": lambda: any(folder.glob("*.unfinished")),
-        # The line of the preceding training steps is written, the evaluation's is not.
+        # The last line holds the metrics of training steps: those of the evaluation are not written yet.
         "an evaluation": lambda: len(lines()) > known and '"train"' in lines()[-1],
         "the end of training": lambda: any(folder.glob(f"{last_step}*")),
     }[moment]
@@ -131,12 +131,12 @@ def wait_for(process: subprocess.Popen, workdir: Path, moment: str, delay: float
 
 
 def crash(number: int, seed: int, folder: Path, uninterrupted: Reference) -> Outcome:
-    """Interrupt one run, restart it, and compare its results."""
+    """Interrupt one run, restart it, and compare its results with `uninterrupted`."""
     rng, outcome, workdir = random.Random(f"{seed} {number}"), Outcome(), folder / "run"
     folder.mkdir()
     for left in range(rng.randint(1, 3), -1, -1):
         newest = max(saved_steps(workdir / "checkpoints"), default=0)
-        said = (folder / "log.txt").stat().st_size if outcome.starts else 0
+        log_size = (folder / "log.txt").stat().st_size if outcome.starts else 0
         moment, sent = rng.choice(MOMENTS), rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
         delay = rng.uniform(0, uninterrupted.seconds if moment == "any time" else SOON)
         process = start(folder)
@@ -145,21 +145,21 @@ def crash(number: int, seed: int, folder: Path, uninterrupted: Reference) -> Out
             process.send_signal(sent)
             outcome.signals.append((moment, sent.name))
         code = process.wait(TIMEOUT)
-        log = (folder / "log.txt").read_text()[said:]
+        log = (folder / "log.txt").read_text()[log_size:]
         outcome.fell_back += "is damaged" in log
-        found = re.search(r"resuming at step (\d+)|is finished: (\d+)", log)
-        begun = int(found[1] or found[2]) if found else 0 if re.search(r"images, \d+ steps", log) else newest
-        if begun < newest:
-            outcome.lost.append(f"went back from step {newest} to {begun}")
+        resumed = re.search(r"resuming at step (\d+)|is finished: (\d+)", log)
+        first = int(resumed[1] or resumed[2]) if resumed else 0 if re.search(r"images, \d+ steps", log) else newest
+        if first < newest:
+            outcome.lost.append(f"resumed at step {first} instead of {newest}")
         if code not in (0, -signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM):
             outcome.lost.append(f"exit code {code}: {log[-300:]}")
         if code == 0:
             break
     if code == 0:
         ours = content(workdir, uninterrupted.trainer)
-        outcome.lost += [f"another {name}" for name, value in uninterrupted.content.items() if ours[name] != value]
+        outcome.lost += [f"different {name}" for name, value in uninterrupted.content.items() if ours[name] != value]
     else:
-        outcome.lost.append(f"did not end: exit code {code}")
+        outcome.lost.append(f"did not finish: exit code {code}")
     return outcome
 
 
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--runs", type=at_least_one, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=at_least_one, default=1, help="concurrent runs (default: 1)")
-    parser.add_argument("--out", type=Path, help="JSON file for the outcomes")
+    parser.add_argument("--out", type=Path, help="JSON file to write the outcomes to")
     args = parser.parse_args()
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
@@ -195,7 +195,7 @@ def main() -> int:
         futures = [pool.submit(crash, i, args.seed, folder / str(i), uninterrupted) for i in range(args.runs)]
         for number, future in enumerate(futures):
             outcomes.append(future.result())
-            signals = ", ".join(f"{name} at {moment}" for moment, name in outcomes[-1].signals) or "none in time"
+            signals = ", ".join(f"{name} at {moment}" for moment, name in outcomes[-1].signals) or "no signal sent"
             print(f"{number}: {signals}: {'; '.join(outcomes[-1].lost) or 'equal'}", flush=True)
     print(f"\n{table(outcomes)}")
     if args.out:

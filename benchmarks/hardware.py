@@ -1,4 +1,4 @@
-"""The machine: its name and its peak speed."""
+"""Name, published peak and measured speed of the machine."""
 
 import datetime
 import os
@@ -28,16 +28,16 @@ PEAKS = {
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Measured peak speed of the machine, in operations and bytes per second."""
+    """Measured speed of the machine."""
 
-    flops: float  # of a matrix product, 2048 x 2048 x 2048
-    bytes: float  # read and written by x += 1 over 256 MB
+    flops: float  # floating-point operations per second of a 2048 x 2048 x 2048 matrix product
+    bytes: float  # bytes per second read and written by x += 1 over 256 MB
 
 
 def measure_speed(dtype: str = "float32") -> Speed:
     matrix, vector = jnp.ones((2048, 2048), dtype), jnp.ones(2**26)
     product = jax.jit(jnp.matmul)
-    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no new memory to fault in
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place, so that no page fault is timed
 
     def copy() -> jax.Array:
         nonlocal vector
@@ -51,7 +51,7 @@ def measure_speed(dtype: str = "float32") -> Speed:
 
 
 def median_seconds(run: Callable[[], Any], seconds: float = 1.0) -> float:
-    """Return the median time of `run`: two warm-up calls, then as many as fit into `seconds`, but at least five."""
+    """Return the median seconds of a call: two warm-up calls, then calls for `seconds`, but at least five."""
     for _ in range(2):
         jax.block_until_ready(run())
     times: list[float] = []

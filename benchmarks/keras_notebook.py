@@ -1,9 +1,9 @@
-"""Train `configs/notebook.py` with Keras on TensorFlow, from the same initial weights.
+"""Train `configs/notebook.py` with Keras on TensorFlow, from the initial weights of this project.
 
     python -m benchmarks.keras_notebook --seeds 0 1 2
 
-Network, data, optimizer and batch size are the config's; shuffling and dropout masks are those of Keras. Prints one
-line of JSON per seed.
+Network, data, optimizer and batch size are those of the config; shuffling and dropout masks are those of Keras. Print
+one line of JSON per seed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from configs import notebook
 
 
 def build(network: CNNConfig, params: dict[str, Any]) -> keras.Model:
-    """Return Keras' reference network with the weights `params` of this project; it returns logits."""
+    """Return the reference network in Keras, which returns logits, with the weights `params` of this project."""
     model = cnn(network)
     for name in ("conv", "hidden", "head"):
         model.get_layer(name).set_weights([np.asarray(params[name][part]) for part in ("kernel", "bias")])
@@ -34,9 +34,10 @@ def build(network: CNNConfig, params: dict[str, Any]) -> keras.Model:
 
 
 def dataset(arrays: Arrays, batch_size: int, shuffle_seed: int | None = None) -> tf.data.Dataset:
-    """Return batches of images in [0, 1], float32 [B, 32, 32, 3], and labels [B]; a seed reshuffles every epoch.
+    """Return batches of images in [0, 1], float32 [B, 32, 32, 3], and labels [B].
 
-    The shuffling of `fit` is not used: after `set_random_seed` it repeats one order in every epoch.
+    With `shuffle_seed`, each epoch is shuffled differently. The shuffling of `fit` is not used, because it repeats the
+    same order in every epoch after `set_random_seed`.
     """
     batches = tf.data.Dataset.from_tensor_slices((arrays.images, arrays.labels))
     if shuffle_seed is not None:

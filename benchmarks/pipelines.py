@@ -1,4 +1,4 @@
-"""Measure the images per second, and per busy core, that each input pipeline delivers to the device without training.
+"""Measure the images that each input pipeline delivers to the device per second and per CPU second, without training.
 
 python -m benchmarks.pipelines --config configs/default.py
 """
@@ -24,7 +24,7 @@ from cifar_flax.errors import UserError
 from cifar_flax.runtime import allocator
 from cifar_flax.runtime.devices import ParallelConfig, make_layout
 
-Settings = dict[str, int]  # of `streaming.training_batches`
+Settings = dict[str, int]  # keyword arguments of `streaming.training_batches`
 
 
 def streamed(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterator[Batch]:
@@ -34,7 +34,7 @@ def streamed(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterat
 
 
 def gathered(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterator[Batch]:
-    """Gather batches on the device as training does, but in a separate program."""
+    """Gather batches on the device as in training, but in a separate program."""
     on_device, compiled = resident.put(arrays, make_layout(ParallelConfig())), jax.jit(gather)
     for positions in resident.training_indices(examples, steps_per_call=1, drop_last=False, **settings):
         yield compiled(on_device.images, on_device.labels, jax.tree.map(lambda rows: rows[0], positions))
@@ -44,7 +44,7 @@ PIPELINES = {"streaming": streamed, "resident": gathered}
 
 
 def measure(pipeline: str, arrays: Arrays, config: Config, epochs: int) -> tuple[float, float]:
-    """Return images per second and per second of CPU time: medians over `epochs`, after one warm-up epoch."""
+    """Return images per second and per second of CPU time (medians over `epochs`), after one warm-up epoch."""
     size = config.train.batch_size
     examples = np.arange(len(arrays.labels), dtype=np.int32)
     steps = len(examples) // size
@@ -62,7 +62,7 @@ def measure(pipeline: str, arrays: Arrays, config: Config, epochs: int) -> tuple
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
+    parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE overrides a field of it")
     parser.add_argument("--epochs", type=at_least_one, default=20, help="timed epochs per pipeline (default: 20)")
     args, overrides = parser.parse_known_args()
     allocator.keep_freed_memory()

@@ -1,4 +1,4 @@
-"""The results of `benchmarks.speedrun`: a JSON object, and the same as text."""
+"""The results of `benchmarks.speedrun` as a JSON object and as text."""
 
 import importlib.metadata
 import os
@@ -15,10 +15,10 @@ from benchmarks.hardware import PEAKS, machine, measure_speed
 from cifar_flax import config as configs
 from cifar_flax.config import Config
 
-TIMED = "first weights and whitening, the order of the examples, training with augmentation, the final evaluation"
+TIMED = "initial weights and whitening, shuffling, training with augmentation, final evaluation"
 NOT_TIMED = (
-    "start and imports of Python; reading the data and copying it to the device; compilation; one warm-up run, on an "
-    "accelerator and for a baseline. Left out: evaluations between epochs, checkpoints, logs"
+    "start and imports of Python; reading the data and copying it to the device; compilation; one warm-up run (on "
+    "accelerators and of a baseline). Disabled: evaluations between epochs, checkpoints, logs"
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
@@ -26,13 +26,13 @@ Measurement = dict[str, Any]
 
 
 def head(name: str, config: Config, num_images: int, flops: float) -> Measurement:
-    """Return the part that is known before the first run; `flops` and `num_images` are those of one run."""
+    """Return the metadata of a benchmark; `num_images` (training) and `flops` are those of one run."""
     device = jax.devices()[0].device_kind
     half = jax.default_backend() != "cpu"
-    peak = {"flops_per_second": PEAKS.get(device), "is": f"the bfloat16 peak of {device}, by its maker"}
+    peak = {"flops_per_second": PEAKS.get(device), "is": f"the bfloat16 peak of {device} (data sheet)"}
     if device not in PEAKS:
         dtype = "bfloat16" if half else "float32"
-        peak = {"flops_per_second": measure_speed(dtype).flops, "is": f"the speed of a {dtype} matrix product here"}
+        peak = {"flops_per_second": measure_speed(dtype).flops, "is": f"the measured speed of a {dtype} matrix product"}
     versions = {"python": platform.python_version(), "platform": backend.get_backend().platform_version}
     for package in PACKAGES:
         try:
@@ -53,7 +53,7 @@ def head(name: str, config: Config, num_images: int, flops: float) -> Measuremen
 
 
 def metrics(known: Measurement, ours: list[Measurement], script: str | None, theirs: list[Measurement]) -> Measurement:
-    """Return the metrics of all runs so far; `known` is the result of `head`."""
+    """Return the metrics of all runs so far; `known` is the return value of `head`."""
     summary = _summary(ours)
     seconds = summary["seconds"]["mean"]
     result = {
@@ -71,9 +71,9 @@ def metrics(known: Measurement, ours: list[Measurement], script: str | None, the
 
 
 def mean_of(values: list[float]) -> Measurement:
-    """Return mean, sample standard deviation (`std`) and half of the mean's 95 % confidence interval (Student's t).
+    """Return the mean, the sample standard deviation (`std`) and the half-width of the mean's 95 % confidence interval.
 
-    The last two are None for a single value.
+    The interval is Student's t. For a single value, `std` and `interval` are None.
     """
     count, mean = len(values), statistics.fmean(values)
     if count == 1:
@@ -107,11 +107,11 @@ def text(result: Measurement) -> str:
         f"  timed        {result['timed']}",
         f"  not timed    {result['not_timed']}",
         *_lines(result["ours"]),
-        f"  training     {result['images_per_second']:,.0f} images/s, over all that is timed",
-        f"  operations   {result['flops'] / 1e15:.3f} PFLOP a run, {rate / 1e12:,.3f} TFLOP/s",
+        f"  rate         {result['images_per_second']:,.0f} training images/s over the whole timed part",
+        f"  operations   {result['flops'] / 1e15:.3f} PFLOP per run, {rate / 1e12:,.3f} TFLOP/s",
         f"               {fraction:.1%} of {peak['is']}",
-        f"  compilation  {times['cold']:.1f} s, with a warm cache {times['warm']:.1f} s",
-        f"  process      {first:.1f} s from its start to the first accuracy, {result['process_seconds']:.1f} s in all",
+        f"  compilation  {times['cold']:.1f} s, {times['warm']:.1f} s with a warm cache",
+        f"  process      {first:.1f} s from its start to the first accuracy, {result['process_seconds']:.1f} s total",
     ]
     if "baseline" in result:
         ratio, difference = result["time_ratio"], result["accuracy_difference"]
@@ -119,10 +119,10 @@ def text(result: Measurement) -> str:
         if difference["low"] is not None:
             interval = f" ({100 * difference['low']:+.3f} to {100 * difference['high']:+.3f}, 95 % interval)"
         lines += [
-            f"{result['baseline']['script']}, in turn with it",
+            f"{result['baseline']['script']}, alternating with this project",
             *_lines(result["baseline"]),
-            f"  ratio        {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}), our time over its",
-            f"  difference   {100 * difference['mean']:+.3f} points of accuracy, ours less its{interval}",
+            f"  ratio        {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}), ours / baseline's",
+            f"  difference   {100 * difference['mean']:+.3f} points of accuracy, ours - baseline's{interval}",
         ]
     return "\n".join(lines)
 

@@ -16,19 +16,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-CHUNK_SECONDS = 5.0  # of training per timing; each call of Keras' `fit` costs 0.1 s
-EVAL_BATCHES = (32, 128, 512)  # images; the fastest one is reported
+CHUNK_SECONDS = 5.0  # of training per timed chunk, to amortise the 0.1 s overhead of Keras' `fit`
+EVAL_BATCHES = (32, 128, 512)  # batch sizes; the rate of the fastest is reported
 TARGET = 0.73  # test accuracy
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Config, data and learning rates that `benchmarks.workload` wrote."""
+    """Config, data and learning rates, as written by `benchmarks.workload`."""
 
     config: Any  # the fields of cifar_flax.config.Config
     mean: tuple[float, ...]  # per channel, in units of the stored bytes
     std: tuple[float, ...]
-    learning_rates: np.ndarray  # of every step
+    learning_rates: np.ndarray  # one per step
     train_images: np.ndarray  # uint8 [N, 32, 32, 3]
     train_labels: np.ndarray  # int32 [N]
     test_images: np.ndarray
@@ -42,7 +42,7 @@ class Workload:
 
 
 class Runner(Protocol):
-    """Training and evaluation of one workload; each module of `benchmarks.baselines` has a class of this kind."""
+    """Train and evaluate one workload; most modules of `benchmarks.baselines` define a class with this interface."""
 
     def __init__(self, workload: Workload) -> None: ...
 
@@ -80,7 +80,7 @@ def speed(runner: Runner, workload: Workload, seconds: float) -> dict[str, Any]:
 
 
 def accuracy(runner: Runner, workload: Workload) -> dict[str, Any]:
-    """Train until an evaluation, one after each epoch, reaches `TARGET` or the run ends."""
+    """Train, evaluating after each epoch, until the accuracy reaches `TARGET` or the run ends."""
     images_per_step, done = workload.config.train.batch_size, 0
     curve: list[float] = []
     while done < len(workload.learning_rates) and (not curve or curve[-1] < TARGET):

@@ -1,11 +1,11 @@
-"""Predict the scaling efficiency on many accelerators, and measure the input pipeline of one of several hosts.
+"""Predict the scaling efficiency on many accelerators, or measure the input pipeline of one of several hosts.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --input configs/default.py
 
-The model: a step computes the operations of XLA's cost analysis at a fraction of the chip's peak, then a ring
-all-reduce sums the gradients over the links, without overlap. Peaks and links are from data sheets; the constants below
-state what is assumed.
+The model: a step performs the operations counted by XLA's cost analysis at a fixed fraction of the chip's peak; then a
+ring all-reduce sums the gradients, without overlap. Peaks and link speeds are from data sheets; the constants below
+state the assumptions.
 """
 
 import argparse
@@ -36,22 +36,23 @@ DEVICES = (1, 8, 64, 512)
 HOSTS = (1, 2, 4)
 UTILISATION = 0.4  # assumed fraction of the chip's peak during a step
 LATENCY = 5e-6  # assumed seconds for each of the 2 log2(n) stages of an all-reduce
-MIN_EFFICIENCY = 0.5  # of the largest number of devices that is listed as useful
+MIN_EFFICIENCY = 0.5  # lowest efficiency at which more devices are considered useful
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
     name: str
-    flops: float  # dense bfloat16, per second
+    flops: float  # dense bfloat16 operations per second
     inside: float  # bytes per second that each device sends within its group
     outside: float  # bytes per second that each device sends to other groups
-    group: int  # devices
+    group: int  # devices per group (node or slice)
 
 
 CHIPS = (
-    # NVLink 4, 900 GB/s in both directions together; beyond a node of eight one 400 Gbit/s adapter per GPU (DGX H100)
+    # Within a node of eight: NVLink 4, 900 GB/s in both directions together. Between nodes: one 400 Gbit/s adapter per
+    # GPU (DGX H100).
     Chip("H100", PEAKS["NVIDIA H100 80GB HBM3"], 450e9, 50e9, 8),
-    # 4,800 Gbit/s of links per chip, of six, in both directions together; one slice
+    # Six links per chip with 4,800 Gbit/s in total, both directions together; a single slice.
     Chip("TPU v5p", PEAKS["TPU v5"], 300e9, 300e9, 8960),
 )
 
@@ -60,15 +61,15 @@ CHIPS = (
 class Cost:
     """Cost of one training step of a config."""
 
-    batch_size: int  # of the recipe
-    flops: float  # per image
-    bytes: int  # of gradients and metrics to all-reduce, float32
-    statistics: int  # bytes of BatchNorm's sums, forward and backward
-    sums: int  # all-reduces, one after the other
+    batch_size: int  # images per step, over all devices, in the recipe
+    flops: float  # operations per image
+    bytes: int  # bytes of float32 gradients and metrics to all-reduce
+    statistics: int  # bytes of BatchNorm sums to all-reduce, forward and backward
+    sums: int  # number of all-reduces, which run one after the other
 
 
 def cost(name: str) -> Cost:
-    """Return XLA's operation count for the accelerator version; `tests/many_devices.py` checks the bytes."""
+    """Return the cost of a step with the accelerator kernels; `tests/many_devices.py` checks the byte counts."""
     config = arguments.parse(["--config", f"configs/{name}.py"]).config
     shape, names = (32, 32, 3), tuple("0123456789")
     info = DatasetInfo(
@@ -91,7 +92,7 @@ def cost(name: str) -> Cost:
 
 
 def sum_seconds(cost: Cost, chip: Chip, devices: int) -> float:
-    """Return the seconds of a ring all-reduce inside each group, followed by one over the groups."""
+    """Return the seconds of all all-reduces of a step: a ring inside each group, then a ring over the groups."""
     if devices == 1:
         return 0.0
     inside, groups = min(devices, chip.group), math.ceil(devices / chip.group)
@@ -102,13 +103,13 @@ def sum_seconds(cost: Cost, chip: Chip, devices: int) -> float:
 
 
 def weak_efficiency(cost: Cost, chip: Chip, devices: int) -> float:
-    """Return the rate of `devices`, each with a batch of the recipe's size, over `devices` times the rate of one."""
+    """Return the weak-scaling efficiency: images/s of `devices` / (`devices` x images/s of one), same batch on each."""
     compute = cost.batch_size * cost.flops / (chip.flops * UTILISATION)
     return compute / (compute + sum_seconds(cost, chip, devices))
 
 
 def most_devices(cost: Cost, chip: Chip) -> int:
-    """Return the largest power of two that splits the recipe's batch with at least `MIN_EFFICIENCY`."""
+    """Return the largest power of two of devices that share the recipe's batch with at least `MIN_EFFICIENCY`."""
     compute = cost.batch_size * cost.flops / (chip.flops * UTILISATION)
 
     def pays(devices: int) -> bool:
@@ -120,18 +121,20 @@ def most_devices(cost: Cost, chip: Chip) -> int:
 
 
 def print_prediction() -> None:
-    print("| config | chip | MB summed | GFLOP per image | 1 | 8 | 64 | 512 | the recipe's own batch pays up to |")
+    print("| config | chip | MB summed | GFLOP per image | 1 | 8 | 64 | 512 | useful devices at this batch size |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in CONFIGS:
-        of = cost(name)
+        one = cost(name)
         for chip in CHIPS:
-            weak = " | ".join(f"{weak_efficiency(of, chip, devices):.0%}" for devices in DEVICES)
-            size, most = (of.bytes + of.statistics) / 1e6, most_devices(of, chip)
-            print(f"| {name} | {chip.name} | {size:.1f} | {of.flops / 1e9:.3f} | {weak} | {most} of {of.batch_size} |")
+            weak = " | ".join(f"{weak_efficiency(one, chip, devices):.0%}" for devices in DEVICES)
+            size, most = (one.bytes + one.statistics) / 1e6, most_devices(one, chip)
+            print(
+                f"| {name} | {chip.name} | {size:.1f} | {one.flops / 1e9:.3f} | {weak} | {most} of {one.batch_size} |"
+            )
 
 
 def print_input(path: str, epochs: int) -> None:
-    """Measure the rows of the first host; the other hosts read as many rows at the same time."""
+    """Measure how fast the first host reads its rows of each batch; other hosts read as many rows in parallel."""
     from cifar_flax.data.streaming import training_batches
 
     config = arguments.parse(["--config", path]).config
@@ -139,25 +142,25 @@ def print_input(path: str, epochs: int) -> None:
     examples = np.arange(len(arrays.labels), dtype=np.int32)
     count = len(examples) // size
     settings = {"batch_size": size, "seed": config.seed, "start": 0, "stop": (epochs + 1) * count}
-    shares = {hosts: training_batches(arrays, examples, rows=slice(0, size // hosts), **settings) for hosts in HOSTS}
+    pipelines = {hosts: training_batches(arrays, examples, rows=slice(0, size // hosts), **settings) for hosts in HOSTS}
     seconds: dict[int, list[float]] = {hosts: [] for hosts in HOSTS}
     touched: dict[int, int] = {}
-    for _ in range(epochs + 1):  # alternately, as the machine's speed varies; the first epoch is a warm-up
-        for hosts, batches in shares.items():
+    for _ in range(epochs + 1):  # alternately, because the machine's speed varies; the first epoch is a warm-up
+        for hosts, batches in pipelines.items():
             start = time.perf_counter()
             for batch in itertools.islice(batches, count):
                 touched[hosts] = sum(array.nbytes for array in jax.tree.leaves(batch))
             seconds[hosts].append((time.perf_counter() - start) / count)
-    print("| hosts | images per host and step | bytes per host and step | milliseconds per step (least to most) |")
+    print("| hosts | images per host and step | bytes per host and step | milliseconds per step, median (min to max) |")
     print("|---|---|---|---|")
     for hosts, times in seconds.items():
-        low, middle, high = (1e3 * of(times[1:]) for of in (min, statistics.median, max))
+        low, middle, high = (1e3 * statistic(times[1:]) for statistic in (min, statistics.median, max))
         print(f"| {hosts} | {size // hosts} | {touched[hosts]:,} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", metavar="CONFIG", help="measure the input side of this config instead")
+    parser.add_argument("--input", metavar="CONFIG", help="measure the input pipeline of this config instead")
     args = parser.parse_args()
     allocator.keep_freed_memory()
     try:

@@ -1,10 +1,10 @@
-"""Measure accuracy and time of a config over many seeds, by the rules of the CIFAR-10 speedruns.
+"""Measure accuracy and training time of a config over many seeds, by the rules of the CIFAR-10 speedruns.
 
     python -m benchmarks.speedrun --config configs/airbench94.py --trials 50
     python -m benchmarks.speedrun --config configs/airbench94.py --trials 50 --baseline cifar10-airbench
 
-With `--baseline`, the PyTorch original in a checkout of KellerJordan/cifar10-airbench (or a similar script) runs
-alternately with this project on the same machine.
+With `--baseline`, the original PyTorch script in a checkout of KellerJordan/cifar10-airbench (or a similar script)
+runs alternately with this project on the same machine.
 """
 
 import time
@@ -54,7 +54,7 @@ ORIGINALS = {
 
 
 class Speedrun:
-    """A config, compiled once for all seeds."""
+    """The training and evaluation of a config, compiled once for all seeds."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -77,13 +77,14 @@ class Speedrun:
         state = trainer.init(seed)
         calls = trainer.calls(0, trainer.total_steps)
         state = run_calls(self._train_call, state, inputs, calls, lambda step, values: None)
-        accuracy = self._evaluator(state).summary["accuracy"]  # on the host, so the device has finished
+        accuracy = self._evaluator(state).summary["accuracy"]  # a value on the host, so the device has finished
         return {"seed": seed, "accuracy": accuracy, "seconds": time.perf_counter() - start}
 
     def flops(self) -> float:
-        """Return the operations of a run: three forward passes per training image, one per view of a test image.
+        """Return the floating-point operations of a run.
 
-        With `eval.tta_below`, only one view of each test image is counted.
+        Count three forward passes per training image and one per test-time augmentation (TTA) view of a test image. If
+        `eval.tta_below` is set, count a single view of each test image.
         """
         info, settings = self._trainer.info, self._config.eval
         views = len(VIEWS[settings.tta]) if settings.tta_below is None else 1
@@ -92,7 +93,7 @@ class Speedrun:
 
 
 def compile_seconds(run: Speedrun) -> Measurement:
-    """Return the seconds to trace and compile all programs, with a cold and with a warm compilation cache."""
+    """Return the seconds to trace and compile all programs with a "cold" and with a "warm" compilation cache."""
     kept = jax.config.jax_compilation_cache_dir
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +110,7 @@ def compile_seconds(run: Speedrun) -> Measurement:
 
 
 def measure(config: Config, name: str, trials: int, script: Path | None, out: Path) -> Measurement:
-    """Measure `trials` seeds; print each run, and write the result to `out` after each run."""
+    """Measure `trials` seeds, alternating with `script` if there is one; print and write to `out` after each run."""
     compiled = Speedrun(config)
     result = report.head(name, config, compiled.num_images, compiled.flops())
     with ExitStack() as stack:
@@ -138,28 +139,28 @@ def measure(config: Config, name: str, trials: int, script: Path | None, out: Pa
 
 
 def original_of(path: Path, config_name: str) -> Path:
-    """Return the script to compare the config with; raise `ConfigError` if there is none."""
-    require(has_module("torch"), "--baseline", str(path), "needs PyTorch, which is not installed")
+    """Return the script to compare the config with. Raise `ConfigError` if PyTorch or the script is missing."""
+    require(has_module("torch"), "--baseline", str(path), "requires PyTorch, which is not installed")
     if path.is_dir():
-        known = f"is a folder: name a script in it (known for {', '.join(ORIGINALS)})"
+        known = f"a folder works only with {', '.join(ORIGINALS)}; pass the path of a script"
         require(config_name in ORIGINALS, "--baseline", str(path), known)
         path = path / ORIGINALS[config_name]
     require(path.is_file(), "--baseline", str(path), "no such file")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share the GPU's memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both processes share the GPU's memory
     return path
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
-    parser.add_argument("--trials", type=at_least_one, default=10, help="seeds, starting at the config's (default: 10)")
+    parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE overrides a field of it")
+    parser.add_argument("--trials", type=at_least_one, default=10, help="seeds, starting at config.seed (default: 10)")
     parser.add_argument("--baseline", type=Path, metavar="PATH", help="a checkout of cifar10-airbench, or a script")
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
     args, overrides = parser.parse_known_args()
     compilation.keep_programs()
     try:
         config = arguments.parse(["--config", args.config, *overrides]).config
-        require(config.seed + args.trials <= 2**32, "--trials", args.trials, f"leads above the seed {2**32 - 1}")
+        require(config.seed + args.trials <= 2**32, "--trials", args.trials, f"seeds must be at most {2**32 - 1}")
         script = None if args.baseline is None else original_of(args.baseline, Path(args.config).stem)
         fraction = config.data.validation_fraction
         fits = script is None or fraction == 0
@@ -172,11 +173,11 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (UserError, OSError) as error:  # the baseline's process ended, or a folder is not writable
+    except (UserError, OSError) as error:  # the baseline's process ended, or the folder is not writable
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; all finished runs are written", file=sys.stderr)
+        print("interrupted; all finished runs are written to the JSON file", file=sys.stderr)
         return 130
     print(f"written: {out}")
     return 0

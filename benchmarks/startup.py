@@ -1,4 +1,4 @@
-"""Measure the seconds from the start of `main.py` to its first finished step, with empty and with warm caches.
+"""Measure the seconds from the start of `main.py` to the end of its first step, with empty and with warm caches.
 
 python -m benchmarks.startup --config configs/quickstart.py configs/default.py --rounds 3
 """
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.005
 
 
 def first_step(config: str, folder: Path) -> float:
-    """Start a run with its caches in `folder`, stop it after its first step is logged, and return the seconds."""
+    """Start a run with its caches in `folder`, kill it when its first step is logged, and return the seconds."""
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         metrics = Path(workdir) / "metrics.jsonl"
         command = [sys.executable, str(REPOSITORY / "main.py"), "--config", config, "--config.train.log_every=1"]
@@ -61,10 +61,10 @@ def main() -> None:
                 for caches in ("empty", "warm"):
                     seconds.setdefault(f"{config}, caches {caches}", []).append(first_step(config, Path(folder)))
         seconds.setdefault("python -c 'import tensorflow'", []).append(import_tensorflow())
-    print("| process start to first step | median, s | least, s | most, s |")
+    print("| process start to first step | median, s | min, s | max, s |")
     print("|---|---|---|---|")
-    for what, times in seconds.items():
-        print(f"| {what} | {statistics.median(times):.1f} | {min(times):.1f} | {max(times):.1f} |")
+    for start, times in seconds.items():
+        print(f"| {start} | {statistics.median(times):.1f} | {min(times):.1f} | {max(times):.1f} |")
 
 
 if __name__ == "__main__":

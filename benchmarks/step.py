@@ -2,8 +2,8 @@
 
     python -m benchmarks.step --config configs/default.py --profile
 
-For each operation, the table lists the floating-point operations and bytes of XLA's cost analysis, and their rates as
-a fraction of the matrix product and the copy that are measured in the same process.
+For each operation, the table lists the floating-point operations and bytes of XLA's cost analysis. Their rates are
+fractions of the speeds of a matrix product and of a copy in memory, measured in the same process.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from cifar_flax.training import steps
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.trainer import Trainer
 
-TRACES = 9  # of one step each
-SECONDS = 5.0  # of timed steps
+TRACES = 9  # profiler traces, each of one step
+SECONDS = 5.0  # duration of the timed steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class Operation:
     name: str
     source: str  # the layer and the JAX operation that it was lowered from
     seconds: float  # per step
-    flops: float
-    bytes: float  # of operands and result; caches may save part of the traffic
+    flops: float  # per step
+    bytes: float  # size of operands and result; caches may save part of the traffic
 
 
 class Step:
-    """The compiled training step of a config, on the first batch of its data, without the training loop."""
+    """Run the compiled training step of a config on the first batch of its data, without the training loop."""
 
     def __init__(self, config: Config):
         trainer = Trainer(config)
@@ -66,13 +66,13 @@ class Step:
 
 
 def operations(compiled: jax.stages.Compiled, run: Callable[[], Any], traces: int) -> list[Operation]:
-    """Return the instructions of the program that `run` runs once, slowest first; times are medians of `traces`."""
+    """Return the instructions of `compiled`, which `run` runs once, slowest first; times are medians of `traces`."""
     (module,) = compiled.runtime_executable().hlo_modules()
     functions, entry = module.to_string().split("\nENTRY ")
     lines: dict[str, str] = {}
     shapes: dict[str, str] = {}
     operands: dict[str, list[str]] = {}
-    producers: dict[str, list[str]] = {}  # as operands, but looking through aliases
+    producers: dict[str, list[str]] = {}  # like `operands`, but looking through aliases
     aliases: set[str] = set()
     for line in entry.splitlines()[1:]:
         if match := re.match(r"\s+(?:ROOT )?%(\S+) = (.+?) ([a-z-]+)\((.*)", line):
@@ -80,7 +80,7 @@ def operations(compiled: jax.stages.Compiled, run: Callable[[], Any], traces: in
             lines[name], shapes[name] = line, shape
             operands[name] = list(dict.fromkeys(other for other in re.findall(r"%([\w.-]+)", rest) if other in lines))
             known = ((producers[other] if other in aliases else [other]) for other in operands[name])
-            producers[name] = [producer for some in known for producer in some]
+            producers[name] = [producer for group in known for producer in group]
             if opcode in ("bitcast", "tuple", "get-tuple-element", "opt-barrier"):
                 aliases.add(name)
     found = []
@@ -101,7 +101,7 @@ def operations(compiled: jax.stages.Compiled, run: Callable[[], Any], traces: in
 
 
 def _operation_seconds(run: Callable[[], Any], traces: int, producers: dict[str, list[str]]) -> dict[str, float]:
-    """Return name of an instruction -> seconds per `run`, measured by JAX's profiler."""
+    """Return the seconds of each instruction per call of `run`, measured with JAX's profiler."""
     seconds = []
     for _ in range(traces):
         jax.block_until_ready(run())
@@ -114,12 +114,12 @@ def _operation_seconds(run: Callable[[], Any], traces: int, producers: dict[str,
 
 
 def _attribute(trace: jax.profiler.ProfileData, producers: dict[str, list[str]]) -> Counter[str]:
-    """Return the seconds of each instruction; time with n concurrent instructions counts 1/n for each of them.
+    """Return the seconds of each instruction; while n instructions run concurrently, each is charged 1/n of the time.
 
-    The call of some matrix products returns at once, while other threads compute the product. The trace has an event
-    for its end (linked by number: `_p` of the call, `_c` of the end), which is late if the last of those threads runs
-    the product's user before it records the end. So a product also ends when the first of its users begins;
-    `producers` names the inputs of each instruction.
+    The calls of some matrix products return immediately, while other threads compute the product. The trace has an end
+    event for each such call: the event's `_c` equals the call's `_p`. The end event is late if the last of the threads
+    runs the instruction that uses the product before it records the event. Therefore, a product also ends when the
+    first instruction that uses it starts. `producers` lists the inputs of each instruction.
     """
     calls: list[tuple[float, float, dict[str, Any]]] = []
     ends: dict[int, float] = {}
@@ -131,11 +131,11 @@ def _attribute(trace: jax.profiler.ProfileData, producers: dict[str, list[str]])
                     calls.append((event.start_ns, event.start_ns + event.duration_ns, stats))
                 elif "_c" in stats:
                     ends[stats["_c"]] = event.start_ns
-    used: dict[str, list[float]] = defaultdict(list)  # instruction -> times at which its users begin
+    used: dict[str, list[float]] = defaultdict(list)  # instruction -> start times of the instructions that use it
     for start, _, stats in calls:
         for producer in producers.get(stats["hlo_op"], ()):
             used[producer].append(start)
-    edges: list[tuple[float, int, str]] = []  # (time, +1 at its begin or -1 at its end, instruction)
+    edges: list[tuple[float, int, str]] = []  # (time, +1 at the start or -1 at the end, instruction)
     for start, end, stats in calls:
         name = stats["hlo_op"]
         later = [ends.get(stats.get("_p", 0), end), *(time for time in used[name] if time > start)]
@@ -147,29 +147,30 @@ def _attribute(trace: jax.profiler.ProfileData, producers: dict[str, list[str]])
         for other, count in running.items():
             seconds[other] += (now - before) * count / running.total() / 1e9
         running[name] += change
-        running += Counter()  # drops the instructions that have ended
+        running += Counter()  # remove the instructions that have ended
         before = now
     return seconds
 
 
 def _cost(functions: str, line: str, operands: dict[str, str]) -> dict[str, float]:
-    """Return XLA's cost analysis of a program with the single instruction `line`; `operands` maps names to shapes."""
+    """Return XLA's cost analysis of a program with only the instruction `line`; `operands` maps names to shapes."""
     parameters = [f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(operands.items())]
     root = f"  ROOT {line.strip().removeprefix('ROOT ')}"
     program = "\n".join([functions, "ENTRY %main {", *parameters, root, "}"])
-    program = re.sub(r"^(HloModule \S+?),.*", r"\1", program, count=1)  # the module's layout is that of the whole step
+    # The module's attributes, such as the entry layout, are those of the whole step.
+    program = re.sub(r"^(HloModule \S+?),.*", r"\1", program, count=1)
     module = _hlo.hlo_module_from_text(program)
     return xla_client._xla.hlo_module_cost_analysis(jax.devices()[0].client, module)
 
 
 def table(found: list[Operation], machine: Speed, step_seconds: float, rows: int) -> str:
     lines = [
-        "| operation | from | ms | of the step | GFLOP | of matrix speed | MB | of memory speed |",
+        "| operation | source | ms | of the step | GFLOP | of matrix speed | MB | of memory speed |",
         "|---|---|---|---|---|---|---|---|",
     ]
 
-    def row(name: str, source: str, some: list[Operation]) -> str:
-        seconds, flops, moved = (sum(getattr(one, field) for one in some) for field in ("seconds", "flops", "bytes"))
+    def row(name: str, source: str, group: list[Operation]) -> str:
+        seconds, flops, moved = (sum(getattr(one, field) for one in group) for field in ("seconds", "flops", "bytes"))
         cells = (
             name,
             source,
@@ -191,9 +192,9 @@ def table(found: list[Operation], machine: Speed, step_seconds: float, rows: int
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE changes a field of it")
-    parser.add_argument("--profile", action="store_true", help="break the step down by operation")
-    parser.add_argument("--rows", type=at_least_one, default=25, help="operations with their own row (default: 25)")
+    parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE overrides a field of it")
+    parser.add_argument("--profile", action="store_true", help="print the time of each operation")
+    parser.add_argument("--rows", type=at_least_one, default=25, help="operations listed separately (default: 25)")
     args, overrides = parser.parse_known_args()
     allocator.keep_freed_memory()
     compilation.keep_programs()

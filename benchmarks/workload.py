@@ -1,6 +1,6 @@
 """Write the workload of `benchmarks.compare`: a folder with a config of this project, images and learning rates.
 
-Runners read it without importing this project, so that its imports and memory do not count against the baselines.
+The baselines read it without importing this project, so that its import time and memory do not count against them.
 """
 
 import json
@@ -21,7 +21,7 @@ from configs import default
 
 
 def write_speed(folder: Path, network: str, batch_size: int) -> None:
-    """Write plain training on random images: Adam for the reference CNN, Nesterov SGD for airbench's network.
+    """Write a workload of random images: the reference CNN with Adam, or airbench's network with Nesterov SGD.
 
     The content of the images does not affect the speed of a step.
     """
@@ -38,7 +38,7 @@ def write_speed(folder: Path, network: str, batch_size: int) -> None:
 
 
 def write_accuracy(folder: Path) -> None:
-    """Write the default config with CIFAR-10."""
+    """Write a workload of the default config and CIFAR-10."""
     config = default.get_config()
     _write(folder, config, sources.load(config.data, "train"), sources.load(config.data, "test"))
 

@@ -1,4 +1,5 @@
 """The runners of `benchmarks.compare`: this project and its baselines, each in its own process.
 
-A module defines `VERSIONS` (package -> version) and a class `Runner`, whose protocol is `benchmarks.runner.Runner`.
+Each module except `original` defines `VERSIONS` (package -> version) and a class `Runner` that implements
+`benchmarks.runner.Runner`. `original` runs the scripts of PyTorch speedruns for `benchmarks.speedrun`.
 """

@@ -1,4 +1,4 @@
-"""Keras with `model.fit` and a `tf.data` pipeline, on the backend that KERAS_BACKEND names."""
+"""Keras with `model.fit` and a `tf.data` pipeline, on the backend selected by KERAS_BACKEND."""
 
 from typing import Any
 

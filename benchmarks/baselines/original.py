@@ -1,8 +1,8 @@
 """Run the script of a PyTorch speedrun, one trial at a time, for `benchmarks.speedrun --baseline`.
 
-The script runs unchanged in its own process, except for the `range(...)` of its top-level loop over trials: the
+The script runs in its own process, unchanged except for the `range(...)` of its top-level loop over trials: the
 replacement prints READY and waits for a line on standard input before each trial. The data is written to the folder
-`cifar10` of the working directory, where the script's loader looks for its downloads.
+`cifar10` in the working directory, where the script's loader looks for downloaded files.
 """
 
 import ast
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 class Baseline:
-    """A script in its own process, stopped before its first run."""
+    """A script in its own process, paused between trials."""
 
     def __init__(self, script: Path, process: subprocess.Popen[str]):
         self._script, self._process = script, process
@@ -31,19 +31,19 @@ class Baseline:
         self._columns = _cells(heads[0]) if heads else []
         self._time = next((name for name in self._columns if name.endswith("time_seconds")), None)
         if self._time is None:
-            raise ChildProcessError(f"{script} prints no table with columns tta_val_acc and time_seconds")
+            raise ChildProcessError(f"{script} printed no table with columns tta_val_acc and time_seconds")
 
     def run(self) -> dict[str, Any]:
-        """Run one more trial; return accuracy (with test-time augmentation) and seconds as the script prints them."""
+        """Run one more trial; return the accuracy (with test-time augmentation) and seconds that the script prints."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         printed = self._until_ready()
         rows = [dict(zip(self._columns, _cells(line), strict=False)) for line in printed]
-        found = [row for row in rows if row.get("tta_val_acc") and row.get(self._time)]
-        if not found:
-            raise ChildProcessError(f"{self._script} ends a run without an accuracy: {''.join(printed[-3:])!r}")
-        return {"accuracy": float(found[-1]["tta_val_acc"]), "seconds": float(found[-1][self._time])}
+        results = [row for row in rows if row.get("tta_val_acc") and row.get(self._time)]
+        if not results:
+            raise ChildProcessError(f"{self._script} printed no accuracy: {''.join(printed[-3:])!r}")
+        return {"accuracy": float(results[-1]["tta_val_acc"]), "seconds": float(results[-1][self._time])}
 
     def _until_ready(self) -> list[str]:
         """Return the lines printed before the next READY; raise `ChildProcessError` if the script ends instead."""
@@ -54,12 +54,12 @@ class Baseline:
                 return lines
             lines.append(line)
         last = lines[-1].strip() if lines else "nothing"
-        raise ChildProcessError(f"{self._script} ended with exit code {self._process.wait()}; it printed last: {last}")
+        raise ChildProcessError(f"{self._script} ended with exit code {self._process.wait()}; last line: {last}")
 
 
 @contextmanager
 def start(script: Path, splits: dict[str, Any]) -> Iterator[Baseline]:
-    """Start `script` on `splits`: "train" and "test" as `cifar_flax.data.sources` loads them."""
+    """Start `script` on `splits`, the "train" and "test" arrays loaded by `cifar_flax.data.sources`."""
     with tempfile.TemporaryDirectory() as folder:
         for name, arrays in splits.items():
             np.savez(Path(folder, name), images=arrays.images, labels=arrays.labels, classes=arrays.class_names)
@@ -82,7 +82,7 @@ def _cells(row: str) -> list[str]:
 
 
 class _TakeTurns(ast.NodeTransformer):
-    """Replace each top-level `range(...)` by `turns()`; functions, which may be compiled, stay unchanged."""
+    """Replace each top-level `range(...)` with `turns()`; functions stay unchanged, as they may be compiled."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return node

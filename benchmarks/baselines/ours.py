@@ -1,4 +1,4 @@
-"""This project: the pipeline, the step and the loop that `main.py` runs."""
+"""This project: the same input pipeline, training step and loop as in `main.py`."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ class Runner:
         info = dataclasses.replace(
             DatasetInfo.of(train, examples, "unit"), mean=tuple(workload.mean), std=tuple(workload.std)
         )
-        sample = train.images[: models.sample_size(config.model)]
+        sample = train.images[: models.network_class(config.model).sample_size]
         task, init = setup(config, info)
         self._state = init(config.seed, sample if len(sample) else None)
         self._evaluators = {size: Evaluator(task, test, evaluator.all_examples(test), size) for size in EVAL_BATCHES}

@@ -1,4 +1,4 @@
-"""PyTorch as its tuning guide recommends for CPUs: channels_last, fused optimizer, images gathered from one tensor."""
+"""PyTorch, tuned for CPUs as in its tuning guide: channels_last, fused optimizer, images gathered from one tensor."""
 
 import os
 from typing import Any
@@ -55,7 +55,7 @@ class Runner:
         return images[index], labels[index]
 
     def _normalize(self, image: Tensor) -> Tensor:
-        """Convert uint8 [B, H, W, C] to float32 [B, C, H, W], which stays channels last in memory."""
+        """Convert uint8 [B, H, W, C] to float32 [B, C, H, W], in channels-last memory format."""
         return ((image.float() - self._mean) / self._std).permute(0, 3, 1, 2)
 
     def _augment(self, image: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Scale(nn.Module):
 
 
 def airbench(config: Any) -> nn.Module:
-    """Return airbench's network, with `config.init` = "muon"; the whitening kernel is not fitted."""
+    """Return airbench's network, initialised as with `init="muon"`, but with a random whitening kernel."""
     layers: list[nn.Module] = [nn.Conv2d(3, 24, 2), nn.GELU()]
     layers[0].weight.requires_grad = False
     c_in = 24
@@ -125,7 +125,7 @@ def airbench(config: Any) -> nn.Module:
 
 
 def optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer with learning rate 1; tensors of one axis (biases, BatchNorm) have no weight decay."""
+    """Return the optimizer with learning rate 1; one-dimensional tensors (biases, BatchNorm) have no weight decay."""
     settings = config.optim
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
