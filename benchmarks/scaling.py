@@ -109,7 +109,7 @@ def weak_efficiency(cost: Cost, chip: Chip, devices: int) -> float:
 
 
 def most_devices(cost: Cost, chip: Chip) -> int:
-    """Return the largest power of two of devices that share the recipe's batch with at least `MIN_EFFICIENCY`."""
+    """Return the largest power of two of devices that divide the recipe's batch with at least `MIN_EFFICIENCY`."""
     compute = cost.batch_size * cost.flops / (chip.flops * UTILISATION)
 
     def pays(devices: int) -> bool:

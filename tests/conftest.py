@@ -1,4 +1,4 @@
-"""Every shape and type in a signature is checked while the tests run, and no array is broadcast to a higher rank."""
+"""Shared fixtures and assertions. The tests check all jaxtyping annotations; implicit rank promotion raises."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("cifar_flax", "typecheck.check")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The same cases each time, however slow the machine is.
+# Hypothesis tries the same examples in every run, without a time limit.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
@@ -34,8 +34,8 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def pytest_addoption(parser):
-    parser.addoption("--reduced", action="store_true", help="the longest of the slow tests at a part of their size")
-    parser.addoption("--default-optimizations", action="store_true", help="XLA optimizes as it does for users")
+    parser.addoption("--reduced", action="store_true", help="run the longest slow tests at reduced size")
+    parser.addoption("--default-optimizations", action="store_true", help="keep the default XLA optimizations")
 
 
 def pytest_configure(config):
@@ -45,14 +45,14 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """Tests that build the same program share its compilation."""
+    """Let all tests share one compilation cache."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
-    """No test reads or writes the user's caches and data, or leaves runs behind."""
+    """Run each test in `tmp_path`, with the user's cache and data folders redirected to it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.chdir(tmp_path)
@@ -69,7 +69,7 @@ def signals_as_in_a_terminal():
 
 
 def make_tiny_config() -> Config:
-    """Three short epochs of a small network on the digits; augmentation, dropout and a schedule are on."""
+    """Return a config of three short epochs on digits: a small CNN with augmentation, dropout and a schedule."""
     return Config(
         data=DataConfig(name="digits", pipeline="resident"),
         augment=AugmentConfig(flip="random", crop_padding=2),
@@ -87,7 +87,7 @@ def tiny_config() -> Config:
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory, compile_once):
-    """An uninterrupted run of the tiny config: its folder and what it printed. Not to be written to."""
+    """Return the workdir (not to be modified) and the output of an uninterrupted run of the tiny config."""
     folder, printed = tmp_path_factory.mktemp("straight") / "tiny", io.StringIO()
     with contextlib.redirect_stdout(printed):
         train(make_tiny_config(), folder)
@@ -123,13 +123,13 @@ def steps_in(folder):
     return {path.name for path in folder.iterdir()}
 
 
-# What a run leaves in its folder.
+# Entries in the workdir of a finished run.
 FILES = {
     ".lock", "config.json", "metrics.jsonl", "checkpoints", "eval.json", "report.html", "confusion_matrix.png",
     "tensorboard",
 }  # fmt: skip
 
-# What a run logs that is the same whenever and wherever it is trained.
+# Fields of metrics.jsonl that depend neither on the machine nor on its load.
 NOT_TIMES = ("step", "epoch", "split", "loss", "accuracy", "learning_rate")
 
 
@@ -144,7 +144,7 @@ def final_state(config, workdir):
 
 
 def assert_same_run(config, one, other):
-    """To the bit: the last state, all that is logged but for times and rates, and the evaluation."""
+    """Assert bitwise equal final states, logged metrics (except times and rates) and evaluation results."""
     states = [final_state(config, folder) for folder in (one, other)]
     jax.tree.map(np.testing.assert_array_equal, *states)
     logs = [[{name: line[name] for name in NOT_TIMES} for line in read_metrics(folder)] for folder in (one, other)]
@@ -152,7 +152,8 @@ def assert_same_run(config, one, other):
     assert (one / "eval.json").read_bytes() == (other / "eval.json").read_bytes()
 
 
-# Two programs that compute the same differ in the last bits, by the CPU's vectors and by what XLA has fused.
+# The following functions compare results of equivalent programs. Such programs may differ by rounding errors, because
+# of the CPU's vector width and of XLA's fusions.
 
 
 def widest_gap(values):
@@ -165,7 +166,7 @@ def widest_gap(values):
 
 
 def assert_same_classes(found, expected):
-    """Assert equal classes, except where the two largest probabilities differ by rounding errors."""
+    """Assert equal predicted classes, ignoring images whose two largest probabilities are almost equal."""
     second, first = np.sort(expected, axis=1)[:, -2:].T
     clear = first - second > 1e-4
     assert clear.mean() > 0.9

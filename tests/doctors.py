@@ -1,4 +1,4 @@
-"""Has the doctor look at a config, and looks at what it finds."""
+"""Helpers that run `--mode=doctor` and parse its findings."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from cifar_flax.runtime import compilation
 
 
 def examine(config, folder):
-    """What it found, as lines "mark name text", and the error that it raised, as text; None where there was none."""
+    """Run the doctor; return its findings as lines "mark name text", and the text of its error or None."""
     printed, reasons = io.StringIO(), None
     with contextlib.redirect_stdout(printed):
         try:
@@ -23,7 +23,7 @@ def examine(config, folder):
             reasons = f"exit code {error.exit_code}: {error}"
     lines = printed.getvalue().splitlines()
     assert len(lines) <= 25
-    assert all(len(line) <= 100 or " " not in line.strip() for line in lines)  # a path stays whole
+    assert all(len(line) <= 100 or " " not in line.strip() for line in lines)  # paths are not wrapped
     assert "\n" not in (reasons or "")
     assert (lines[-1] == "a run can start") == (reasons is None)
     found = re.sub(r"\n {16}", " ", printed.getvalue()).splitlines()[1 : None if reasons else -1]
@@ -32,23 +32,24 @@ def examine(config, folder):
     return [" ".join(finding) for finding in marked], reasons
 
 
-def leave_out_what_compiles(monkeypatch):
+def skip_compilation(monkeypatch):
+    """Replace the checks that compile programs by stubs."""
     trainer = SimpleNamespace(total_steps=34, layout="cpu", initial_state=np.zeros(30_000_000, np.uint8))
     monkeypatch.setattr(run, "Trainer", lambda config: trainer)
     monkeypatch.setattr(compilation, "why_not_kept", lambda: None)
 
 
 def one(found, start):
-    """The only finding that starts so."""
+    """Return the only finding that starts with `start`."""
     (finding,) = [finding for finding in found if finding.startswith(start)]
     return finding
 
 
-def everything(folder):
-    """What changes where something in `folder` does."""
+def snapshot(folder):
+    """Return the modification times of `folder` and all its content, to detect changes."""
     return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
 
 
 def disk_with(free):
-    """In place of `shutil.disk_usage`; so many bytes."""
+    """Return a stand-in for `shutil.disk_usage` that reports `free` bytes."""
     return lambda place: SimpleNamespace(total=10**12, used=0, free=free)

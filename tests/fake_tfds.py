@@ -1,4 +1,4 @@
-"""Small TFDS data sets of every kind that the real catalogue has, prepared without a network."""
+"""Small TFDS data sets, one for each kind of image set in the TFDS catalogue, prepared without a network."""
 
 from pathlib import Path
 
@@ -27,12 +27,12 @@ class _Fake(tfds.core.GeneratorBasedBuilder):
 
     def example(self, i):
         shape = [size or 16 + i for size in self.SHAPE]
-        # Class b is brighter, so that there is something to learn.
+        # Images of class b are brighter, so that the classes can be learned.
         return {"image": np.full(shape, 60 + 100 * (i % 2) + i, np.uint8), "label": i % 2}
 
 
 class FakeColor(_Fake):
-    """Fixed size, not square."""
+    """Images of a fixed size that is not square."""
 
 
 class FakeGray(_Fake):
@@ -56,7 +56,7 @@ class FakeRegression(_Fake):
 
 
 class FakeDownload(_Fake):
-    """Its images are the bytes of a file that comes over the network."""
+    """Images whose pixels are the bytes of a downloaded file."""
 
     url = ""
 

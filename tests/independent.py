@@ -1,6 +1,6 @@
-"""An exported network rebuilt from its files, NumPy and SciPy alone: `independent.py FOLDER IMAGES.npy OUT.npy`.
+"""Rebuild an exported network with NumPy and SciPy alone: `independent.py FOLDER IMAGES.npy OUT.npy`.
 
-It reads `config.json` and `model.safetensors`, and knows of each network what its paper says.
+Reads `config.json` and `model.safetensors` from FOLDER. The architectures follow the papers.
 """
 
 import json
@@ -67,8 +67,8 @@ def resnet18(x, w, model):
     return x.mean((1, 2)) @ w["head.kernel"] + w["head.bias"]
 
 
-def views(images, tta):
-    """Weight and pixels of each view whose logits are added up."""
+def tta_views(images, tta):
+    """Yield the weight and the pixels of each test-time augmentation (TTA) view."""
     chosen = [(1, images)]
     if tta == "mirror_translate":
         padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
@@ -89,7 +89,8 @@ def main(folder, images, out):
     mean, std = np.array(config["image"]["mean"]), np.array(config["image"]["std"])
     pixels = np.load(images)
     logits = sum(
-        weight * network((view - mean) / std, weights, config["model"]) for weight, view in views(pixels, config["tta"])
+        weight * network((view - mean) / std, weights, config["model"])
+        for weight, view in tta_views(pixels, config["tta"])
     )
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     np.save(out, exponentials / exponentials.sum(axis=1, keepdims=True))

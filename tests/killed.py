@@ -1,9 +1,9 @@
-"""A run that is killed at one moment after the other: each process goes on from what the one before has left.
+"""Kill a training run at one moment after another; each process resumes from the files that the last one left.
 
     python killed.py ARGUMENTS_OF_MAIN
 
-They are forks of one that has imported everything, so that a dozen of them take little longer than one. Each kills
-itself by SIGKILL, which leaves it no time for anything.
+The processes are forks of one process that has imported everything, so that a dozen of them take little longer than
+one. Each kills itself with SIGKILL, which leaves no time for cleanup.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import sklearn.datasets  # noqa: F401  # where the digits come from
+import sklearn.datasets  # noqa: F401  # imported before the forks
 
 from cifar_flax import cli, files
 from cifar_flax.checkpoints.manager import Checkpoints
@@ -27,7 +27,7 @@ def kill():
 
 
 def before(owner, name, when=lambda *arguments: True):
-    """Kills the process when `owner.name` is called, where the arguments are such."""
+    """Patch `owner.name`: kill the process before a call whose arguments satisfy `when`."""
     original = getattr(owner, name)
 
     def killing(*arguments, **settings):
@@ -39,6 +39,7 @@ def before(owner, name, when=lambda *arguments: True):
 
 
 def after(owner, name, when=lambda *arguments: True):
+    """Patch `owner.name`: kill the process after a call whose arguments satisfy `when`."""
     original = getattr(owner, name)
 
     def killing(*arguments, **settings):
@@ -51,7 +52,7 @@ def after(owner, name, when=lambda *arguments: True):
 
 
 def in_a_line():
-    """Half of it has reached the file."""
+    """Kill the process when a part of a line of metrics.jsonl has been written."""
 
     def write(writer, record):
         writer._file.write(b'{"step": ')
@@ -62,7 +63,7 @@ def in_a_line():
 
 
 def in_removal():
-    """Of a checkpoint that is no longer kept, a part is gone."""
+    """Kill the process when a part of an old checkpoint has been removed."""
 
     def remove(folder, aside):
         folder.rename(aside)
@@ -79,7 +80,7 @@ MOMENTS = {
     "step": lambda: before(loop.TrainingLoop, "_read", lambda run, step, values: step == 5),
     "line": in_a_line,
     "evaluation": lambda: before(metrics, "add", lambda total, sums: total is not None),
-    "writing": lambda: before(Checkpoints, "_finish"),  # Orbax has begun it in the background
+    "writing": lambda: before(Checkpoints, "_finish"),  # while Orbax writes in the background
     "written": lambda: before(files, "write_sealed"),
     "sealed": lambda: after(files, "write_sealed"),
     "saved": lambda: before(Checkpoints, "_remove_old"),

@@ -1,4 +1,4 @@
-"""Runs that nobody has trained, for what shows runs."""
+"""Synthetic runs, for tests of the report and of `--mode=compare`."""
 
 import json
 
@@ -15,17 +15,17 @@ MADE_BY = {"command": "python main.py --config 'a file.py'", "hardware": "2 core
 
 
 def line(step, split="train", **fields):
-    """One of metrics.jsonl."""
+    """Return one line of metrics.jsonl."""
     figures = {"loss": 3 / step, "accuracy": 1 - 1 / step, "learning_rate": 1e-3, "images_per_second": 1000.0 + step}
-    of_training = {"input_wait_fraction": 0.1, "skipped_steps": 0, "checkpoint_blocked_seconds": 0.0}
-    return {"step": step, "epoch": step / 10, "split": split} | figures | of_training | fields
+    training_only = {"input_wait_fraction": 0.1, "skipped_steps": 0, "checkpoint_blocked_seconds": 0.0}
+    return {"step": step, "epoch": step / 10, "split": split} | figures | training_only | fields
 
 
 LINES = [line(step) for step in range(5, 35, 5)] + [line(step, "validation", accuracy=0.5) for step in (10, 20, 30)]
 
 
 def evaluation(classes=4, count=40, side=8, channels=3, names=None, seed=0):
-    """A result, its split and the probabilities."""
+    """Return an evaluation result, the split that was evaluated, and the predicted probabilities."""
     rng = np.random.default_rng(seed)
     labels = (np.arange(count) % classes).astype(np.int32)
     logits = rng.normal(0, 1, (count, classes)).astype(np.float32)
@@ -43,7 +43,7 @@ def write_log(folder, lines):
 
 
 def report(folder, evaluated=None, lines=LINES, config=None, made_by=MADE_BY):
-    """The report of a run in `folder`: its path."""
+    """Write the report of a synthetic run to `folder` and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     if lines is not None:
         write_log(folder, lines)
@@ -54,7 +54,7 @@ def report(folder, evaluated=None, lines=LINES, config=None, made_by=MADE_BY):
 
 
 def run(folder, result=None, lines=LINES, config=None):
-    """The files of a run that a comparison reads."""
+    """Write the files that `--mode=compare` reads to `folder` and return `folder`."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(
         json.dumps(config or {"seed": 0, "optim": {"name": "sgd", "learning_rate": 0.1}})

@@ -1,4 +1,4 @@
-"""Pages of HTML, read back."""
+"""A parser for the HTML pages that the package writes."""
 
 import re
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ VOID = {"meta", "img"}
 class Element:
     tag: str
     attributes: dict
-    children: list = field(default_factory=list)  # elements and text
+    children: list = field(default_factory=list)  # elements and strings
 
     @property
     def text(self):
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     def all(self, tag=None, **attributes):
-        """Those inside, in the page's order, that have `tag` and `attributes`, of class any of several."""
+        """Yield the descendants with `tag` and `attributes` in document order; `class_` is one of their classes."""
         for child in self.children:
             if isinstance(child, Element):
                 if tag in (None, child.tag) and all(
@@ -30,6 +30,7 @@ class Element:
                 yield from child.all(tag, **attributes)
 
     def one(self, tag=None, **attributes):
+        """Return the only descendant with `tag` and `attributes`."""
         (found,) = self.all(tag, **attributes)
         return found
 
@@ -55,7 +56,7 @@ class _Parser(HTMLParser):
 
 
 def read(path):
-    """The page, which is well-formed, alone in the world, and runs nothing."""
+    """Parse a page; assert that it is well-formed, self-contained and free of scripts."""
     document = path.read_text()
     assert document.startswith("<!doctype html>")
     parser = _Parser()
@@ -76,19 +77,19 @@ def read(path):
 
 
 def figure(page, title):
-    """The chart under `title`."""
+    """Return the chart titled `title`."""
     (found,) = (each for each in page.all("figure") if each.one("figcaption").text.split(" · ")[0] == title)
     return found
 
 
 def table(page, label):
-    """Rows of texts, the header first."""
+    """Return the rows of the table `label` as lists of cell texts, header first."""
     (found,) = (each for each in page.all("div", role="region") if each.attributes["aria-label"] == label)
     return [[cell.text for cell in row.children] for row in found.all("tr")]
 
 
 def curves(chart):
-    """Of each line its pieces, as arrays of x and y, told by what stands at the ticks."""
+    """Return the segments of each line of a chart, as arrays of x and y in the units of the axis ticks."""
     scales = []
     for axis in ("x", "y"):
         ticks = [(float(text.attributes[axis]), _value(text.text)) for text in chart.all("text", class_=axis)]

@@ -1,4 +1,4 @@
-"""Starts real processes of a run, over the loopback interface, and compares what they did."""
+"""Start the processes of a run on this machine, and compare their results."""
 
 import contextlib
 import json
@@ -33,11 +33,11 @@ TIMEOUT = 240  # seconds
 
 
 def free_port(ports=(0,)):
-    """The first of `ports` that nobody listens on; 0 is any."""
+    """Return the first free port among `ports`; 0 stands for any free port."""
     for port in ports:
-        with contextlib.suppress(OSError), socket.socket() as one:
-            one.bind(("127.0.0.1", port))
-            return one.getsockname()[1]
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return listener.getsockname()[1]
     raise OSError("no port is free")
 
 
@@ -53,11 +53,12 @@ def environment(**variables):
 
 def virtual_devices(count):
     """Return XLA_FLAGS for `count` CPU devices, in addition to the flags that are set."""
-    given = os.environ.get("XLA_FLAGS", "")
-    return {"XLA_FLAGS": f"{given} --xla_force_host_platform_device_count={count}".strip()}
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}".strip()}
 
 
 def start(folder, *arguments, devices=1):
+    """Start `main.py` with `devices` virtual CPU devices."""
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "main.py"), *arguments],
         cwd=folder,
@@ -69,9 +70,9 @@ def start(folder, *arguments, devices=1):
 
 
 def start_all(folder, devices, *arguments):
-    """The processes of one run, each with so many devices."""
-    where = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
-    common = (*arguments, where, f"--config.parallel.num_processes={len(devices)}")
+    """Start the processes of one run; `devices` has the number of devices of each."""
+    coordinator = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
+    common = (*arguments, coordinator, f"--config.parallel.num_processes={len(devices)}")
     return [
         start(folder, *common, f"--config.parallel.process_id={number}", devices=count)
         for number, count in enumerate(devices)
@@ -79,7 +80,7 @@ def start_all(folder, devices, *arguments):
 
 
 def end(processes):
-    """What each printed, and to which of the two streams; leaves none of them running."""
+    """Wait for all processes, and kill those that do not end; return stdout and stderr of each."""
     with contextlib.ExitStack() as stack:
         for process in processes:
             stack.callback(process.kill)
@@ -87,6 +88,7 @@ def end(processes):
 
 
 def run(folder, devices, *arguments):
+    """Run all processes of one run to success; return stdout of each."""
     processes = start_all(folder, devices, *arguments)
     printed = end(processes)
     assert [process.returncode for process in processes] == [0] * len(devices), printed
@@ -94,7 +96,7 @@ def run(folder, devices, *arguments):
 
 
 def reference(folder, devices, *arguments, config="config.py"):
-    """One process with so many devices."""
+    """Train in one process with `devices` devices, in the workdir `one`."""
     process = start(folder, "--config", config, "--workdir=one", *arguments, devices=devices)
     ((_, err),) = end([process])
     assert process.returncode == 0, err
@@ -105,8 +107,8 @@ def assert_same_run(folder, one, other, rel=1e-5):
     assert len(records[0]) == len(records[1])
     for ours, theirs in zip(*records, strict=True):
         for name in NOT_TIMES:
-            # Sums over processes are taken in another order than sums over the devices of one. Of an accuracy, one
-            # image may hang in the balance: of a test split of 355, or of a line of 128 at least.
+            # Sums over processes and over the devices of one process differ by rounding errors. These may change the
+            # predicted class of one image: of 355 in the test split, or of at least 128 in a logged line.
             expected = theirs[name]
             if isinstance(expected, float):
                 expected = pytest.approx(expected, rel=rel, abs=1.01 / 128 if name == "accuracy" else 0)
@@ -116,6 +118,7 @@ def assert_same_run(folder, one, other, rel=1e-5):
 
 
 def wait_for_checkpoint(workdir, processes):
+    """Return as soon as `workdir` has a checkpoint."""
     while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
         assert all(process.poll() is None for process in processes), end(processes)
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Stops a run from inside, by real signals, at a moment of its life."""
+"""Stop a run with a real signal at a chosen moment."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from cifar_flax.runtime.signals import Stopped, signals_end_the_process
 
 
 def stop_at(monkeypatch, owner, name, when):
-    """Sends SIGTERM to this very process when `owner.name` is called with such arguments, the first time."""
+    """Send SIGTERM to this process at the first call of `owner.name` whose arguments satisfy `when`."""
     original, sent = getattr(owner, name), []
 
     def stopping(*arguments, **settings):
@@ -25,10 +25,12 @@ def stop_at(monkeypatch, owner, name, when):
 
 
 def stopped(config, workdir):
-    with pytest.raises(Stopped, match="stopped by SIGTERM") as caught, signals_end_the_process():
+    """Train, and assert that SIGTERM ends the run with its exit code."""
+    with pytest.raises(Stopped, match="SIGTERM") as caught, signals_end_the_process():
         train.train(config, workdir)
     assert caught.value.exit_code == 143
 
 
 def saved(workdir):
+    """Return the sorted steps of the checkpoints in `workdir`."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())

@@ -10,14 +10,14 @@ from cifar_flax.runtime.allocator import SETTINGS, _has_glibc
 pytestmark = pytest.mark.skipif(not _has_glibc(), reason="sets glibc's allocator")
 
 KEEP = "from cifar_flax.runtime.allocator import keep_freed_memory; keep_freed_memory()\n"
-# Both print how many buffers the kernel had to supply. PR_SET_THP_DISABLE: count small pages, whatever its default is.
+# Programs print page faults in units of one 64 MB buffer. PR_SET_THP_DISABLE (41) makes all pages small.
 START = """
 import ctypes, resource, threading
 libc = ctypes.CDLL(None)
 libc.prctl(41, 1, 0, 0, 0)
 """
 END = "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize() / 2**26)"
-# Allocates and frees 64 MB twenty times in a thread, as XLA does.
+# Allocate and free 64 MB twenty times, in a thread as XLA does.
 REPEAT = f"""{START}
 def work():
     for _ in range(20):
@@ -26,7 +26,7 @@ thread = threading.Thread(target=work)
 thread.start()
 thread.join()
 {END}"""
-# As in a training step, small allocations that stay follow an aligned buffer.
+# As in a training step, each aligned buffer is followed by a small allocation that is never freed.
 ALIGNED = f"""{START}
 for small in 4 * (24, 40, 56, 72, 88):
     buffer = ctypes.c_void_p()
@@ -38,7 +38,7 @@ for small in 4 * (24, 40, 56, 72, 88):
 
 
 def run(program, **environment):
-    """What it prints, in an environment without our settings."""
+    """Return the output of `program`, run without the allocator settings of this process."""
     clean = {name: value for name, value in os.environ.items() if name not in {*SETTINGS, "JAX_PLATFORMS"}}
     return subprocess.run(
         [sys.executable, "-c", program],
@@ -50,22 +50,22 @@ def run(program, **environment):
     ).stdout
 
 
-def test_freed_memory_is_used_again():
-    assert float(run(REPEAT)) > 19  # each time anew
+def test_freed_memory_is_reused():
+    assert float(run(REPEAT)) > 19  # every allocation faults in new pages
     assert float(run(KEEP + REPEAT)) < 3
 
 
 def test_freed_buffers_fit_the_next_ones():
-    others = SETTINGS["GLIBC_TUNABLES"].replace("tcache_count=0", "tcache_count=7")
-    assert float(run(ALIGNED, GLIBC_TUNABLES=others)) > 5
+    with_thread_cache = SETTINGS["GLIBC_TUNABLES"].replace("tcache_count=0", "tcache_count=7")
+    assert float(run(ALIGNED, GLIBC_TUNABLES=with_thread_cache)) > 5
     assert float(run(KEEP + ALIGNED)) < 2
 
 
-def test_no_other_program_is_started_again():
-    """As in a notebook, where the process is not the one of the file that runs."""
-    code = KEEP + "print('went on')"
+def test_embedded_code_does_not_restart_the_process():
+    """In a notebook, for example, the process was started for another program than the code that runs."""
+    code = KEEP + "print('continued')"
     program = f"import code; print('started'); code.InteractiveInterpreter().runcode(compile({code!r}, 'file', 'exec'))"
-    assert run(program).split("\n") == ["started", "went on", ""]
+    assert run(program).split("\n") == ["started", "continued", ""]
 
 
 @pytest.mark.parametrize(
@@ -77,11 +77,11 @@ def test_no_other_program_is_started_again():
         ({"PYTHONPATH": "plugins", "JAX_PLATFORMS": "cpu"}, True),
     ],
 )
-def test_when_the_process_starts_again(tmp_path, environment, restarts):
-    (tmp_path / "jax_plugins").mkdir()  # as the packages for GPUs have it
-    given = {name: value.replace("plugins", str(tmp_path)) for name, value in environment.items()}
+def test_when_the_process_restarts(tmp_path, environment, restarts):
+    (tmp_path / "jax_plugins").mkdir()  # JAX's GPU plugins install this package
+    variables = {name: value.replace("plugins", str(tmp_path)) for name, value in environment.items()}
     printed = run(
-        "import os; print('started', flush=True)\n" + KEEP + "print(os.environ.get('GLIBC_TUNABLES'))", **given
+        "import os; print('started', flush=True)\n" + KEEP + "print(os.environ.get('GLIBC_TUNABLES'))", **variables
     )
     assert printed.count("started") == 1 + restarts
     expected = SETTINGS | environment if restarts else environment

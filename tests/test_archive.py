@@ -7,7 +7,7 @@ import pytest
 from cifar_flax.data import archive
 from cifar_flax.errors import ConfigError, UserError
 
-RECORDS = 6  # in each file of the small archives made here; 10,000 in the real one
+RECORDS = 6  # per file of the test archives; a file of the real archive has 10,000
 NAMES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 
 
@@ -53,13 +53,13 @@ def test_archive_and_folder_agree_with_the_format(tmp_path, contents):
                 assert arrays.labels[i] == record[0]
                 for row, column, channel in ((0, 0, 0), (1, 2, 1), (31, 31, 2)):
                     assert arrays.images[i, row, column, channel] == record[1 + channel * 1024 + row * 32 + column]
-    assert not list(tmp_path.glob("*.bin")), "nothing is unpacked"
+    assert not list(tmp_path.glob("*.bin")), "the archive was unpacked"
 
 
 def test_members_may_come_in_any_order(tmp_path, contents):
-    straight = write_tar(tmp_path / "a.tar.gz", official(contents))
+    in_order = write_tar(tmp_path / "a.tar.gz", official(contents))
     reverse = write_tar(tmp_path / "b.tar.gz", official(contents)[::-1])
-    images = [archive.read_archive(path, "train").images for path in (straight, reverse)]
+    images = [archive.read_archive(path, "train").images for path in (in_order, reverse)]
     np.testing.assert_array_equal(*images)
 
 
@@ -70,13 +70,13 @@ def changed(contents, name, content):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (lambda c: official(c)[1:], r"data_batch_1\.bin not found"),
-        (lambda c: changed(c, "data_batch_3.bin", c["data_batch_3.bin"][:-1]), r"data_batch_3\.bin is damaged"),
-        (lambda c: changed(c, "data_batch_3.bin", c["data_batch_3.bin"] + b"x"), r"data_batch_3\.bin is damaged"),
-        (lambda c: official(c) + official(c)[:1], r"data_batch_1\.bin is damaged"),
+        (lambda c: official(c)[1:], r"data_batch_1\.bin.*not found"),
+        (lambda c: changed(c, "data_batch_3.bin", c["data_batch_3.bin"][:-1]), r"data_batch_3\.bin.*damaged"),
+        (lambda c: changed(c, "data_batch_3.bin", c["data_batch_3.bin"] + b"x"), r"data_batch_3\.bin.*damaged"),
+        (lambda c: official(c) + official(c)[:1], r"data_batch_1\.bin.*damaged"),
         (lambda c: changed(c, "data_batch_2.bin", b"\x0a" + c["data_batch_2.bin"][1:]), "label 10"),
-        (lambda c: [(name.replace("cifar", "../cifar"), content) for name, content in official(c)], "not found"),
-        (lambda c: [(f"/etc/{name}", content) for name, content in official(c)], "not found"),
+        (lambda c: [(name.replace("cifar", "../cifar"), content) for name, content in official(c)], "bin.*not found"),
+        (lambda c: [(f"/etc/{name}", content) for name, content in official(c)], "bin.*not found"),
     ],
     ids=["missing", "short", "long", "twice", "label", "parent folder", "absolute"],
 )
@@ -100,7 +100,7 @@ def test_links_are_not_followed(tmp_path, contents):
             link = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             tar.addfile(link)
-    with pytest.raises(UserError, match="not found"):
+    with pytest.raises(UserError, match=r"data_batch_1\.bin.*not found"):
         archive.read_archive(path, "train")
 
 

@@ -11,7 +11,7 @@ TOTAL = 12
 
 
 def run(config):
-    """Twelve steps, each of which adds 1 to both weights: those after each step, and the averages."""
+    """Add 1 to both weights in each of twelve steps; return the weights and the averages after each step."""
     weights = ({"kernel": jnp.zeros(2)}, {"mean": jnp.zeros(2)})
     average = averaging.init(config, weights)
     history = []
@@ -27,7 +27,7 @@ def test_none_keeps_nothing():
     assert run(AveragingConfig()) == [(step, None) for step in range(1, TOTAL + 1)]
 
 
-def test_ema_follows_the_weights_and_leaves_them_alone():
+def test_ema_does_not_change_the_weights():
     mean, expected = 0.0, []
     for step in range(1, TOTAL + 1):
         decay = min(0.5, (1 + step) / (10 + step))
@@ -36,8 +36,8 @@ def test_ema_follows_the_weights_and_leaves_them_alone():
     np.testing.assert_allclose(run(AveragingConfig(name="ema", decay=0.5)), expected, rtol=1e-5)
 
 
-def test_lookahead_takes_the_weights_back():
-    """As the original has it: every 5 steps and after the last, with a decay that grows with the cube of time."""
+def test_lookahead_resets_the_weights():
+    """As in airbench: every 5 steps and after the last step, with a decay that grows with the cube of the step."""
     weights, mean, expected = 0.0, 0.0, []
     for step in range(1, TOTAL + 1):
         weights += 1
@@ -52,13 +52,13 @@ def test_lookahead_takes_the_weights_back():
 
 
 @pytest.mark.parametrize("name", averaging.AVERAGES)
-def test_the_average_is_evaluated_where_it_lies_beside_the_weights(name):
+def test_only_ema_weights_are_evaluated(name):
     weights, average = {"kernel": np.zeros(2)}, {"kernel": np.ones(2)}
     assert averaging.evaluated(AveragingConfig(name=name), weights, average) is (average if name == "ema" else weights)
 
 
 def test_the_first_average_is_a_copy():
-    """The step is given both to reuse their memory."""
+    """A step is donated the buffers of both, so they must not be the same."""
     weights = {"kernel": jnp.ones(2)}
     average = jax.jit(lambda weights: (weights, averaging.init(AveragingConfig(name="ema"), weights)))(weights)[1]
     assert average["kernel"] is not weights["kernel"]
@@ -66,13 +66,13 @@ def test_the_first_average_is_a_copy():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "setting"),
     [
-        ({"decay": 1.0}, "averaging.decay=1.0: must be in [0, 1)"),
-        ({"every": 0}, "averaging.every=0: must be at least 1"),
+        ({"decay": 1.0}, "averaging.decay=1.0: "),
+        ({"every": 0}, "averaging.every=0: "),
     ],
 )
-def test_bad_settings_are_refused(fields, message):
+def test_invalid_settings_are_refused(fields, setting):
     with pytest.raises(ConfigError) as caught:
         AveragingConfig(**fields).validate()
-    assert str(caught.value) == message
+    assert str(caught.value).startswith(setting)

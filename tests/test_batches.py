@@ -49,17 +49,17 @@ def test_pipelines_agree_byte_for_byte(start, steps_per_call, drop_last):
 
 
 @pytest.mark.parametrize("rows", [slice(0, 4), slice(4, 8), slice(2, 3)])
-def test_a_host_reads_its_rows_alone(rows):
+def test_a_host_reads_only_its_rows(rows):
     arrays, examples = make_arrays(30), np.arange(30, dtype=np.int32)
     arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 9, "drop_last": False}
     for whole, part in (
         (streaming.training_batches(arrays, examples, **arguments, rows=of) for of in (slice(None), rows)),
         (resident.training_indices(examples, steps_per_call=1, **arguments, rows=of) for of in (slice(None), rows)),
     ):
-        for batch, share in zip(whole, part, strict=True):
+        for batch, own in zip(whole, part, strict=True):
             here = rows if isinstance(batch, Batch) else (slice(None), rows)
             for field in FIELDS if isinstance(batch, Batch) else FIELDS[2:]:
-                np.testing.assert_array_equal(getattr(batch, field)[here], getattr(share, field))
+                np.testing.assert_array_equal(getattr(batch, field)[here], getattr(own, field))
 
 
 @given(
@@ -70,29 +70,29 @@ def test_a_host_reads_its_rows_alone(rows):
     group=st.integers(1, 7),
     data=st.data(),
 )
-def test_batches_depend_on_neither_prefetching_nor_hosts(size, drop_last, seed, hosts, group, data):
-    """The rows of all hosts together, `group` batches ahead, are what one host has without looking ahead."""
+def test_batches_depend_on_neither_prefetching_nor_number_of_hosts(size, drop_last, seed, hosts, group, data):
+    """The rows of all hosts, prefetched in groups of `group` batches, are those of one host without prefetching."""
     batch_size = hosts * data.draw(st.integers(1, max(size // hosts, 1)))
     if batch_size > size:
         return
     examples = np.arange(size, dtype=np.int32)
     start = data.draw(st.integers(0, 5))
     arguments = {"batch_size": batch_size, "seed": seed, "start": start, "stop": start + 6, "drop_last": drop_last}
-    alone = list(resident.training_indices(examples, steps_per_call=1, **arguments))
-    shares = []
+    single_host = list(resident.training_indices(examples, steps_per_call=1, **arguments))
+    per_host = []
     for host in range(hosts):
         rows = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
         own = resident.training_indices(examples, steps_per_call=1, **arguments, rows=rows)
-        shares.append(list(to_device(own, lambda positions: positions, group)))
-    assert len(alone) == 6
-    for whole, *parts in zip(alone, *shares, strict=True):
+        per_host.append(list(to_device(own, lambda positions: positions, group)))
+    assert len(single_host) == 6
+    for whole, *parts in zip(single_host, *per_host, strict=True):
         for field in FIELDS[2:]:
             together = np.concatenate([getattr(part, field) for part in parts], axis=1)
             np.testing.assert_array_equal(getattr(whole, field), together)
 
 
 @pytest.mark.parametrize("depth", [1, 9])
-def test_streamed_batches_do_not_depend_on_the_depth_of_prefetching(monkeypatch, depth):
+def test_streamed_batches_do_not_depend_on_the_prefetch_depth(monkeypatch, depth):
     arrays, examples = make_arrays(30), np.arange(30, dtype=np.int32)
     arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 20}
     before = list(streaming.training_batches(arrays, examples, **arguments))
@@ -119,7 +119,7 @@ def test_evaluation_counts_every_example_once(batch_size):
     assert seen == list(range(25))
 
 
-def test_batches_are_on_the_device_before_they_are_asked_for():
+def test_batches_are_put_on_the_device_ahead_of_time():
     taken = []
 
     def source():
@@ -128,12 +128,12 @@ def test_batches_are_on_the_device_before_they_are_asked_for():
             yield batch
 
     batches = to_device(source())
-    wait_until(lambda: len(taken) == GROUP)  # before the first is asked for
+    wait_until(lambda: len(taken) == GROUP)  # before the first batch is requested
     received = [next(batches)]
     wait_until(lambda: len(taken) == 2 * GROUP)
     received += itertools.islice(batches, GROUP - 1)
     time.sleep(0.05)
-    assert len(taken) == 2 * GROUP  # and no further before the next group is begun
+    assert len(taken) == 2 * GROUP  # no more before the second group is requested
     received += batches
     assert all(isinstance(batch.image, jax.Array) for batch in received)
     assert np.concatenate([batch.index for batch in received]).tolist() == list(range(60))
@@ -146,7 +146,7 @@ def wait_until(condition):
         time.sleep(0.001)
 
 
-def test_errors_of_the_source_reach_the_loop():
+def test_errors_of_the_source_are_raised_after_its_batches():
     def source():
         yield from evaluation_batches(make_arrays(GROUP), np.arange(GROUP, dtype=np.int32), 1)
         raise OSError("the disk is gone")
@@ -157,7 +157,7 @@ def test_errors_of_the_source_reach_the_loop():
         next(batches)
 
 
-def test_waiting_is_measured(monkeypatch):
+def test_time_spent_waiting_for_batches_is_measured(monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 20.5])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     batches = list(evaluation_batches(make_arrays(4), np.arange(4, dtype=np.int32), 2))

@@ -1,4 +1,4 @@
-"""The pages in a real Chromium: as a window, a phone and paper show them."""
+"""The HTML pages in a real Chromium: in a desktop window, on a phone and in print."""
 
 import io
 
@@ -44,29 +44,29 @@ def path(request, tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390, 360])
-def test_a_window(page, path, width, scheme):
+def test_page_fits_the_window(page, path, width, scheme):
     page.requests.clear()
     page.show(path, width=width, scheme=scheme)
-    assert page.value("document.documentElement.scrollWidth") <= width  # nothing has to be pushed aside to be read
+    assert page.value("document.documentElement.scrollWidth") <= width  # no horizontal scrolling
     edges = "[...document.querySelectorAll('p, h1, h2, figure, img')].map(part => part.getBoundingClientRect().right)"
     assert page.value(f"Math.max(...{edges})") <= width
-    picture = np.asarray(Image.open(io.BytesIO(page.picture())).convert("RGB"), np.float32)
-    assert picture.shape[0] > 1000
-    paper = {"light": 255, "dark": 23}[scheme]
-    assert abs(np.median(picture) - paper) < 3
-    assert picture.std() > 10
-    assert page.complaints == []
+    pixels = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"), np.float32)
+    assert pixels.shape[0] > 1000
+    background = {"light": 255, "dark": 23}[scheme]
+    assert abs(np.median(pixels) - background) < 3
+    assert pixels.std() > 10
+    assert page.console == []
     assert {request for request in page.requests if not request.startswith("data:")} == {path.as_uri()}
 
 
-def test_every_picture_is_decoded(page, path):
+def test_every_image_is_decoded(page, path):
     page.show(path, width=1280, scheme="light")
     broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
     assert page.value(broken) == 0
     assert page.value("document.images.length") == len(list(pages.read(path).all("img")))
 
 
-def test_no_text_is_lost_in_a_chart(page, path):
+def test_text_of_charts_is_not_clipped(page, path):
     page.show(path, width=1280, scheme="light")
     outside = """[...document.querySelectorAll('svg text')].filter(text => {
         const inner = text.getBoundingClientRect(), outer = text.closest('svg').getBoundingClientRect();
@@ -75,23 +75,23 @@ def test_no_text_is_lost_in_a_chart(page, path):
     assert page.value(outside) == []
 
 
-def test_paper(page, path):
+def test_page_can_be_printed(page, path):
     page.show(path, width=1280, scheme="dark")
     content = page.pdf()
     assert content.startswith(b"%PDF-")
     count = content.count(b"/Type /Page\n")
     assert 1 <= count <= 25
-    assert page.complaints == []
+    assert page.console == []
 
 
-def test_the_eyes_are_open(page, tmp_path):
-    """What these tests would see, if it were there."""
+def test_faulty_pages_are_detected(page, tmp_path):
+    """A page with a script, a network request and an overflow fails the checks of the other tests."""
     (tmp_path / "page.html").write_text(
-        "<script>console.log('heard')</script><img src='http://127.0.0.1:9/x.png'><p style='width: 2000px'>wide"
+        "<script>console.log('ran')</script><img src='http://127.0.0.1:9/x.png'><p style='width: 2000px'>wide"
     )
     page.show(tmp_path / "page.html", width=390, scheme="dark")
     assert "http://127.0.0.1:9/x.png" in page.requests
-    assert len(page.complaints) == 2
+    assert len(page.console) == 2
     assert page.value("document.documentElement.scrollWidth") > 390
     assert page.value("matchMedia('(prefers-color-scheme: dark)').matches")
-    page.complaints.clear()
+    page.console.clear()

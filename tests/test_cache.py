@@ -30,17 +30,16 @@ def test_round_trip_is_memory_mapped(tmp_path):
     assert (arrays.class_names, arrays.dataset) == (("a", "b", "c"), "set/1.0.0")
 
 
-def test_nothing_there_is_no_warning(tmp_path):
+def test_a_missing_cache_does_not_warn(tmp_path):
     assert cache.load(tmp_path / "train") is None
 
 
-def test_what_no_cache_wrote_is_never_removed(tmp_path):
-    """Whatever path a setting leads to."""
+def test_files_not_written_by_the_cache_are_never_removed(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"mine")
     with (
-        pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(UserError, match=r"not removed: it holds a\.jpg, which no cache wrote"),
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(UserError, match=r"data\.cache_dir: .*photos.*a\.jpg"),
     ):
         cache.load(tmp_path / "photos")
     assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"mine"
@@ -62,39 +61,39 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", ["images.npy", "labels.npy", "manifest.json"])
-def test_every_damage_is_seen_and_cleared_away(tmp_path, file, damage):
+def test_every_damage_is_detected_and_the_cache_is_rebuilt(tmp_path, file, damage):
     store(tmp_path / "train")
     DAMAGES[damage](tmp_path / "train" / file)
-    with pytest.warns(UserWarning, match="is damaged"):
+    with pytest.warns(UserWarning, match="damaged"):
         assert cache.load(tmp_path / "train") is None
     np.testing.assert_array_equal(store(tmp_path / "train").images, IMAGES)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "sha256": 3}', "[" * 10**5])
-def test_damaged_manifest(tmp_path, text):
+def test_invalid_manifest_is_detected(tmp_path, text):
     store(tmp_path / "train")
     (tmp_path / "train" / "manifest.json").write_text(text)
-    with pytest.warns(UserWarning, match="is damaged"):
+    with pytest.warns(UserWarning, match="damaged"):
         assert cache.load(tmp_path / "train") is None
 
 
 @pytest.mark.parametrize("num_examples", [9, 11])
 def test_wrong_number_of_examples_leaves_nothing(tmp_path, num_examples):
-    with pytest.raises(UserError, match=f"10 examples decoded where {num_examples} are expected"):
+    with pytest.raises(UserError, match=f"10 examples.*{num_examples}"):
         store(tmp_path / "train", num_examples)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("label", [-1, 3])
 def test_labels_outside_the_classes_are_refused(tmp_path, label):
-    with pytest.raises(UserError, match="labels outside 0 to 2"):
+    with pytest.raises(UserError, match="labels"):
         store(tmp_path / "train", batches=[(IMAGES, np.full(10, label))])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_set_under_the_same_name_is_not_mistaken_for_it(tmp_path):
+def test_a_cache_of_another_data_set_is_refused(tmp_path):
     store(tmp_path / "train")
-    with pytest.raises(UserError, match="cannot be read back as other"):
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*other/1\.0\.0"):
         cache.store(
             tmp_path / "train",
             [(IMAGES, LABELS)],
@@ -117,11 +116,11 @@ def test_interrupted_decoding_leaves_nothing(tmp_path):
 
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*file"):
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*/file/train\b.*File exists"):
         store(tmp_path / "file" / "train")
 
 
-def test_newest_version_counts_numbers_not_letters(tmp_path):
+def test_versions_are_compared_as_numbers(tmp_path):
     assert cache.newest_version(tmp_path, "set") is None
     for version in ("3.0.2", "3.0.10", "2.9.9"):
         store(tmp_path / "set" / version / "train")

@@ -8,21 +8,21 @@ from conftest import REPOSITORY
 from cifar_flax.report import charts, confusion
 
 
-def test_spikes_of_a_long_run_stay():
+def test_thinning_keeps_spikes_of_a_long_run():
     x, y = np.arange(100_000) / 300.0, np.random.default_rng(0).normal(0, 1, 100_000)
     y[[12_345, 54_321]] = 99, -99
     y[70_000:71_000] = np.nan
     few_x, few_y = charts.thin(x, y)
     assert len(few_x) <= 4 * 334
     for column in range(334):
-        there, left = y[np.floor(x) == column], few_y[np.floor(few_x) == column]
-        if np.isnan(there).all():
-            assert np.isnan(left).all()
+        values, kept = y[np.floor(x) == column], few_y[np.floor(few_x) == column]
+        if np.isnan(values).all():
+            assert np.isnan(kept).all()
         else:
-            kept = (np.nanmin(left), np.nanmax(left), left[0], left[-1])
-            there = there[~np.isnan(there)]
-            assert kept == (there.min(), there.max(), there[0], there[-1])
-    np.testing.assert_array_equal(charts.thin(x[::100], y[::100])[1], y[::100])  # few enough
+            values = values[~np.isnan(values)]
+            expected = (values.min(), values.max(), values[0], values[-1])
+            assert (np.nanmin(kept), np.nanmax(kept), kept[0], kept[-1]) == expected
+    np.testing.assert_array_equal(charts.thin(x[::100], y[::100])[1], y[::100])  # too few points to be thinned
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_ticks_are_round(low, high, ticks):
     assert charts.linear_ticks(low, high) == ticks
 
 
-def test_ticks_take_in_everything():
+def test_ticks_enclose_all_values():
     rng = np.random.default_rng(0)
     for _ in range(500):
         low, high = sorted(rng.normal(0, 1, 2) * 10.0 ** rng.integers(-30, 30, 2))
@@ -55,26 +55,26 @@ def test_ticks_take_in_everything():
         assert high <= ticks[-1] * (1 + 1e-9)
 
 
-def test_full_matrix_of_many_classes_is_thinned():
+def test_confusion_matrix_of_many_classes_is_thinned():
     counts = np.ones((400, 400), np.int64)
     counts[3, 5] = 9
     drawn = confusion.heat_map(counts, [str(i) for i in range(400)])
-    assert drawn.count("M") == confusion.CELLS + 1  # and the frame
+    assert drawn.count("M") == confusion.CELLS + 1  # one of them is the frame
     assert len(drawn) < 500_000
 
 
 def _contrast(one, other):
-    """Of two colors, as WCAG 2.1 has it."""
-    lights = []
+    """Return the contrast ratio of two colors (WCAG 2.1)."""
+    luminances = []
     for color in (one, other):
         parts = np.asarray(color) / 255
         parts = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-        lights.append(float(parts @ (0.2126, 0.7152, 0.0722)))
-    return (max(lights) + 0.05) / (min(lights) + 0.05)
+        luminances.append(float(parts @ (0.2126, 0.7152, 0.0722)))
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
 
 
 @pytest.mark.parametrize("theme", [0, 1])
-def test_text_stands_out(theme):
+def test_text_has_enough_contrast(theme):
     style = (REPOSITORY / "cifar_flax" / "report" / "page.css").read_text()
     found = re.findall(r"--([\w-]+): #(\w{6});", style.split("@media screen")[theme])
     colors = {name: np.array(struct.unpack("3B", bytes.fromhex(value))) for name, value in found}

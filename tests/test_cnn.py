@@ -16,7 +16,7 @@ def arrays(model, kind):
     return nnx.to_pure_dict(nnx.state(model, kind))
 
 
-def test_parameter_count_is_the_reference_networks():
+def test_parameter_count_equals_that_of_the_reference_network():
     assert sum(leaf.size for leaf in jax.tree.leaves(arrays(build(), nnx.Param))) == 3_693_002
 
 
@@ -25,14 +25,14 @@ def test_initial_values_are_keras_defaults():
     for layer, fan_in, fan_out in (("conv", 27, 288), ("hidden", 7200, 512), ("head", 512, 10)):
         kernel, limit = np.asarray(params[layer]["kernel"]), np.sqrt(6 / (fan_in + fan_out))
         assert np.abs(kernel).max() <= limit
-        np.testing.assert_allclose(kernel.std(), limit / np.sqrt(3), rtol=0.05)  # of a uniform distribution
+        np.testing.assert_allclose(kernel.std(), limit / np.sqrt(3), rtol=0.05)  # the std of a uniform distribution
         assert not np.any(params[layer]["bias"])
     assert np.all(params["norm"]["scale"] == 1)
     assert not np.any(params["norm"]["bias"])
 
 
-def test_forward_pass_is_the_stated_design():
-    """Against the layers written out in NumPy, with statistics and parameters that are nothing special."""
+def test_forward_pass_equals_the_layers_in_numpy():
+    """Parameters and batch statistics are random, so that each of them matters."""
     model = build()
     rng = np.random.default_rng(0)
     for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
@@ -58,7 +58,7 @@ def test_forward_pass_is_the_stated_design():
     np.testing.assert_allclose(model(jnp.asarray(x)), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_training_updates_statistics_by_keras_momentum():
+def test_training_updates_batch_statistics_with_the_momentum_of_keras():
     model = build(conv_dropout=0.0, hidden_dropout=0.0)
     x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     before = nnx.relu(model.conv(x))
@@ -68,7 +68,7 @@ def test_training_updates_statistics_by_keras_momentum():
     np.testing.assert_allclose(stats["var"], 0.99 + 0.01 * before.var(axis=(0, 1, 2)), rtol=1e-4)
 
 
-def test_both_dropouts_act_in_training_only():
+def test_both_dropouts_apply_in_training_only():
     x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     keys = [jax.random.split(jax.random.key(seed), 4) for seed in (1, 2)]
     for rates in ({"conv_dropout": 0.2, "hidden_dropout": 0.0}, {"conv_dropout": 0.0, "hidden_dropout": 0.5}):
@@ -78,7 +78,7 @@ def test_both_dropouts_act_in_training_only():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtype_is_that_of_the_activations_only(dtype):
+def test_dtype_applies_to_activations_only(dtype):
     model = build(dtype=dtype)
     graphdef, state = nnx.split(model)
     x, keys = jnp.zeros((2, 32, 32, 3)), jax.random.split(jax.random.key(0), 2)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ QUICKSTART = str(REPOSITORY / "configs" / "quickstart.py")
 CHANGED = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 TINY = ("model.width=2", "model.hidden=8", "train.batch_size=256", "train.epochs=1", "optim.warmup_epochs=0")
 
-# Runs main.py with the arguments given, and prints what JAX counts of its compilation cache.
+# Run main.py with the command-line arguments, and print JAX's event counts of the compilation cache.
 PROGRAM = """
 import collections, json, sys
 import jax
@@ -58,31 +59,31 @@ def test_the_second_start_compiles_nothing(tmp_path):
     assert any(folder.iterdir())
 
 
-def test_a_barrier_keeps_operations_apart():
-    """Without the option, jax 0.10 computes the sine anew wherever it is used."""
+def test_optimization_barriers_are_kept():
+    """Without the option, jax 0.10 fuses the sine into its users."""
     run = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.sin(x)) + 1, compiler_options=compilation.options("cpu"))
     functions = run.lower(jnp.zeros(1000)).compile().as_text().split("\n\n")
     (with_sine,) = [function for function in functions if " sine(" in function]
     assert " add(" not in with_sine
 
 
-def test_a_maximum_over_places_is_not_computed_anew_for_each_use():
-    """As in the reference network: an activation and a normalisation use it several times, and so does the gradient."""
+def test_a_pooling_maximum_is_computed_once():
+    """As in the reference network, an activation, a normalization and the gradient use the maximum."""
 
     def loss(x):
         y = jnp.abs(max_over_places(x) + 1)
         return jnp.sum(((y - jnp.mean(y)) / jnp.std(y)) ** 3)
 
     run = jax.jit(jax.value_and_grad(loss), compiler_options=compilation.options("cpu"))
-    assert run.lower(jnp.zeros((64, 4, 128))).compile().as_text().count(" maximum(") == 3  # of four places
+    assert run.lower(jnp.zeros((64, 4, 128))).compile().as_text().count(" maximum(") == 3  # of four values
 
 
-def test_random_words_are_made_without_a_loop():
+def test_random_words_are_computed_without_a_loop():
     run = jax.jit(lambda keys: random_words(keys, 100), compiler_options=compilation.options("cpu"))
     assert " while(" not in run.lower(jax.random.split(jax.random.key(0), 8)).compile().as_text()
 
 
-def test_both_steps_are_compiled_with_the_options(tiny_config, monkeypatch):
+def test_training_and_evaluation_are_compiled_with_the_options(tiny_config, monkeypatch):
     trainer = Trainer(tiny_config)
     monkeypatch.setattr(compilation, "options", lambda platform, **how: {f"no_such_option_of_{platform}": True})
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option_of_cpu"):
@@ -96,7 +97,7 @@ def test_both_steps_are_compiled_with_the_options(tiny_config, monkeypatch):
     ("variable", "value", "used"),
     [("JAX_ENABLE_COMPILATION_CACHE", "false", None), ("JAX_COMPILATION_CACHE_DIR", "elsewhere", "elsewhere")],
 )
-def test_jax_own_variables_are_the_switch(tmp_path, variable, value, used):
+def test_environment_variables_of_jax_take_precedence(tmp_path, variable, value, used):
     program = "import jax; from cifar_flax.runtime import compilation; compilation.keep_programs(); jax.jit(abs)(1.0)"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), variable: value}
     subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True)
@@ -106,6 +107,7 @@ def test_jax_own_variables_are_the_switch(tmp_path, variable, value, used):
 
 @pytest.fixture
 def no_folder_yet():
+    """Unset the folder of the compilation cache, and restore it after the test."""
     before = {name: getattr(jax.config, name) for name in CHANGED}
     jax.config.update("jax_compilation_cache_dir", None)
     yield
@@ -113,7 +115,7 @@ def no_folder_yet():
         jax.config.update(name, value)
 
 
-def test_the_folder_of_compiled_programs_is_bounded(monkeypatch, no_folder_yet):
+def test_the_compilation_cache_is_limited_in_size(monkeypatch, no_folder_yet):
     folder = files.user_cache() / "compiled"
     folder.mkdir(parents=True)
     for age in range(10):
@@ -123,13 +125,13 @@ def test_the_folder_of_compiled_programs_is_bounded(monkeypatch, no_folder_yet):
     assert len(list(folder.iterdir())) == 10
     monkeypatch.setattr(compilation, "_MAX_BYTES", 3500)
     compilation.keep_programs()
-    assert len(list(folder.iterdir())) == 10  # it has been named already, perhaps by the user
+    assert len(list(folder.iterdir())) == 10  # the folder is set already, perhaps by the user, so nothing is removed
     jax.config.update("jax_compilation_cache_dir", None)
     compilation.keep_programs()
     assert sorted(path.name for path in folder.iterdir()) == ["0-cache", "1-cache", "2-cache"]
 
 
-def test_a_folder_open_to_others_is_closed(tmp_path, no_folder_yet):
+def test_the_cache_folder_becomes_accessible_to_its_owner_only(tmp_path, no_folder_yet):
     folder = tmp_path / "cache" / "cifar_flax" / "compiled"
     folder.mkdir(parents=True, mode=0o777)
     compilation.keep_programs()
@@ -137,18 +139,18 @@ def test_a_folder_open_to_others_is_closed(tmp_path, no_folder_yet):
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
 
-def test_without_a_folder_programs_are_not_kept(tmp_path, no_folder_yet):
+def test_without_a_folder_programs_are_not_cached(tmp_path, no_folder_yet):
     (tmp_path / "cache").write_text("in the way")
     compilation.keep_programs()
     assert jax.config.jax_compilation_cache_dir is None
 
 
 @pytest.fixture
-def kept(tmp_path):
-    """A folder for compiled programs, which JAX has not used yet."""
+def cache_folder(tmp_path):
+    """Return an empty folder that JAX will use as its compilation cache."""
     names = *CHANGED, "jax_enable_compilation_cache", "jax_persistent_cache_min_entry_size_bytes"
     before = {name: getattr(jax.config, name) for name in names}
-    folder = tmp_path / "kept"
+    folder = tmp_path / "cache_folder"
     folder.mkdir()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     compilation_cache.reset_cache()
@@ -158,27 +160,27 @@ def kept(tmp_path):
     compilation_cache.reset_cache()
 
 
-def test_that_programs_are_kept_is_tried_and_leaves_nothing(kept):
-    (kept / "jit_other-cache").touch()
+def test_the_probe_of_the_compilation_cache_leaves_nothing(cache_folder):
+    (cache_folder / "jit_other-cache").touch()
     assert compilation.why_not_kept() is None
-    assert [path.name for path in kept.glob("jit*")] == ["jit_other-cache"]
+    assert [path.name for path in cache_folder.glob("jit*")] == ["jit_other-cache"]
     with compilation.nothing_kept():
         jax.jit(lambda x: x + 271828)(0)
-    assert [path.name for path in kept.glob("jit*")] == ["jit_other-cache"]
+    assert [path.name for path in cache_folder.glob("jit*")] == ["jit_other-cache"]
     jax.clear_caches()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.jit(lambda x: x + 271828)(0)
-    assert len(list(kept.glob("jit*"))) > 1
+    assert len(list(cache_folder.glob("jit*"))) > 1
 
 
-def test_why_programs_are_not_kept(kept, tmp_path):
+def test_why_programs_are_not_cached(cache_folder, tmp_path):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 10**9)
-    assert compilation.why_not_kept() == f"{kept} does not give back what is kept there"
+    assert compilation.why_not_kept().startswith(f"{cache_folder} ")
     (tmp_path / "file").touch()
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file"))
     compilation_cache.reset_cache()
-    assert compilation.why_not_kept().startswith(f"{tmp_path}/file does not work (FileExistsError: ")
+    assert re.search(f"{tmp_path}/file .*FileExistsError: ", compilation.why_not_kept())
     jax.config.update("jax_compilation_cache_dir", None)
-    assert compilation.why_not_kept() == f"{files.user_cache()}/compiled cannot be made, or is not this user's"
+    assert compilation.why_not_kept().startswith(f"{files.user_cache()}/compiled ")
     jax.config.update("jax_enable_compilation_cache", False)
-    assert compilation.why_not_kept() == "JAX_ENABLE_COMPILATION_CACHE is false"
+    assert "JAX_ENABLE_COMPILATION_CACHE" in compilation.why_not_kept()

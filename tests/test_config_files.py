@@ -1,4 +1,4 @@
-"""Which file `--config` means, and what a config file may import."""
+"""How `--config` finds its file, and imports between config files."""
 
 import sys
 
@@ -25,27 +25,25 @@ def test_shipped_configs_have_names(name, tmp_path):
     assert str(command.workdir) == f"runs/{name}"
 
 
-def test_a_name_that_is_none_is_answered_with_those_there_are():
-    with pytest.raises(
-        ConfigError, match=r"--config='defalt': must be the path of a config file, or one of airbench94,"
-    ):
+def test_the_error_for_an_unknown_name_lists_the_names():
+    with pytest.raises(ConfigError, match=r"^--config='defalt': .*airbench94, .*quickstart"):
         arguments.parse(["--config=defalt"])
 
 
 @pytest.mark.parametrize("path", ["configs/default", "default.py", "./default"])
-def test_what_looks_like_a_path_is_a_path(path):
-    with pytest.raises(ConfigError, match=f"--config='{path}': no such file"):
+def test_paths_are_not_looked_up_as_names(path):
+    with pytest.raises(ConfigError, match=f"^--config='{path}': no such file"):
         arguments.parse([f"--config={path}"])
 
 
-def test_a_file_of_that_name_comes_first(tmp_path):
+def test_a_local_file_takes_precedence_over_a_shipped_config(tmp_path):
     (tmp_path / "default").write_text("from cifar_flax.config import Config\nget_config = lambda: Config(seed=7)\n")
     assert arguments.parse(["--config=default"]).config.seed == 7
 
 
 @pytest.mark.parametrize("parent", ["base", "configs.base"])
-def test_a_config_imports_its_sibling_from_anywhere(tmp_path, parent):
-    """Two folders with siblings of the same names, neither of them the current one."""
+def test_a_config_can_import_a_file_next_to_it(tmp_path, parent):
+    """Two folders have files of the same names; neither is the current folder."""
     for number, folder in enumerate((tmp_path / "one" / "configs", tmp_path / "two" / "configs")):
         folder.mkdir(parents=True)
         base = f"from cifar_flax.config import Config\ndef get_config(): return Config(seed={10 * number})\n"

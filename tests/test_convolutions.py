@@ -1,4 +1,4 @@
-"""Convolutions written for a CPU beside XLA's: values and both gradients."""
+"""The convolutions for CPUs, compared with XLA's: values and both gradients."""
 
 import functools
 
@@ -25,13 +25,13 @@ def value_and_gradients(platform, x, kernel, **options):
 
 def assert_equal(x_shape, kernel_shape, **options):
     x, kernel = normal(0, *x_shape), normal(1, *kernel_shape)
-    ours, plain = (value_and_gradients(platform, x, kernel, **options) for platform in ("cpu", "cuda"))
-    for a, b in zip(ours, plain, strict=True):
+    ours, xla = (value_and_gradients(platform, x, kernel, **options) for platform in ("cpu", "cuda"))
+    for a, b in zip(ours, xla, strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, atol=3e-5 * max(1e-6, float(np.abs(b).max(initial=0))), rtol=0)
 
 
-# The sizes of the networks' layers, those around a tile of 4, and sizes that differ.
+# Sizes of the networks' layers, sizes close to the tile of 4, and sizes that are not square.
 SIZES = [(31, 31), (15, 15), (7, 7), (3, 3), (1, 1), (2, 2), (8, 5), (6, 9), (13, 4)]
 
 
@@ -58,20 +58,20 @@ def test_patches_equal_xla(shape):
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("size", [(10, 10), (9, 6), (3, 3)])
 def test_strided_patches_equal_xla(size, kernel_size):
-    """Short patches and long ones."""
+    """Few input channels make short patches, more make long ones."""
     for c_in in (3, 6):
         assert_equal((2, *size, c_in), (kernel_size, kernel_size, c_in, 4), padding="VALID", stride=2)
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
-def test_other_shapes_are_left_to_xla(padding):
+def test_other_shapes_use_the_convolution_of_xla(padding):
     assert_equal((2, 9, 9, 6), (5, 5, 6, 4), padding=padding)
     assert_equal((2, 9, 9, 6), (5, 5, 6, 4), padding=padding, pool=True)
 
 
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize(("padding", "c_in"), [("SAME", 8), ("VALID", 3)])
-def test_each_platform_gets_its_own_convolution(pool, padding, c_in):
+def test_each_platform_uses_its_own_convolution(pool, padding, c_in):
     def text(platform):
         run = jax.jit(functools.partial(layers.conv2d, padding=padding, pool=pool, platform=platform))
         return run.lower(jnp.zeros((2, 8, 8, c_in)), jnp.zeros((3, 3, c_in, 4))).as_text()
@@ -83,8 +83,8 @@ def test_each_platform_gets_its_own_convolution(pool, padding, c_in):
         assert "stablehlo.dot_general" not in text(platform)
 
 
-def test_short_floats_are_not_transformed():
-    """The transforms would lose most of their eight bits."""
+def test_bfloat16_convolutions_are_not_transformed():
+    """The transforms would lose most of the eight bits of precision."""
     run = jax.jit(lambda x, kernel: layers.conv2d(x, kernel, padding="SAME", platform="cpu"))
     text = run.lower(jnp.zeros((2, 8, 8, 8), jnp.bfloat16), jnp.zeros((3, 3, 8, 4), jnp.bfloat16)).as_text()
     assert "stablehlo.convolution" in text

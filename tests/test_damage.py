@@ -1,4 +1,4 @@
-"""Checkpoints that are not what was saved, or cannot be read."""
+"""Checkpoints that are damaged or cannot be read."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ def flip(content):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_never_restored(open_checkpoints, tmp_path, capsys, damage):
-    """Each of its files: where there is another checkpoint that one is used; where there is none, nothing is."""
+    """If any file is damaged, an older checkpoint is restored; without an older one, restoring fails."""
     folder = tmp_path / "checkpoints"
     checkpoints = open_checkpoints(keep=2)
     for step in (3, 5):
@@ -37,21 +37,21 @@ def test_a_damaged_checkpoint_is_never_restored(open_checkpoints, tmp_path, caps
     assert len(names) >= 8
     for name in names:
         if not (folder / "5" / name).stat().st_size and damage != "deleted":
-            continue  # an empty file cannot be less
+            continue  # an empty file cannot be shortened
         DAMAGES[damage](folder / "5" / name)
         state, record = open_checkpoints().restore_newest(make_state())
         assert (int(state.step), record["note"]) == (3, 3)
         jax.tree.map(np.testing.assert_array_equal, state, jax.tree.map(lambda x: x + 3, make_state(0)))
-        said = capsys.readouterr().out
-        assert re.search(r"^the checkpoint of step 5 is damaged \(.+\), now 5\.damaged; using 3$", said, re.MULTILINE)
+        printed = capsys.readouterr().out
+        assert re.search(r"^.*step 5 .*\(.+\).* 5\.damaged\b.*\b3\b.*$", printed, re.MULTILINE)
         assert steps_in(folder) == {"3", "5.damaged"}
 
         shutil.rmtree(folder / "3")
         (folder / "5.damaged").rename(folder / "5")
-        for _ in range(2):  # nor at a second start
-            with pytest.raises(UserError, match="none of its checkpoints is as it was saved; to start anew, choose"):
+        for _ in range(2):  # a second start fails too
+            with pytest.raises(UserError, match=r"checkpoints: .*--workdir"):
                 open_checkpoints().restore_newest(make_state())
-        assert "the checkpoint of step 5 is damaged (" in capsys.readouterr().out
+        assert re.search(r"step 5 .*damaged", capsys.readouterr().out)
         assert steps_in(folder) == {"5"}
         for read in (lambda: checkpoints.restore(5, make_state()), lambda: checkpoints.restore_newest(make_state())):
             with pytest.raises(UserError) as caught:
@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_never_restored(open_checkpoints, tmp_path, caps
         shutil.copytree(tmp_path / "intact", folder)
 
 
-def test_a_checkpoint_of_another_step_is_not_taken_for_this_one(open_checkpoints, tmp_path):
+def test_a_checkpoint_renamed_to_another_step_is_damaged(open_checkpoints, tmp_path):
     checkpoints = open_checkpoints()
     checkpoints.save(make_state(3), {})
     checkpoints.wait()
@@ -70,8 +70,8 @@ def test_a_checkpoint_of_another_step_is_not_taken_for_this_one(open_checkpoints
 
 
 @pytest.fixture
-def unreadable_today(monkeypatch):
-    """A record that a file system, today, gives an error for."""
+def make_unreadable(monkeypatch):
+    """Return a function that makes reading the metadata of one step raise an I/O error."""
 
     def of(step):
         read = files.read_sealed
@@ -86,40 +86,40 @@ def unreadable_today(monkeypatch):
     return of
 
 
-def test_a_checkpoint_that_cannot_be_read_today_is_not_removed(open_checkpoints, tmp_path, unreadable_today):
+def test_an_unreadable_checkpoint_is_not_removed(open_checkpoints, tmp_path, make_unreadable):
     checkpoints = open_checkpoints(keep=1, keep_best=1)
     for step, accuracy in ((1, 0.9), (2, 0.5)):
         checkpoints.save(make_state(step), {}, accuracy)
     checkpoints.wait()
-    unreadable_today(1)
+    make_unreadable(1)
     checkpoints.save(make_state(3), {}, 0.6)
     checkpoints.wait()
     assert steps_in(tmp_path / "checkpoints") == {"1", "3"}
-    with pytest.raises(UserError, match=r"checkpoints/1 cannot be read \(OSError: .*Input/output error"):
-        checkpoints.best_step()  # another one would be taken for the best
+    with pytest.raises(UserError, match=r"checkpoints/1 .*OSError: .*Input/output error"):
+        checkpoints.best_step()  # step 1 may be the best
 
 
-def test_a_checkpoint_that_cannot_be_read_today_is_not_set_aside(open_checkpoints, tmp_path, unreadable_today):
+def test_an_unreadable_checkpoint_is_not_renamed(open_checkpoints, tmp_path, make_unreadable):
     checkpoints = open_checkpoints()
     for step in (1, 2):
         checkpoints.save(make_state(step), {})
     checkpoints.wait()
-    unreadable_today(2)
-    with pytest.raises(UserError, match="checkpoints/2 cannot be read"):
+    make_unreadable(2)
+    with pytest.raises(UserError, match=r"checkpoints/2 .*Input/output error"):
         open_checkpoints().restore_newest(make_state())
     assert steps_in(tmp_path / "checkpoints") == {"1", "2"}
 
 
-def test_checkpoints_of_other_versions_are_left_alone(open_checkpoints, tmp_path):
+def test_checkpoints_of_other_versions_are_refused_and_kept(open_checkpoints, tmp_path):
     checkpoints = open_checkpoints()
     checkpoints.save(make_state(1), {})
     checkpoints.wait()
     shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2")
     files.write_sealed(tmp_path / "checkpoints" / "2" / "record.json", {"format": 99, "step": 2})
-    with pytest.raises(UserError, match="checkpoints/2 has the format 99; this version reads 1"):
+    with pytest.raises(UserError, match=r"checkpoints/2 .*format.*99"):
         open_checkpoints().restore_newest(make_state())
     (tmp_path / "checkpoints" / "2" / "record.json").unlink()
     (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("{}")
-    with pytest.raises(UserError, match="checkpoints/2 was made by an earlier version, and this one cannot read it"):
+    with pytest.raises(UserError, match=r"checkpoints/2 .*earlier version"):
         open_checkpoints().restore_newest(make_state())
     assert steps_in(tmp_path / "checkpoints") == {"1", "2"}

@@ -1,4 +1,4 @@
-"""The program where little is installed: no TensorFlow, TFDS, scikit-learn, matplotlib, tensorboardX or tqdm."""
+"""Training with the required packages alone: no TensorFlow, scikit-learn, matplotlib, tensorboardX, tqdm etc."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ def get_config():
 
 
 def needed_distributions():
-    """`NEEDED` and whatever they need, as their metadata say."""
+    """Return the distributions of `NEEDED` and of their requirements, recursively."""
     found, names = {}, list(NEEDED)
     while names:
         name = re.sub("[-_.]+", "-", names.pop().lower())
@@ -47,7 +47,7 @@ def needed_distributions():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder that holds what these packages consist of, and nothing else."""
+    """Return a folder with links to the files of the required packages and nothing else."""
     folder = tmp_path_factory.mktemp("site")
     for distribution in needed_distributions().values():
         for file in distribution.files or ():
@@ -58,7 +58,7 @@ def site(tmp_path_factory):
 
 
 def start(site, tmp_path, *arguments):
-    """`main.py` in a Python that sees the standard library and `site`."""
+    """Run `main.py` in a Python process that finds only the standard library and `site`."""
     code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; from cifar_flax import cli; cli.entry_point()"
     command = [sys.executable, "-I", "-S", "-c", code, *arguments]
     return subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
@@ -70,7 +70,7 @@ def config_file(tmp_path):
     return str(tmp_path / "config.py")
 
 
-def test_training_and_evaluation_from_the_cache_of_decoded_arrays(site, tmp_path, config_file):
+def test_training_and_evaluation_from_the_data_cache(site, tmp_path, config_file):
     rng = np.random.default_rng(0)
     for split, count in (("train", 200), ("test", 30)):
         labels = rng.integers(0, 2, count, np.int32)
@@ -83,14 +83,14 @@ def test_training_and_evaluation_from_the_cache_of_decoded_arrays(site, tmp_path
             class_names=("dark", "bright"),
             dataset="squares/1.0.0",
         )
-    place = "--config.data.cache_dir=decoded"
-    done = start(site, tmp_path, "--config", config_file, place, "--workdir=run")
+    cache_dir = "--config.data.cache_dir=decoded"
+    done = start(site, tmp_path, "--config", config_file, cache_dir, "--workdir=run")
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert (result["num_examples"], result["step"]) == (30, 8)
     assert result["accuracy"] > 0.9
-    for what in ("tensorboardX", "matplotlib"):
-        assert len([line for line in done.stdout.splitlines() if f"{what} is not installed" in line]) == 1
+    for package in ("tensorboardX", "matplotlib"):
+        assert len([line for line in done.stdout.splitlines() if f"{package} is not installed" in line]) == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         ".lock", "config.json", "metrics.jsonl", "checkpoints", "eval.json", "report.html",
     }  # fmt: skip
@@ -98,48 +98,37 @@ def test_training_and_evaluation_from_the_cache_of_decoded_arrays(site, tmp_path
     done = start(site, tmp_path, "--mode=eval", "--workdir=run")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "eval.json").read_bytes() == trained
-    for arguments, message in (
-        (
-            ("--mode=predict", "photo.png"),
-            "image files cannot be read: pillow is not installed; pillow>=10.1 is needed (pip install -U",
-        ),
-        (
-            ("--mode=export", "--output=exported"),
-            "--mode=export: safetensors is not installed; safetensors>=0.5 is needed (pip install -U",
-        ),
+    for arguments, package in (
+        (("--mode=predict", "photo.png"), "pillow"),
+        (("--mode=export", "--output=exported"), "safetensors"),
     ):
         done = start(site, tmp_path, *arguments, "--workdir=run")
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith(f"error: {message}")
+        assert re.search(f"^error: .*{package} is not installed.*pip install", done.stderr)
         assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "pattern"),
     [
-        ("", 1, "data.name='squares': its train split is not in the cache"),
-        (
-            "--config.data.name=digits",
-            1,
-            "data.name=digits: scikit-learn is not installed; scikit-learn>=1.6 is needed",
-        ),
+        ("", "data.name='squares': .*train.*tensorflow-datasets is not installed"),
+        ("--config.data.name=digits", "data.name=digits: scikit-learn is not installed"),
         (
             "--config.data.pipeline=streaming --config.train.steps_per_call=1",
-            1,
-            "data.pipeline='streaming' (resident needs no TensorFlow): tensorflow is not installed",
+            "data.pipeline='streaming'.*tensorflow is not installed",
         ),
     ],
 )
-def test_what_is_missing_is_told_in_a_line(site, tmp_path, config_file, arguments, code, message):
+def test_a_missing_package_is_reported_in_one_line(site, tmp_path, config_file, arguments, pattern):
     done = start(site, tmp_path, "--config", config_file, *arguments.split())
-    assert done.returncode == code
-    assert done.stderr.startswith(f"error: {message}")
+    assert done.returncode == 1
+    assert re.search(f"^error: {pattern}", done.stderr)
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_package_without_which_nothing_goes_is_named(site, tmp_path):
+def test_a_missing_required_package_is_reported(site, tmp_path):
     hide = "sys.modules['optax'] = None; from cifar_flax import cli; cli.entry_point()"
     code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; {hide}"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == 'error: optax is not installed; optax>=0.2.6 is needed (pip install -U "optax>=0.2.6")\n'
+    assert re.fullmatch('error: optax is not installed.*pip install.* "optax>=0.2.6".*\n', done.stderr)

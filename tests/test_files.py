@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 from cifar_flax import files
 
 
-def test_json_is_replaced_whole(tmp_path):
+def test_json_is_replaced_atomically(tmp_path):
     path = tmp_path / "eval.json"
     files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
@@ -17,7 +17,7 @@ def test_json_is_replaced_whole(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
 
 
-def test_what_is_not_written_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_partial_file(tmp_path, monkeypatch):
     path = tmp_path / "eval.json"
     files.write_json(path, {"a": 1})
 
@@ -31,16 +31,16 @@ def test_what_is_not_written_leaves_nothing(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
 
 
-def test_a_seal_holds_all_that_json_does(tmp_path):
+def test_sealed_files_keep_all_json_values(tmp_path):
     content = {"a": [1, 2.5, None, True, '\u00e4 "x"'], "b": {"c": 1 / 3, "": {}}, "f": 1e-300}
     files.write_sealed(tmp_path / "a", content)
     assert files.read_sealed(tmp_path / "a") == content
 
 
-def test_one_lock_has_one_holder_who_is_told(tmp_path):
+def test_a_lock_has_one_holder_and_names_it(tmp_path):
     with files.locked(tmp_path / "lock", wait=False):
         with pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
-            pytest.fail("two have it")
+            pytest.fail("two holders")
         assert (tmp_path / "lock").read_text().startswith("process ")
     with files.locked(tmp_path / "lock", wait=False):
         pass
@@ -57,18 +57,18 @@ def test_a_dead_process_holds_no_lock(tmp_path):
     ) as process:
         assert process.stdout.readline() == "locked\n"
         with pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
-            pytest.fail("two have it")
+            pytest.fail("two holders")
         process.kill()
         process.wait()
     with files.locked(tmp_path / "lock", wait=False):
         pass
 
 
-def test_the_holder_of_a_lock_is_told_without_taking_it(tmp_path):
+def test_lock_holder_does_not_take_the_lock(tmp_path):
     assert files.lock_holder(tmp_path / "lock") is None
     assert not (tmp_path / "lock").exists()
     with files.locked(tmp_path / "lock", wait=False):
         assert files.lock_holder(tmp_path / "lock").startswith("process ")
         with pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
-            pytest.fail("two have it")
+            pytest.fail("two holders")
     assert files.lock_holder(tmp_path / "lock") is None

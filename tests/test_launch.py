@@ -1,4 +1,4 @@
-"""The launch files of docs/scaling.md, started as the cluster would: the commands and the variables are the files'."""
+"""Run the Slurm and Kubernetes files of docs/devices.md on this machine, with their commands and variables."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import yaml
 from conftest import REPOSITORY
 from processes import CONFIG, assert_same_run, end, environment, free_port, reference
 
-PAGE = (REPOSITORY / "docs" / "scaling.md").read_text()
+PAGE = (REPOSITORY / "docs" / "devices.md").read_text()
 
 
 def block(title, language):
@@ -24,7 +24,7 @@ def block(title, language):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The program, with a short run of a small network under the name that the files use."""
+    """Return a folder with main.py and a small, short config under the file name that the launch files use."""
     (tmp_path / "main.py").symlink_to(REPOSITORY / "main.py")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "resnet18.py").write_text(CONFIG)
@@ -36,13 +36,13 @@ def on_path(checkout):
 
 
 def free_job():
-    """The number of a job whose port is free: JAX takes it from the last 4,096, by the number's remainder."""
+    """Return a Slurm job ID whose coordinator port is free: JAX uses port 61440 + ID modulo 4096."""
     first = 2**16 - 2**12
     return free_port(range(first, 2**16)) - first
 
 
 SRUN = """#!/bin/bash
-# srun(1): starts a step's tasks, each with the variables that Slurm sets, and ends with the code of one that fails.
+# Replaces srun(1): starts all tasks with the variables that Slurm sets, and exits with the code of a failed task.
 [[ $1 == --kill-on-bad-exit=1 ]] && shift
 for ((task = 0; task < SLURM_NTASKS; task++)); do
   SLURM_PROCID=$task SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) SLURM_STEP_NUM_TASKS=$SLURM_NTASKS \\
@@ -54,7 +54,7 @@ for ((task = 0; task < SLURM_NTASKS; task++)); do wait -n || exit $?; done
 
 @pytest.mark.slow
 def test_slurm(checkout):
-    """Four processes, which train as one with as many devices does."""
+    """Train in four processes; the results equal those of one process with four devices."""
     script = block("Slurm", "bash")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     directives = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
@@ -83,8 +83,8 @@ def test_slurm(checkout):
     ((out, err),) = end([job])
     assert job.returncode == 0, err
     for number in range(nodes * per_node):
-        hello = f"[process {number} of {nodes * per_node}, {socket.gethostname()}] 1 of {nodes * per_node} devices"
-        assert hello in out, err
+        line = f"[process {number} of {nodes * per_node}, {socket.gethostname()}] 1 of {nodes * per_node} devices"
+        assert line in out, err
     reference(checkout, nodes * per_node, config="configs/resnet18.py")
     assert_same_run(checkout, "one", "runs/resnet18")
 
@@ -97,25 +97,25 @@ def test_kubernetes(checkout):
     (container,) = pod["containers"]
     name = job["metadata"]["name"]
     assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["selector"] == {"job-name": name}  # a label of the Job's pods
+    assert service["spec"]["selector"] == {"job-name": name}  # Kubernetes adds this label to the Job's pods
     assert pod["subdomain"] == service["metadata"]["name"]
     assert (spec["completionMode"], spec["parallelism"]) == ("Indexed", spec["completions"])
     (mount,) = container["volumeMounts"]
     assert mount["name"] == pod["volumes"][0]["name"]
     shutil.rmtree(checkout / "runs", ignore_errors=True)
 
-    def here(text, index):
-        """The first pod's name and port are this host's, the volume is a folder, and `$(NAME)` is put in."""
+    def localize(text, index):
+        """Replace the coordinator's address, the path of the volume and the pod's index in `text`."""
         text = text.replace(f"{name}-0.{pod['subdomain']}:8476", f"127.0.0.1:{port}")
         text = text.replace(f"{mount['mountPath']}/", f"{checkout}{mount['mountPath']}/")
         return text.replace("$(JOB_COMPLETION_INDEX)", str(index))
 
     port, processes = free_port(), []
     for index in range(spec["completions"]):
-        variables = {one["name"]: here(one["value"], index) for one in container["env"]}
+        variables = {entry["name"]: localize(entry["value"], index) for entry in container["env"]}
         processes.append(
             subprocess.Popen(
-                [here(argument, index) for argument in container["command"]],
+                [localize(argument, index) for argument in container["command"]],
                 cwd=checkout,
                 env=environment(PATH=on_path(checkout), JOB_COMPLETION_INDEX=str(index), **variables),
                 stdout=subprocess.PIPE,

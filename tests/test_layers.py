@@ -1,3 +1,5 @@
+"""Test pooling, dropout, random bits and GELU against reference implementations."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,13 +29,13 @@ def test_max_pool_equals_reduce_window(size, window):
     np.testing.assert_allclose(*gradients, rtol=1e-6)
 
 
-def test_max_pool_of_equal_values_keeps_the_gradient_whole():
+def test_max_pool_splits_the_gradient_among_equal_values():
     gradient = jax.grad(lambda x: jnp.sum(layers.max_pool(x)))(jnp.ones((1, 4, 4, 1)))
     np.testing.assert_array_equal(gradient, np.full((1, 4, 4, 1), 0.25))
 
 
-def test_the_first_of_equal_values_gets_the_gradient():
-    x = jnp.array([[[1.0], [3.0], [3.0], [2.0]], [[5.0], [5.0], [5.0], [5.0]]])  # two squares of four places
+def test_cpu_max_pool_passes_the_gradient_to_the_first_of_equal_values():
+    x = jnp.array([[[1.0], [3.0], [3.0], [2.0]], [[5.0], [5.0], [5.0], [5.0]]])  # two pooling windows of four elements
     np.testing.assert_array_equal(pooling.max_over_places(x), [[3], [5]])
     gradient = jax.grad(lambda x: jnp.sum(pooling.max_over_places(x) * jnp.array([[2.0], [3.0]])))(x)
     np.testing.assert_array_equal(gradient[..., 0], [[0, 2, 0, 0], [3, 0, 0, 0]])
@@ -41,17 +43,17 @@ def test_the_first_of_equal_values_gets_the_gradient():
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
 def test_dropout_rate_and_scale(rate):
-    x = jnp.ones((1024, 31, 33))  # enough elements to tell a rate from the next one, 1/256 away
+    x = jnp.ones((1024, 31, 33))  # enough elements to distinguish rates that differ by 1/256
     out = np.asarray(layers.dropout(x, jax.random.split(jax.random.key(0), 1024), rate))
-    share = round(rate * 256) / 256
-    deviation = np.sqrt(share * (1 - share) / out.size)
-    assert abs(np.mean(out == 0) - share) < 5 * deviation
-    np.testing.assert_allclose(out[out != 0], 1 / (1 - share), rtol=1e-6)
-    per_place = np.mean(out == 0, axis=0)  # no place, and no byte of a random word, is special
-    assert np.all(np.abs(per_place - share) < 6 * np.sqrt(share * (1 - share) / 1024))
+    fraction = round(rate * 256) / 256
+    std = np.sqrt(fraction * (1 - fraction) / out.size)
+    assert abs(np.mean(out == 0) - fraction) < 5 * std
+    np.testing.assert_allclose(out[out != 0], 1 / (1 - fraction), rtol=1e-6)
+    per_position = np.mean(out == 0, axis=0)  # the rate is the same at each position and in each byte of a random word
+    assert np.all(np.abs(per_position - fraction) < 6 * np.sqrt(fraction * (1 - fraction) / 1024))
 
 
-def test_dropout_mask_belongs_to_the_example():
+def test_dropout_mask_depends_on_the_example_not_on_its_position():
     x, keys = normal(0, 8, 50), jax.random.split(jax.random.key(0), 8)
     out = np.asarray(layers.dropout(x, keys, 0.5))
     order = np.array([3, 1, 7, 0])
@@ -61,7 +63,7 @@ def test_dropout_mask_belongs_to_the_example():
 
 
 @pytest.mark.parametrize("count", [1, 37, 1800])
-def test_random_words_are_those_of_jax(count):
+def test_random_words_equal_jax(count):
     keys = jax.random.split(jax.random.key(7, impl="threefry2x32"), 5)
     expected = jax.vmap(lambda key: jax.random.bits(key, (count,), jnp.uint32))(keys)
     np.testing.assert_array_equal(threefry.random_words(keys, count), expected)

@@ -1,4 +1,4 @@
-"""Signals: who sees them, when the process ends, and what is as before afterwards."""
+"""Test signal handling: when SIGTERM and SIGINT end the process, the exit codes, and the handlers afterwards."""
 
 import contextlib
 import gc
@@ -19,45 +19,44 @@ CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
 def send(number):
-    """The handler runs before this returns, or soon after."""
+    """Send a signal to this process and wait until its handler has run."""
     os.kill(os.getpid(), number)
     time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("number", "code"), CODES)
-def test_a_signal_ends_what_is_no_training(number, code):
-    """As an exception that nobody takes for a failure, so that what is half done is cleaned up."""
+def test_a_signal_outside_training_raises_stopped(number, code):
+    """`except Exception` does not catch `Stopped`, but cleanup code runs."""
 
     def run():
         with signals_end_the_process():
             try:
                 send(number)
             except Exception:
-                pytest.fail("taken for a failure")
+                pytest.fail("Stopped was caught as an Exception")
 
-    with pytest.raises(Stopped, match=f"^stopped by {number.name}$") as caught:
+    with pytest.raises(Stopped, match=number.name) as caught:
         run()
     assert caught.value.exit_code == code
 
 
 @pytest.mark.parametrize(("number", "code"), CODES)
-def test_a_signal_is_left_to_the_training_loop(number, code, capfd):
-
+def test_deferred_leaves_signals_to_the_training_loop(number, code, capfd):
     def run():
         with signals_end_the_process():
             with deferred() as signal_number:
                 assert signal_number() == 0
                 send(number)
                 assert signal_number() == number
-            pytest.fail("an unheeded signal is forgotten")
+            pytest.fail("leaving deferred() did not raise Stopped")
 
     with pytest.raises(Stopped) as caught:
         run()
     assert caught.value.exit_code == code
-    assert f"{number.name}: saving after this step; a second signal stops at once" in capfd.readouterr().err
+    assert f"{number.name}: saving" in capfd.readouterr().err
 
 
-def test_the_last_moment_of_training_counts_too():
+def test_a_signal_at_the_end_of_training_is_not_lost():
     def run():
         with signals_end_the_process(), deferred():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -67,8 +66,8 @@ def test_the_last_moment_of_training_counts_too():
             run()
 
 
-def test_a_signal_that_somebody_swallows_is_not_forgotten(monkeypatch):
-    """As JAX's callback of the garbage collector does with whatever is raised in it."""
+def test_a_signal_is_not_lost_if_its_exception_is_swallowed(monkeypatch):
+    """Exceptions in callbacks of the garbage collector, such as JAX's, are only printed."""
     sent = []
 
     def collecting(phase, info):
@@ -84,7 +83,7 @@ def test_a_signal_that_somebody_swallows_is_not_forgotten(monkeypatch):
             with block:
                 pass
 
-    monkeypatch.setattr(sys, "unraisablehook", lambda what: None)
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: None)
     gc.callbacks.append(collecting)
     try:
         for block in (contextlib.nullcontext(), deferred()):
@@ -95,8 +94,8 @@ def test_a_signal_that_somebody_swallows_is_not_forgotten(monkeypatch):
         gc.callbacks.remove(collecting)
 
 
-def test_what_the_parent_has_ignored_stays_so():
-    """As a script's background jobs have SIGINT: its Ctrl-C is not for them."""
+def test_signals_that_the_parent_ignores_stay_ignored():
+    """A shell script starts background jobs with SIGINT ignored: Ctrl-C must not end them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with signals_end_the_process(), deferred() as signal_number:
@@ -126,7 +125,7 @@ def test_previous_handlers_are_restored():
     assert not [thread for thread in threading.enumerate() if thread.name == "signals"]
 
 
-def test_other_signals_are_left_alone():
+def test_other_signals_keep_their_handlers():
     seen = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     try:
@@ -138,7 +137,7 @@ def test_other_signals_are_left_alone():
     assert seen == [signal.SIGUSR1]
 
 
-def test_a_second_run_of_the_process_begins_unasked():
+def test_a_second_run_in_a_process_starts_without_a_pending_signal():
     with pytest.raises(Stopped), signals_end_the_process(), deferred():
         send(signal.SIGTERM)
     for context in (contextlib.nullcontext(), signals_end_the_process()):
@@ -146,7 +145,7 @@ def test_a_second_run_of_the_process_begins_unasked():
             assert signal_number() == 0
 
 
-def test_in_another_thread_there_is_nothing_to_handle():
+def test_in_another_thread_no_handler_is_installed():
     entered = []
 
     def run():
@@ -160,9 +159,9 @@ def test_in_another_thread_there_is_nothing_to_handle():
 
 
 @pytest.mark.parametrize(("number", "code"), CODES)
-@pytest.mark.parametrize(("block", "signals"), [("deferred()", 2), ("contextlib.nullcontext()", 1)])
-def test_a_busy_main_thread_holds_nothing_up(number, code, block, signals):
-    """The second signal ends the process at once; the first, where there is nothing to save, soon."""
+@pytest.mark.parametrize(("block", "count"), [("deferred()", 2), ("contextlib.nullcontext()", 1)])
+def test_signals_end_a_process_whose_main_thread_is_busy(number, code, block, count):
+    """With `deferred()`, a second signal ends the process at once; without it, the first one does so soon."""
     program = (
         "import contextlib, hashlib\n"
         "from cifar_flax.runtime import signals\n"
@@ -170,16 +169,17 @@ def test_a_busy_main_thread_holds_nothing_up(number, code, block, signals):
         "signals._GRACE = 0.5\n"
         f"with signals_end_the_process(), {block}:\n"
         "    print('busy', flush=True)\n"
-        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"  # minutes, and no handler runs: as when XLA compiles
+        # Takes minutes, in which no Python handler runs, like an XLA compilation.
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
     )
     run = [sys.executable, "-c", program]
     with (
-        open("/dev/full", "w") as nobody,  # whatever is said must not be what the process ends of
+        open("/dev/full", "w") as nobody,  # failed writes to stderr must not change the exit code
         subprocess.Popen(run, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=nobody, text=True) as process,
     ):
         assert process.stdout.readline() == "busy\n"
         time.sleep(0.2)
-        for _ in range(signals):
+        for _ in range(count):
             process.send_signal(number)
             time.sleep(0.3)
         try:

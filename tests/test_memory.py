@@ -1,4 +1,4 @@
-"""A run's memory, from the outside."""
+"""Measure the memory of a training process."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def get_config():
         train=TrainConfig(batch_size=128, epochs=12),
     )
 """
-# Runs main.py and prints the resident pages at each evaluation: one at the end of each epoch.
+# Runs main.py and prints the number of resident memory pages at each evaluation, once per epoch.
 WATCHED = """
 import sys
 from cifar_flax import cli
@@ -43,9 +43,9 @@ sys.exit(cli.main())
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc of Linux")
 def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
-    """An epoch's images alone are 6 MB: kept, they would be seen well before the twelfth."""
+    """A leak of the images (6 MB per epoch) would exceed the limit well before the twelfth epoch."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 2000), ("test", 100)):
         cache.store(
@@ -66,5 +66,5 @@ def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["step"] == 12 * 2000 // 128 + 1
     pages = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PAGES")]
-    assert len(pages) == 13  # and the evaluation of the checkpoint
-    assert pages[11] < 1.05 * pages[2], [page // 256 for page in pages]
+    assert len(pages) == 13  # 12 epochs and the final evaluation
+    assert pages[11] < 1.05 * pages[2], f"MB at each evaluation: {[page // 256 for page in pages]}"

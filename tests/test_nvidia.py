@@ -1,3 +1,5 @@
+"""Test the reasons that the doctor reports for an unused NVIDIA GPU."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ from cifar_flax.diagnosis import nvidia
 
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
-    """A machine with an NVIDIA GPU, as far as its files tell; `gpu.driver` is its version, `gpu.packages` Python's."""
+    """Simulate a machine with an NVIDIA GPU by its driver's files (`gpu.driver`, `gpu.device`) and `gpu.packages`."""
     machine = SimpleNamespace(driver=tmp_path / "version", device=tmp_path / "nvidia0", packages={"jaxlib": "0.10.2"})
     machine.driver.write_text(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Fri Jul\nGCC version: 12.3.0\n"
@@ -28,52 +30,50 @@ INSTALL = 'pip install -U "jax[cuda{}]"'
 
 
 @pytest.mark.parametrize(
-    ("driver", "plugins", "reason"),
+    ("driver", "plugins", "parts"),
     [
-        ("580.65.06", {}, f"JAX's plugin for it is missing; {INSTALL.format(13)}"),
-        ("535.104.05", {}, f"JAX's plugin for it is missing; {INSTALL.format(12)}"),
-        (
-            "570.10",
-            {CUDA13: "0.10.2"},
-            f"{CUDA13} needs a driver from 580 on; update it to 580 or newer, or {INSTALL.format(12)}",
-        ),
-        ("470.256.02", {CUDA12: "0.10.2"}, "the driver is too old; update it to 580 or newer"),
-        (
-            "580.65.06",
-            {CUDA12: "0.10.1"},
-            f"{CUDA12} is 0.10.1, jaxlib 0.10.2: they must be equal; {INSTALL.format(13)}",
-        ),
-        ("570.10", {CUDA12: "0.10.2"}, "JAX does not say why; JAX_PLATFORMS=cuda makes it do so"),
+        ("580.65.06", {}, ("plugin", INSTALL.format(13))),
+        ("535.104.05", {}, ("plugin", INSTALL.format(12))),
+        ("570.10", {CUDA13: "0.10.2"}, (CUDA13, "580", INSTALL.format(12))),
+        ("470.256.02", {CUDA12: "0.10.2"}, ("driver is too old", "580")),
+        ("580.65.06", {CUDA12: "0.10.1"}, (CUDA12, "0.10.1", "0.10.2", INSTALL.format(13))),
+        ("570.10", {CUDA12: "0.10.2"}, ("JAX_PLATFORMS=cuda",)),
     ],
 )
-def test_why_a_gpu_is_not_used(gpu, driver, plugins, reason):
+def test_why_a_gpu_is_not_used(gpu, driver, plugins, parts):
     gpu.driver.write_text(f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {driver}  Release Build  (root)\n")
     gpu.packages |= plugins
-    assert nvidia.why_unused("") == f"driver {driver}, not used: {reason}"
+    reason = nvidia.why_unused("")
+    for part in (f"driver {driver}", *parts):
+        assert part in reason
 
 
-def test_what_jax_says_comes_last(gpu):
+def test_jaxs_warning_is_the_reason_if_there_is_no_other(gpu):
     gpu.packages[CUDA13] = "0.10.2"
-    assert nvidia.why_unused("cuDNN is too old") == "driver 580.65.06, not used: cuDNN is too old"
-    gpu.driver.write_text("something else")
-    assert nvidia.why_unused("cuDNN is too old") == "driver of unknown version, not used: cuDNN is too old"
+    for content, driver in ((None, "580.65.06"), ("something else", "unknown")):
+        if content is not None:
+            gpu.driver.write_text(content)
+        reason = nvidia.why_unused("cuDNN is too old")
+        assert driver in reason
+        assert reason.endswith("cuDNN is too old")
 
 
 @pytest.mark.parametrize(("variable", "value"), [("JAX_PLATFORMS", "cpu"), ("CUDA_VISIBLE_DEVICES", "")])
-def test_a_variable_keeps_the_gpu_from_being_used(gpu, monkeypatch, variable, value):
+def test_environment_variables_may_hide_the_gpu(gpu, monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
-    assert f"not used: {variable}={value} " in nvidia.why_unused("")
+    assert f"{variable}={value} " in nvidia.why_unused("")
 
 
 @pytest.mark.parametrize(
-    ("vendor", "kind", "is_told"),
+    ("vendor", "kind", "is_reported"),
     [("0x10de", "0x030200", True), ("0x1002", "0x030000", False), ("0x10de", "0x040300", False)],
 )
-def test_a_gpu_without_a_driver(gpu, vendor, kind, is_told):
+def test_a_gpu_without_a_driver(gpu, vendor, kind, is_reported):
     gpu.driver.unlink()
     gpu.device.unlink()
     device = nvidia.PCI / "0000:01:00.0"
     device.mkdir(parents=True)
     (device / "vendor").write_text(f"{vendor}\n")
     (device / "class").write_text(f"{kind}\n")
-    assert nvidia.why_unused("") == ("there is one, but its driver is not installed" if is_told else None)
+    reason = nvidia.why_unused("")
+    assert "driver" in reason if is_reported else reason is None

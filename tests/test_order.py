@@ -1,3 +1,5 @@
+"""Test the sampling order: epochs are permutations, resuming continues them, and releases do not change them."""
+
 import hashlib
 
 import numpy as np
@@ -11,13 +13,13 @@ SIZES = [(1, 1), (7, 3), (10, 10), (50, 8), (1442, 64)]
 
 
 def test_permutation_is_pinned():
-    """The order must survive library upgrades: a run is resumed with whatever NumPy is installed then."""
+    """The permutations must not depend on the version of NumPy: a run may be resumed with another one."""
     assert order.permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
     assert order.permutation(1, 2, 10).tolist() == [4, 2, 0, 6, 1, 5, 9, 8, 7, 3]
 
 
-def test_the_order_of_a_run_is_pinned():
-    """Of CIFAR-10's size, across the end of an epoch, with and without `drop_last`, as NumPy 2.4 gives it."""
+def test_sampling_order_is_pinned():
+    """Steps 190 to 400 on CIFAR-10, across ends of epochs, with and without `drop_last`, as computed with NumPy 2.4."""
     examples = np.arange(50_000, dtype=np.int32)
     for drop_last, expected in ((False, "62c213999cffe8f7"), (True, "50cb10fbf790f913")):
         index, epoch = order.indices(7, examples, 256, 190, 400, drop_last)
@@ -30,7 +32,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @st.composite
 def runs(draw):
-    """Examples of a split, of any number and in any places; a batch size; and epochs, whole or in part."""
+    """Draw the positions of the examples of a split, a batch size and a number of epochs, which may be fractional."""
     size = draw(st.integers(1, 300))
     first = draw(st.integers(0, 10**6))
     batch_size = draw(st.integers(1, size))
@@ -38,7 +40,7 @@ def runs(draw):
 
 
 @given(runs(), SEEDS)
-def test_every_epoch_holds_every_example_once(run, seed):
+def test_every_epoch_contains_every_example_once(run, seed):
     examples, batch_size, epochs = run
     steps = order.total_steps(epochs, len(examples), batch_size)
     index, epoch = order.indices(seed, examples, batch_size, 0, steps)
@@ -48,11 +50,11 @@ def test_every_epoch_holds_every_example_once(run, seed):
         assert sorted(index[epoch == e]) == examples.tolist()
     rest = index[epoch == index.size // len(examples)].tolist()
     assert len(set(rest)) == len(rest) == index.size % len(examples)
-    assert index.size - epochs * len(examples) < batch_size  # nothing is dropped, and only the last batch runs on
+    assert index.size - epochs * len(examples) < batch_size  # only the last batch may exceed `epochs`
 
 
 @given(runs(), SEEDS)
-def test_no_epoch_that_drops_its_rest_holds_an_example_twice(run, seed):
+def test_no_example_repeats_within_an_epoch_with_drop_last(run, seed):
     examples, batch_size, epochs = run
     steps = order.total_steps(epochs, len(examples), batch_size, drop_last=True)
     index, epoch = order.indices(seed, examples, batch_size, 0, steps, drop_last=True)
@@ -65,18 +67,18 @@ def test_no_epoch_that_drops_its_rest_holds_an_example_twice(run, seed):
 
 
 @given(runs(), SEEDS, st.booleans(), st.data())
-def test_starting_late_gives_the_tail(run, seed, drop_last, data):
+def test_a_later_start_continues_the_same_order(run, seed, drop_last, data):
     examples, batch_size, epochs = run
     steps = order.total_steps(epochs, len(examples), batch_size, drop_last)
     start = data.draw(st.integers(0, steps))
     whole = order.indices(seed, examples, batch_size, 0, steps, drop_last)
     late = order.indices(seed, examples, batch_size, start, steps, drop_last)
-    for all_of_it, tail in zip(whole, late, strict=True):
-        np.testing.assert_array_equal(all_of_it[start:], tail)
+    for full, tail in zip(whole, late, strict=True):
+        np.testing.assert_array_equal(full[start:], tail)
 
 
 @pytest.mark.parametrize(("size", "batch_size"), SIZES)
-def test_epochs_may_end_with_their_last_whole_batch(size, batch_size):
+def test_drop_last_ends_each_epoch_with_its_last_full_batch(size, batch_size):
     examples = np.arange(100, 100 + size, dtype=np.int32)
     per_epoch = size // batch_size
     steps = order.total_steps(3, size, batch_size, drop_last=True)
@@ -91,13 +93,13 @@ def test_epochs_may_end_with_their_last_whole_batch(size, batch_size):
     np.testing.assert_array_equal(late[0], index[-1:])
 
 
-def test_seeds_and_epochs_have_orders_of_their_own():
+def test_each_seed_and_epoch_has_its_own_order():
     orders = {tuple(order.permutation(seed, epoch, 100)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
 def test_order_is_uniform():
-    """Each example stands at each place about equally often (chi-squared, 9 degrees of freedom per example)."""
+    """Each example is at each position about equally often (chi-squared, 9 degrees of freedom per example)."""
     counts = np.zeros((10, 10))
     for epoch in range(5000):
         counts[np.arange(10), order.permutation(3, epoch, 10)] += 1
@@ -106,7 +108,7 @@ def test_order_is_uniform():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
-def test_held_out_examples_are_apart(fraction):
+def test_validation_examples_are_not_in_the_train_part(fraction):
     train, validation = order.split_validation(1000, fraction)
     assert len(validation) == 1000 * fraction
     assert sorted([*train, *validation]) == list(range(1000))

@@ -1,4 +1,4 @@
-"""The package as pip installs it: what a wheel and a source archive contain, and the commands where it is installed."""
+"""Build the wheel and the source archive, check their contents, and run the commands of an installed package."""
 
 import json
 import re
@@ -29,7 +29,7 @@ TINY = (
 
 
 def run(*command, cwd):
-    """Run a command that does not find the repository by the environment variables of this process."""
+    """Run a command without the PYTHON* environment variables, so that Python does not find the repository."""
     variables = {name: value for name, value in environment().items() if not name.startswith("PYTHON")}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,7 +43,7 @@ def build_wheel(source, folder):
 
 
 def contents(wheel):
-    """Return name -> bytes of the files in a wheel, without the list of them."""
+    """Return the files in a wheel, except its RECORD, as a dictionary from names to bytes."""
     with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/RECORD")}
 
@@ -79,16 +79,16 @@ def test_the_source_archive_is_complete(wheel, tmp_path):
     assert contents(build_wheel(unpacked, tmp_path / "wheel")) == contents(wheel)
 
 
-def test_the_image_is_built_from_the_same_package(wheel, tmp_path):
-    """The files that the Dockerfile copies and .dockerignore admits are all that a wheel needs."""
-    admitted = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+def test_the_docker_image_is_built_from_the_same_package(wheel, tmp_path):
+    """The files that the Dockerfile copies and .dockerignore allows suffice to build the same wheel."""
+    allowed = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     lines = re.findall(r"^COPY (.+) (\S+)$", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE)
     copied = {name: target for names, target in lines for name in names.split()}
-    assert copied.keys() == admitted
+    assert copied.keys() == allowed
     context = tmp_path / "context"
     for name, target in copied.items():
         if (REPOSITORY / name).is_dir():
-            assert target == name  # COPY copies what the folder contains
+            assert target == name  # COPY copies the contents of a folder
             shutil.copytree(REPOSITORY / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             assert target == "./"
@@ -100,7 +100,7 @@ def test_the_image_is_built_from_the_same_package(wheel, tmp_path):
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])
 def installed(request, wheel, tmp_path_factory):
-    """A virtual environment with the package, which finds the other packages where this process has them."""
+    """Return the Python of a virtual environment with the package and the dependencies of this process."""
     folder = tmp_path_factory.mktemp(request.param) / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     python = folder / "bin" / "python"
@@ -108,13 +108,13 @@ def installed(request, wheel, tmp_path_factory):
     own = Path(run(python, "-c", code, cwd=folder).stdout.strip())
     others = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     (own / "others.pth").write_text("".join(f"{path}\n" for path in others))
-    what = ("--editable", REPOSITORY) if request.param == "editable" else (wheel,)
-    run(*PIP, "--python", python, "install", *NO_DOWNLOAD, *what, cwd=folder)
+    source = ("--editable", REPOSITORY) if request.param == "editable" else (wheel,)
+    run(*PIP, "--python", python, "install", *NO_DOWNLOAD, *source, cwd=folder)
     return python
 
 
 def test_the_commands_of_an_installed_package(installed, tmp_path):
-    """In a folder that has nothing to do with the repository."""
+    """Run the commands in a folder outside the repository."""
     command = installed.parent / "cifar-flax"
     run(command, "--config", "quickstart", *TINY, cwd=tmp_path)
     result = json.loads((tmp_path / "runs" / "quickstart" / "eval.json").read_text())

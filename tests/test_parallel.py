@@ -1,4 +1,4 @@
-"""The layouts' tests, on eight virtual devices; and what accelerators would be given to compile."""
+"""Run tests/many_devices.py on eight virtual devices; lower the steps of every config for GPUs and TPUs."""
 
 import functools
 import subprocess
@@ -22,7 +22,7 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("size", [{}, pytest.param({"FULL_SIZE": "1"}, marks=pytest.mark.slow)], ids=["small", "full"])
 def test_on_eight_devices(size):
-    """A process of its own: JAX makes its devices once."""
+    """Use a new process, because JAX creates its devices once per process."""
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/many_devices.py"]
     done = subprocess.run(
         run, cwd=REPOSITORY, env=environment(**virtual_devices(8), **size), capture_output=True, text=True
@@ -33,8 +33,8 @@ def test_on_eight_devices(size):
 
 @pytest.mark.parametrize("backend", ["jit", "shard_map"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_accelerators_are_given_both_steps_of_every_config(path, backend):
-    """As the network is written for all but CPUs: with XLA's convolutions and, where "auto" is set, in bfloat16."""
+def test_steps_of_every_config_lower_for_accelerators(path, backend):
+    """On accelerators, networks use XLA's convolutions and, if `model.dtype` is "auto", compute in bfloat16."""
     config = parse(["--config", str(path), f"--config.parallel.backend={backend}"]).config
     info = DatasetInfo(
         name="none",
@@ -65,29 +65,32 @@ def test_accelerators_are_given_both_steps_of_every_config(path, backend):
             text = traced.lower(lowering_platforms=(platform,)).as_text()
             convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
             assert convolutions
-            assert "select_and_scatter" not in text  # which XLA has no deterministic form of for a GPU
+            assert "select_and_scatter" not in text  # XLA has no deterministic version of it for GPUs
             if config.model.dtype == "auto":
                 assert all("bf16" in line for line in convolutions)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "field", "keyword"),
     [
-        ({"backend": "ddp"}, "parallel.backend='ddp': must be one of auto, jit, shard_map, pmap"),
-        ({"distributed": "yes"}, "parallel.distributed='yes': must be auto, off or on"),
-        ({"heartbeat_timeout_seconds": 1}, "parallel.heartbeat_timeout_seconds=1: must be at least 10"),
-        ({"process_id": 0}, "parallel.process_id=0: goes with a coordinator"),
-        ({"coordinator": "a:1"}, "parallel.num_processes=None: goes with a coordinator"),
-        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "parallel.coordinator='a': must be address:port"),
-        ({"coordinator": "a:0", "num_processes": 2, "process_id": 0}, "parallel.coordinator='a:0': must be address"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "parallel.process_id=2: must be in [0, 2)"),
+        ({"backend": "ddp"}, "parallel.backend='ddp'", "shard_map"),
+        ({"distributed": "yes"}, "parallel.distributed='yes'", "auto"),
+        ({"heartbeat_timeout_seconds": 1}, "parallel.heartbeat_timeout_seconds=1", "10"),
+        ({"process_id": 0}, "parallel.process_id=0", "coordinator"),
+        ({"coordinator": "a:1"}, "parallel.num_processes=None", "coordinator"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "parallel.coordinator='a'", "port"),
+        ({"coordinator": "a:0", "num_processes": 2, "process_id": 0}, "parallel.coordinator='a:0'", "port"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "parallel.process_id=2", "[0, 2)"),
         (
             {"coordinator": "a:1", "num_processes": 2, "process_id": 0, "distributed": "off"},
-            "parallel.coordinator='a:1': needs another parallel.distributed",
+            "parallel.coordinator='a:1'",
+            "parallel.distributed",
         ),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, message):
+def test_inconsistent_settings_are_refused(settings, field, keyword):
     with pytest.raises(ConfigError) as caught:
         ParallelConfig(**settings).validate()
-    assert str(caught.value).startswith(message)
+    start, _, allowed = str(caught.value).partition(": ")
+    assert start == field
+    assert keyword in allowed

@@ -1,4 +1,4 @@
-"""Training steps equal those of PyTorch, from the same weights and images.
+"""Compare training steps with PyTorch, from the same weights and images.
 
 The reference is `fixtures/pytorch_step.npz`, which `fixtures/pytorch_step.py` writes with PyTorch in float64.
 """
@@ -30,7 +30,7 @@ CASES = [(name, optimizer) for name, network in SETTINGS["networks"].items() for
 # over 1e-3.
 TOLERANCE = 1e-4
 
-# Our layer -> its number in PyTorch's `nn.Sequential`. A block of airbench is convolution, max-pool, BatchNorm, GELU,
+# Flax layer -> its index in PyTorch's `nn.Sequential`. A block of airbench is convolution, max-pool, BatchNorm, GELU,
 # convolution, BatchNorm, GELU.
 LAYERS = {
     "cnn": {"conv": 0, "norm": 3, "hidden": 6, "head": 9},
@@ -42,9 +42,9 @@ VARIABLES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "run
 
 
 def read(network, prefix, like):
-    """Return the fixture's arrays under `prefix` as a tree with the structure and the layout of `like`, which is ours.
+    """Return the fixture's arrays under `prefix` as a tree with the structure and the array layout of `like`.
 
-    Kernels are [height, width, in, out] and [in, out] here, [out, in, height, width] and [out, in] in PyTorch.
+    Kernels are [height, width, in, out] and [in, out] in Flax, [out, in, height, width] and [out, in] in PyTorch.
     """
 
     def leaf(path, ours):
@@ -52,7 +52,7 @@ def read(network, prefix, like):
         array = FIXTURE[f"{network}/{prefix}/{LAYERS[network][layer]}.{VARIABLES[variable]}"]
         if array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)
-        elif layer == "hidden" and array.ndim == 2:  # on flattened images: channels last here, first in PyTorch
+        elif layer == "hidden" and array.ndim == 2:  # of flattened images: channels are last in Flax, first in PyTorch
             channels = SETTINGS["networks"][network]["model"]["width"]
             side = round((array.shape[1] / channels) ** 0.5)
             array = array.reshape(-1, channels, side, side).transpose(2, 3, 1, 0).reshape(-1, len(array))
@@ -95,7 +95,7 @@ def batches(network):
 
 
 def assert_close(ours, theirs):
-    """Check each tensor within `TOLERANCE`: the order in which float32 numbers are summed depends on the CPU."""
+    """Assert that tensors agree within `TOLERANCE`: the order of float32 summation depends on the CPU."""
 
     def compare(path, one, other):
         error = np.max(np.abs(np.asarray(one) - other)) / np.max(np.abs(other))
@@ -112,24 +112,24 @@ def optimized_programs():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def test_logits_equal_pytorchs():
+def test_logits_equal_pytorch():
     task, state = make("cnn", "sgd")
     batch = next(batches("cnn"))
 
     def forward(params, batch_stats):
         model = nnx.merge(task.graphdef, params, batch_stats)
-        keys = steps.example_keys(state.seed, batch.epoch, batch.index)  # which select training mode
+        keys = steps.example_keys(state.seed, batch.epoch, batch.index)  # keys select training mode
         return model(normalize(batch.image, task.mean, task.std), keys)
 
     assert_close(jax.jit(forward)(state.params, state.batch_stats), FIXTURE["cnn/logits"])
 
 
 @pytest.mark.parametrize(("network", "optimizer"), CASES)
-def test_two_steps_equal_pytorchs(network, optimizer):
-    """Loss, accuracy, gradients, parameters, running statistics, and the probabilities of an evaluation after them."""
+def test_two_steps_equal_pytorch(network, optimizer):
+    """Compare losses, accuracies, gradients, parameters, running statistics, and the probabilities after two steps."""
     task, state = make(network, optimizer)
     first, second = batches(network)
-    # This transformation passes the gradients on, and its state is the last gradients.
+    # This transformation returns the gradients unchanged and keeps them as its state.
     keep = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (grads, grads))
     task = dataclasses.replace(task, optimizer=optax.chain(keep, task.optimizer))
     state = state._replace(opt_state=task.optimizer.init(state.params))

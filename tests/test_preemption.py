@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: when they do, with what exit code, and that nothing is lost."""
+"""Test runs that a signal stops: after which step, with which exit code, and that resuming loses nothing."""
 
 import dataclasses
 import re
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 STOPS = {
     "in a step": (loop.TrainingLoop, "_read", lambda run, step, values: step == 6, 6),
-    "in the step before a line": (loop.TrainingLoop, "_read", lambda run, step, values: step == 15, 15),
+    "in the step before a log line": (loop.TrainingLoop, "_read", lambda run, step, values: step == 15, 15),
     "in the last step": (loop.TrainingLoop, "_read", lambda run, step, values: step == 34, 34),
     "in an evaluation": (metrics, "add", lambda total, sums: total is not None, 12),
     "in a save": (files, "write_sealed", lambda path, content: True, 12),
@@ -45,15 +45,15 @@ def test_a_signal_stops_within_the_step_and_nothing_is_lost(tiny_config, straigh
         stop_at(patch, owner, name, when)
         stopped(tiny_config, tmp_path / "run")
     steps = saved(tmp_path / "run")
-    # While a save was at work in the background, the loop has gone on.
+    # The loop continues while a checkpoint is saved in the background.
     assert steps[-1] == last or (moment == "in a save" and last < steps[-1] <= 34)
     train.train(tiny_config, tmp_path / "run")
     assert_same_run(tiny_config, straight[0], tmp_path / "run")
     assert saved(tmp_path / "run") == saved(straight[0])
 
 
-def test_what_an_accelerator_has_been_given_is_finished(tiny_config, straight, tmp_path, monkeypatch):
-    """Steps of milliseconds: two more are on their way when one is read."""
+def test_steps_already_dispatched_to_an_accelerator_finish(tiny_config, straight, tmp_path, monkeypatch):
+    """When a step is read on an accelerator, two more are already dispatched; they finish in milliseconds."""
     assert [loop.read_lag(*run) for run in (("gpu", 1), ("tpu", 1), ("gpu", 2), ("cpu", 1))] == [2, 2, 0, 0]
     monkeypatch.setattr(loop, "read_lag", lambda platform, steps_per_call: loop.READ_LAG)
     with monkeypatch.context() as patch:
@@ -64,8 +64,8 @@ def test_what_an_accelerator_has_been_given_is_finished(tiny_config, straight, t
     assert_same_run(tiny_config, straight[0], tmp_path / "run")
 
 
-def test_a_run_stopped_again_and_again_is_the_same_run(tiny_config, straight, tmp_path, monkeypatch):
-    """At every fifth step, and in every evaluation."""
+def test_a_run_stopped_again_and_again_ends_with_the_same_state(tiny_config, straight, tmp_path, monkeypatch):
+    """Stop the run at every fifth step and in every evaluation."""
     for step in range(5, 34, 5):
         with monkeypatch.context() as patch:
             stop_at(patch, loop.TrainingLoop, "_read", lambda run, now, values, step=step: now >= step)
@@ -75,8 +75,8 @@ def test_a_run_stopped_again_and_again_is_the_same_run(tiny_config, straight, tm
     assert_same_run(tiny_config, straight[0], tmp_path / "run")
 
 
-def test_a_call_of_many_steps_is_the_last_one(tiny_config, tmp_path, monkeypatch):
-    """Of the loops on the device, none is begun before the one before it has been read."""
+def test_a_signal_in_a_call_of_many_steps_stops_after_that_call(tiny_config, tmp_path, monkeypatch):
+    """No loop on the device starts before the previous one has been read."""
     tiny_config.data.drop_last = True
     tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
     tiny_config.averaging = AveragingConfig(name="lookahead", decay=0.95, every=5)
@@ -90,7 +90,7 @@ def test_a_call_of_many_steps_is_the_last_one(tiny_config, tmp_path, monkeypatch
     assert_same_run(tiny_config, tmp_path / "straight", tmp_path / "run")
 
 
-def test_best_checkpoints_survive_a_stop_in_their_evaluation(tiny_config, tmp_path, monkeypatch):
+def test_best_checkpoints_survive_a_stop_during_their_evaluation(tiny_config, tmp_path, monkeypatch):
     tiny_config.data.validation_fraction = 0.2
     tiny_config.checkpoint.keep_best = 1
     tiny_config.eval.checkpoint = "best"
@@ -121,7 +121,7 @@ def test_best_checkpoints_survive_a_stop_in_their_evaluation(tiny_config, tmp_pa
     ids=["steps", "loops"],
 )
 def test_one_signal_stops_all_processes_at_the_same_step(folder, loops):
-    """Only one of them is sent it."""
+    """Send SIGTERM to only one of two processes."""
     arguments = (*ARGUMENTS, "--config.train.epochs=40", *loops)
     processes = start_all(folder, [1, 1], *arguments, "--workdir=two")
     wait_for_checkpoint(folder / "two", processes)
@@ -131,7 +131,7 @@ def test_one_signal_stops_all_processes_at_the_same_step(folder, loops):
     (step,) = re.findall(r"saved step (\d+) of", printed[0][0])
     assert saved(folder / "two")[-1] == int(step)
     for _, err in printed:
-        assert "stopped by SIGTERM" in err
+        assert "SIGTERM" in err
     if loops:
         reference(folder, 2, *arguments)
         first, _ = run(folder, [1, 1], *arguments, "--workdir=two")
@@ -139,19 +139,19 @@ def test_one_signal_stops_all_processes_at_the_same_step(folder, loops):
         assert_alike(folder, "one", "two")
 
 
-def test_the_exit_code_is_that_of_the_signal(folder):
-    """Of SIGINT; of SIGTERM below."""
+def test_sigint_ends_the_run_with_its_exit_code(folder):
+    """Other tests check the exit code of SIGTERM."""
     process = start(folder, *ARGUMENTS, "--config.train.epochs=200", "--workdir=run")
     wait_for_checkpoint(folder / "run", [process])
     process.send_signal(signal.SIGINT)
     ((out, err),) = end([process])
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert re.search(rf"saved step {saved(folder / 'run')[-1]} of \d+; the same command goes on from there", out)
+    assert re.search(rf"saved step {saved(folder / 'run')[-1]} of \d+", out)
 
 
 def test_the_loop_never_compiles(tiny_config, tmp_path, monkeypatch):
-    """A signal would have to wait for it."""
+    """Compilation in the loop would delay the response to a signal."""
     compiled = []
 
     def note(name, *arguments, **settings):
@@ -168,9 +168,9 @@ def test_the_loop_never_compiles(tiny_config, tmp_path, monkeypatch):
     assert compiled.count(True) == 0
 
 
-def test_nobody_has_to_read_what_a_run_says(folder):
-    """The terminal is gone, or the disk is full on which the log lies."""
-    with open("/dev/full", "w") as nobody:
+def test_a_run_continues_if_its_output_cannot_be_written(folder):
+    """Writes to stdout and stderr fail if the terminal is closed or if the disk of the log is full."""
+    with open("/dev/full", "w") as full:
         command = [
             sys.executable,
             str(REPOSITORY / "main.py"),
@@ -178,7 +178,7 @@ def test_nobody_has_to_read_what_a_run_says(folder):
             "--config.train.epochs=200",
             "--workdir=run",
         ]
-        process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=nobody, stderr=nobody)
+        process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=full, stderr=full)
         wait_for_checkpoint(folder / "run", [])
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143

@@ -1,4 +1,4 @@
-"""Runs of several real processes."""
+"""Test runs with several processes on this machine."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_two_processes_train_as_one_does(folder):
+def test_two_processes_train_like_one(folder):
     reference(folder, devices=2)
     first, second = run(folder, [1, 1], "--config", "config.py", "--workdir=two")
     assert_same_run(folder, "one", "two")
@@ -33,9 +33,9 @@ def test_two_processes_train_as_one_does(folder):
         assert len(lines) == 1 if number else re.match(rf"\[process 0 of 2, {host}\] digits: 1442 images", lines[1])
     assert first.count("test loss") == 3
     assert {path.name for path in (folder / "two").iterdir()} == FILES
-    assert len(list((folder / "two" / "tensorboard").glob("events*"))) == 1  # one process wrote
+    assert len(list((folder / "two" / "tensorboard").glob("events*"))) == 1  # only one process writes them
 
-    # Evaluation by two processes; what a run was spread over is not asked of it.
+    # Evaluate with two processes, then with one: the number may differ from that in training.
     result = (folder / "two" / "eval.json").read_bytes()
     (folder / "two" / "eval.json").unlink()
     run(folder, [1, 1], "--mode=eval", "--workdir=two")
@@ -46,9 +46,9 @@ def test_two_processes_train_as_one_does(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_four_were_killed(folder):
-    """One of four is killed: the others end with an error, and soon. Two go on from what is saved."""
-    # At a low learning rate, the rounding errors of 136 steps on other numbers of devices do not grow.
+def test_two_processes_resume_a_killed_run_of_four(folder):
+    """Kill one of four processes: the others end with an error within a minute. Two resume from the checkpoint."""
+    # With a low learning rate, runs on two and on four devices differ only by small rounding errors after 136 steps.
     arguments = ("--config", "config.py", "--config.train.epochs=12", "--config.optim.learning_rate=1e-4")
     reference(folder, 2, *arguments)
     processes = start_all(folder, [1] * 4, *arguments, "--workdir=four")
@@ -74,18 +74,18 @@ def test_two_processes_go_on_where_four_were_killed(folder):
     ],
     ids=["jit, streaming", "batch statistics per device, loops"],
 )
-def test_two_processes_of_two_devices_train_as_one_of_four_does(folder, arguments):
-    """And get several views of those images alone of which the network is unsure."""
-    every = ("--config.eval.tta=mirror", "--config.eval.tta_below=0.9", "--config.train.log_every=11")
-    arguments = ("--config", "config.py", *every, *arguments)
+def test_two_processes_of_two_devices_train_like_one_of_four(folder, arguments):
+    """The evaluation includes test-time augmentation of the images with low confidence."""
+    common = ("--config.eval.tta=mirror", "--config.eval.tta_below=0.9", "--config.train.log_every=11")
+    arguments = ("--config", "config.py", *common, *arguments)
     reference(folder, 4, *arguments)
     run(folder, [2, 2], *arguments, "--workdir=two")
     assert_same_run(folder, "one", "two")
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_counts_as_dead(folder):
-    """Stopped, it closes no connection: only its silence tells, for as long as the config says."""
+def test_a_process_that_hangs_ends_the_run(folder):
+    """A stopped process closes no connection: the other one ends because its heartbeats are missing."""
     arguments = ("--config", "config.py", "--workdir=two", "--config.train.epochs=100")
     processes = start_all(folder, [1, 1], *arguments, "--config.parallel.heartbeat_timeout_seconds=10")
     wait_for_checkpoint(folder / "two", processes)
@@ -98,9 +98,9 @@ def test_a_process_that_hangs_counts_as_dead(folder):
     assert "another task died" in err
 
 
-def test_processes_that_disagree_say_so_and_end(folder):
-    where = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
-    common = ("--config", "config.py", "--workdir=run", where, "--config.parallel.num_processes=2")
+def test_processes_with_different_configs_are_refused(folder):
+    coordinator = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
+    common = ("--config", "config.py", "--workdir=run", coordinator, "--config.parallel.num_processes=2")
     processes = [
         start(folder, *common, f"--config.parallel.process_id={number}", f"--config.optim.learning_rate=0.0{number}1")
         for number in range(2)
@@ -108,41 +108,42 @@ def test_processes_that_disagree_say_so_and_end(folder):
     printed = end(processes)
     assert [process.returncode for process in processes] == [1, 1]
     for number, (_, err) in enumerate(printed):
-        message = f"[process {number} of 2, {socket.gethostname()}] error: process 1 has another config than process 0"
-        assert err.splitlines()[0].startswith(message)
+        label, _, message = err.splitlines()[0].partition(" error: ")
+        assert label == f"[process {number} of 2, {socket.gethostname()}]"
+        assert re.search(r"process 1\b.*\bconfig\b", message)
     assert not (folder / "run").exists()
 
 
-def test_pmap_is_for_one_process(folder):
+def test_pmap_with_several_processes_is_refused(folder):
     arguments = ("--config", "config.py", "--workdir=run", "--config.parallel.backend=pmap")
     processes = start_all(folder, [1, 1], *arguments)
     for _, err in end(processes):
-        assert "parallel.backend='pmap': is for one process; there are 2; shard_map is for any number" in err
+        assert "parallel.backend='pmap': " in err
     assert [process.returncode for process in processes] == [2, 2]
 
 
-def test_processes_with_fewer_devices_than_others_are_refused(folder):
+def test_processes_with_different_numbers_of_devices_are_refused(folder):
     processes = start_all(folder, [2, 1], "--config", "config.py", "--workdir=run")
     for _, err in end(processes):
-        assert "error: each process must have as many devices; they have 2, 1" in err
+        assert re.search(r"error: .*\bdevices\b.* 2, 1", err)
     assert [process.returncode for process in processes] == [1, 1]
 
 
 def test_the_workdir_must_be_shared(folder):
-    """Two hosts with folders of their own under the same name."""
-    where, processes = f"--config.parallel.coordinator=127.0.0.1:{free_port()}", []
+    """Start two processes with different folders under the same name, as on hosts without a shared file system."""
+    coordinator, processes = f"--config.parallel.coordinator=127.0.0.1:{free_port()}", []
     for number in range(2):
         (folder / f"host{number}").mkdir()
-        common = ("--config", str(folder / "config.py"), where, "--config.parallel.num_processes=2")
+        common = ("--config", str(folder / "config.py"), coordinator, "--config.parallel.num_processes=2")
         processes.append(start(folder / f"host{number}", *common, f"--config.parallel.process_id={number}"))
     (_, first), (_, second) = end(processes)
-    assert "must be one folder for all processes; process 0 has made another" in second
-    assert "another process of the run has ended" in first
+    assert re.search(r"error: --workdir=.*\bprocess", second)
+    assert "another process" in first
     assert all(process.returncode != 0 for process in processes)
 
 
-def test_processes_with_other_labels_say_so_and_end(folder):
-    """Each host has a cache of its own; of one of them, the last label is another."""
+def test_processes_with_different_data_are_refused(folder):
+    """Start two processes with different cache folders; the last test label differs."""
     for host in range(2):
         for split in ("train", "test"):
             labels = np.arange(128, dtype=np.int32) % 2
@@ -155,13 +156,13 @@ def test_processes_with_other_labels_say_so_and_end(folder):
                 class_names=("even", "odd"),
                 dataset="squares/1.0.0",
             )
-    where = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
-    common = ("--config", "config.py", "--workdir=run", "--config.data.name=squares", where)
+    coordinator = f"--config.parallel.coordinator=127.0.0.1:{free_port()}"
+    common = ("--config", "config.py", "--workdir=run", "--config.data.name=squares", coordinator)
     common += ("--config.parallel.num_processes=2",)
     processes = [
         start(folder, *common, f"--config.data.cache_dir=cache{host}", f"--config.parallel.process_id={host}")
         for host in range(2)
     ]
     for _, err in end(processes):
-        assert "error: process 1 has another data than process 0" in err
+        assert re.search(r"error: process 1\b.*\bdata\b", err)
     assert [process.returncode for process in processes] == [1, 1]

@@ -1,6 +1,7 @@
-"""Traces of training steps: they hold the steps that were asked for, whole, and training does not notice."""
+"""Test profiler traces: they contain exactly the requested steps, and the results of the run do not change."""
 
 import dataclasses
+import re
 from collections import Counter
 
 import jax
@@ -16,7 +17,7 @@ from cifar_flax.training.profiling import ProfileConfig, Profiled
 
 
 def read(path):
-    """The steps that one process's trace names, and how many operations each run of a training call has in it."""
+    """Return the step numbers in a trace, and the number of operations of each execution of the training call."""
     steps, operations = [], Counter()
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         for event in (event for line in plane.lines for event in line.events):
@@ -29,62 +30,63 @@ def read(path):
 
 
 def traces(folder):
-    """In the order in which they were taken."""
+    """Return the trace files, oldest first."""
     return sorted((folder / "profile").rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
 
 
-def assert_whole(path, expected):
-    """The device has done all of these steps while the trace was taken, and nothing of others."""
+def assert_complete(path, expected):
+    """Assert that the trace contains all operations of the expected steps, and none of other steps."""
     steps, operations = read(path)
     assert steps == list(expected)
     assert len(operations) == len(steps)
     assert len(set(operations)) == 1
 
 
-def test_the_trace_holds_its_steps_and_changes_nothing(tiny_config, straight, tmp_path, capsys):
+def test_a_trace_contains_its_steps_and_does_not_change_the_run(tiny_config, straight, tmp_path, capsys):
     tiny_config.profile.steps = (10, 20)
     train.train(tiny_config, tmp_path / "run")
     (path,) = traces(tmp_path / "run")
-    assert_whole(path, range(10, 21))
-    assert f"steps 10 to 20 will be traced, into {tmp_path / 'run' / 'profile'}\n" in capsys.readouterr().out
+    assert_complete(path, range(10, 21))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path / "run" / "profile") in line]
+    assert "steps 10 to 20" in line
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"profile"}
     assert_same_run(make_tiny_config(), straight[0], tmp_path / "run")
 
 
-def test_a_stopped_run_leaves_its_trace_and_goes_on_with_the_next(tiny_config, straight, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_and_its_resumption_both_write_traces(tiny_config, straight, tmp_path, monkeypatch, capsys):
     tiny_config.profile.steps = (10, 20)
     with monkeypatch.context() as patch:
         stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step == 14)
         stopped(tiny_config, tmp_path / "run")
     (first,) = traces(tmp_path / "run")
-    assert_whole(first, range(10, 15))
+    assert_complete(first, range(10, 15))
     with monkeypatch.context() as patch:
         stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step == 22)
         stopped(tiny_config, tmp_path / "run")
     (_, second) = traces(tmp_path / "run")
-    assert_whole(second, range(15, 21))
-    assert "steps 15 to 20 will be traced" in capsys.readouterr().out
+    assert_complete(second, range(15, 21))
+    assert "steps 15 to 20" in capsys.readouterr().out
     train.train(tiny_config, tmp_path / "run")
     assert len(traces(tmp_path / "run")) == 2
-    assert "profile.steps=(10, 20): these steps are done; nothing will be traced\n" in capsys.readouterr().out
+    assert "profile.steps=(10, 20): " in capsys.readouterr().out
     assert_same_run(make_tiny_config(), straight[0], tmp_path / "run")
 
 
-def test_a_run_that_fails_leaves_its_trace(tiny_config, tmp_path):
+def test_a_failed_run_writes_its_trace(tiny_config, tmp_path):
     tiny_config.profile.steps = (1, 34)
     tiny_config.optim.learning_rate = 1e30
-    with pytest.raises(UserError, match="the loss of step"):
+    with pytest.raises(UserError, match=r"step \d+\b.*\b(nan|inf)\b"):
         train.train(tiny_config, tmp_path / "run")
     (path,) = traces(tmp_path / "run")
     steps, _ = read(path)
     assert 2 <= len(steps) < 34
-    with jax.profiler.trace(tmp_path / "another"):  # nothing is left running
+    with jax.profiler.trace(tmp_path / "another"):  # raises if the profiler is still running
         pass
 
 
 @pytest.fixture
 def events(monkeypatch):
-    """What a `Profiled` does, in its order."""
+    """Return the list of calls that a `Profiled` makes, in order."""
     events = []
 
     class Annotation:
@@ -120,8 +122,8 @@ def run_calls(call, start, count):
         state, _ = call(state, None)
 
 
-def test_the_device_is_waited_for_on_both_sides(tmp_path, events):
-    """On an accelerator calls return long before they are done."""
+def test_tracing_waits_for_the_device_before_and_after(tmp_path, events):
+    """On accelerators, calls return before the device has finished."""
     run_calls(profiled(tmp_path, (2, 3)), 0, 4)
     assert events == ["train 1", "wait for 1", "start", "train 2", "train 3", "wait for 3", "stop", "train 4"]
 
@@ -138,18 +140,18 @@ def test_the_device_is_waited_for_on_both_sides(tmp_path, events):
         ((0, 0), 0, []),
     ],
 )
-def test_calls_of_many_steps_are_traced_whole(tmp_path, events, steps, start, traced):
+def test_calls_of_many_steps_are_traced_completely(tmp_path, events, steps, start, traced):
     run_calls(profiled(tmp_path, steps, start=start, per_call=5), start, (20 - start) // 5)
-    found, tracing = [], False
+    calls, tracing = [], False
     for event in events:
         tracing = event == "start" or (tracing and event != "stop")
         if tracing and event.startswith("train"):
-            found.append(int(event.split()[1]))
-    assert found == traced
+            calls.append(int(event.split()[1]))
+    assert calls == traced
     assert events.count("start") == events.count("stop") == bool(traced)
 
 
-def test_a_trace_that_cannot_be_written_is_no_end(tmp_path, events, monkeypatch, capsys):
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, events, monkeypatch, capsys):
     def fail():
         raise jax.errors.JaxRuntimeError("No space\nleft")
 
@@ -157,24 +159,23 @@ def test_a_trace_that_cannot_be_written_is_no_end(tmp_path, events, monkeypatch,
     call = profiled(tmp_path, (1, 1))
     run_calls(call, 0, 2)
     call.close()
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "the trace could not be written (JaxRuntimeError: No space left)"
-    ]
+    _, line = capsys.readouterr().out.splitlines()
+    assert "JaxRuntimeError: No space left" in line
 
 
-def test_impossible_ranges_are_refused(tiny_config):
+def test_invalid_ranges_of_steps_are_refused(tiny_config):
     for steps in ((0, 1), (3, 2), (-2, -1), (1, 0)):
-        with pytest.raises(UserError, match=r"^profile\.steps=.*: must be \(first, last\) with 1 <= first <= last, or"):
+        with pytest.raises(UserError, match=rf"^profile\.steps={re.escape(str(steps))}: "):
             dataclasses.replace(tiny_config, profile=ProfileConfig(steps=steps)).validate()
     for steps in ((0, 0), (1, 1), (2, 34)):
         dataclasses.replace(tiny_config, profile=ProfileConfig(steps=steps)).validate()
     tiny_config.profile.steps = (2, 35)
-    with pytest.raises(UserError, match=r"^profile\.steps=\(2, 35\): must end within the 34 steps of the run"):
+    with pytest.raises(UserError, match=r"^profile\.steps=\(2, 35\): .*34"):
         trainer.Trainer(tiny_config)
 
 
 @pytest.mark.slow
-def test_every_process_writes_its_own(tmp_path):
+def test_every_process_writes_its_own_trace(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     run(tmp_path, [1, 1], "--config", "config.py", "--workdir=two", "--config.profile.steps=(3, 5)")
     assert {path.relative_to(tmp_path / "two" / "profile").parts[0] for path in traces(tmp_path / "two")} == {
@@ -182,4 +183,4 @@ def test_every_process_writes_its_own(tmp_path):
         "process_1",
     }
     for path in traces(tmp_path / "two"):
-        assert_whole(path, (3, 4, 5))
+        assert_complete(path, (3, 4, 5))

@@ -1,3 +1,5 @@
+"""Test report.html: its numbers, charts and images equal the evaluation, the log and the data."""
+
 import base64
 import io
 import json
@@ -11,7 +13,7 @@ import pytest
 from matplotlib import image
 from PIL import Image
 
-from cifar_flax.report import confusion, pictures
+from cifar_flax.report import confusion, examples
 from cifar_flax.report.log import read_log
 from cifar_flax.training import metrics
 
@@ -26,7 +28,7 @@ def test_confusion_matrix_is_drawn(tmp_path, classes):
     assert pixels[..., :3].std() > 0.01  # not an empty page
 
 
-def test_report_tells_what_the_evaluation_found(tmp_path):
+def test_report_contains_the_results_of_the_evaluation(tmp_path):
     result, arrays, probabilities = made_up.evaluation(classes=7, count=70)
     page = pages.read(
         made_up.report(tmp_path / "a run", (result | {"tta": "mirror", "tta_below": 0.6}, arrays, probabilities))
@@ -36,19 +38,20 @@ def test_report_tells_what_the_evaluation_found(tmp_path):
     for part in (
         "a run",
         "set/1.0.0, test split, checkpoint of step 30",
-        "test-time augmentation mirror where the top probability is below 0.6",
+        "test-time augmentation mirror ",
+        " below 0.6",
         f"{result['accuracy']:.2%}",
-        f"95 % interval {100 * low:.2f} to {high:.2%}",
-        f"{result['accuracy'] * 70:.0f} of 70 right",
+        f" {100 * low:.2f} to {high:.2%}",
+        f"{result['accuracy'] * 70:.0f} of 70 ",
         f"top-5 accuracy{result['top5_accuracy']:.2%}",
         f"loss{result['loss']:.4f}",
         f"calibration error{result['expected_calibration_error']:.2%}",
     ):
         assert part in head.replace("\u202f%", "%").replace("95%", "95 %"), part
-    _, *rows = pages.table(page, "Figures of each class")
+    _, *rows = pages.table(page, "Metrics per class")
     for row, (name, figures) in zip(rows, result["per_class"].items(), strict=True):
-        shares = [f"{figures[column]:.2%}" for column in ("precision", "recall", "f1")]
-        assert [cell.replace("\u202f", "") for cell in row] == [name, "10", *shares]
+        fractions = [f"{figures[column]:.2%}" for column in ("precision", "recall", "f1")]
+        assert [cell.replace("\u202f", "") for cell in row] == [name, "10", *fractions]
     text = page.text
     for part in ("seed", made_up.MADE_BY["command"], made_up.MADE_BY["hardware"], "jax", "0.10"):
         assert part in text
@@ -60,7 +63,7 @@ def test_heat_map_has_the_counts(tmp_path):
     section = next(each for each in page.all("section") if each.attributes["id"] == "confusions")
     cells = {}
     for rect in section.all("rect"):
-        true, taken, count = re.fullmatch(r"class (\d) taken for class (\d): (\d+) .*", rect.text).groups()
+        true, taken, count = re.fullmatch(r"class (\d) predicted as class (\d): (\d+) .*", rect.text).groups()
         cells[int(true), int(taken)] = int(count)
     counts = np.array(result["confusion_matrix"])
     assert cells == {place: count for place, count in np.ndenumerate(counts)}
@@ -70,7 +73,7 @@ def test_heat_map_has_the_counts(tmp_path):
     assert [int(count) for _, count, _ in rows[1:]] == mistakes[:12]
 
 
-def test_curves_are_what_was_logged(tmp_path):
+def test_curves_equal_the_log(tmp_path):
     page = pages.read(made_up.report(tmp_path))
     train, held_out = made_up.LINES[:6], made_up.LINES[6:]
     for title, column, drawn in (
@@ -79,9 +82,9 @@ def test_curves_are_what_was_logged(tmp_path):
         ("Learning rate", "learning_rate", (train,)),
         ("Images per second in training", "images_per_second", (train,)),
     ):
-        found = pages.curves(pages.figure(page, title))
-        assert len(found) == len(drawn)
-        for (piece,), lines in zip(found, drawn, strict=True):
+        lines_of_chart = pages.curves(pages.figure(page, title))
+        assert len(lines_of_chart) == len(drawn)
+        for (piece,), lines in zip(lines_of_chart, drawn, strict=True):
             np.testing.assert_allclose(piece[0], [line["epoch"] for line in lines], atol=1e-3)
             values = [line[column] for line in lines]
             np.testing.assert_allclose(piece[1], values, atol=2e-4 * max(values))
@@ -93,7 +96,7 @@ def test_long_tails_are_drawn_on_a_logarithmic_scale(tmp_path):
     np.testing.assert_allclose(piece[1], [line["loss"] for line in lines], rtol=2e-3)
 
 
-def test_what_was_skipped_or_not_logged_is_a_gap(tmp_path):
+def test_skipped_or_missing_values_are_gaps(tmp_path):
     lines = [made_up.line(step) for step in range(1, 11)]
     lines[3] |= {"loss": None, "accuracy": None, "skipped_steps": 5}
     lines[5] |= {"loss": None}
@@ -101,14 +104,14 @@ def test_what_was_skipped_or_not_logged_is_a_gap(tmp_path):
     page = pages.read(made_up.report(tmp_path, lines=lines))
     chart = pages.figure(page, "Loss")
     (pieces,) = pages.curves(chart)
-    found = [np.round(10 * x).astype(int).tolist() for x, _ in pieces]
-    assert found == [[1, 2, 3], [5], [7, 8, 9, 10]]
+    epochs = [np.round(10 * x).astype(int).tolist() for x, _ in pieces]
+    assert epochs == [[1, 2, 3], [5], [7, 8, 9, 10]]
     assert [path.text for path in chart.all("path", class_="skipped")] == ["skipped steps: 5", "skipped steps: 1"]
-    assert "6 steps were left out" in page.text
-    assert "2 of 10 lines of the log have no train loss" in page.text
+    assert "6 steps " in page.text
+    assert "2 of 10 " in page.text
 
 
-def test_log_that_says_odd_things(tmp_path):
+def test_invalid_lines_of_the_log_are_skipped(tmp_path):
     strange = [None, [], "x", {}, {"epoch": 1}, {"epoch": "1", "split": "train"}, {"epoch": 1, "split": 3}, 10**400]
     strange += [made_up.line(1, loss="high"), made_up.line(2, loss=10**400), made_up.line(3, loss=float("nan"))]
     strange += [
@@ -141,68 +144,68 @@ def test_reliability_diagram_has_the_bins(tmp_path):
         assert float(bar.attributes["height"]) == pytest.approx(
             44 * entry["count"] / max(other["count"] for other in filled), abs=0.02
         )
-    rows = pages.table(page, "Calibration by top probability")[1:]
+    rows = pages.table(page, "Calibration by confidence")[1:]
     assert [int(row[1]) for row in rows] == [entry["count"] for entry in filled]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_are_the_images(channels):
+def test_embedded_images_equal_the_data(channels):
     pixels = np.random.default_rng(0).integers(0, 256, (28, 33, channels), np.uint8)
-    decoded = np.asarray(Image.open(io.BytesIO(pictures.png(pixels))))
+    decoded = np.asarray(Image.open(io.BytesIO(examples.png(pixels))))
     np.testing.assert_array_equal(decoded.reshape(pixels.shape), pixels)
 
 
 @pytest.mark.parametrize(("shape", "small"), [((224, 224), (56, 56)), ((65, 10), (32, 5)), ((1, 200), (1, 50))])
-def test_large_images_are_made_smaller(shape, small):
+def test_large_images_are_shrunk(shape, small):
     pixels = np.full((*shape, 3), (10, 20, 250), np.uint8)
-    found = pictures.shrink(pixels)
-    assert found.shape == (*small, 3)
-    assert (found == (10, 20, 250)).all()
+    small_image = examples.shrink(pixels)
+    assert small_image.shape == (*small, 3)
+    assert (small_image == (10, 20, 250)).all()
     pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 1), np.uint8)
-    np.testing.assert_allclose(pictures.shrink(pixels)[0, 0], pixels[:2, :2].mean(axis=(0, 1)), atol=0.5)
+    np.testing.assert_allclose(examples.shrink(pixels)[0, 0], pixels[:2, :2].mean(axis=(0, 1)), atol=0.5)
 
 
-@pytest.mark.parametrize("put", [np.asarray, jnp.asarray])
-def test_worst_images_are_shown(tmp_path, put):
+@pytest.mark.parametrize("to_array", [np.asarray, jnp.asarray])
+def test_worst_images_are_shown(tmp_path, to_array):
     result, arrays, probabilities = made_up.evaluation(count=400)
-    arrays = type(arrays)(put(arrays.images), arrays.labels, arrays.class_names, arrays.dataset)
+    arrays = type(arrays)(to_array(arrays.images), arrays.labels, arrays.class_names, arrays.dataset)
     page = pages.read(made_up.report(tmp_path, (result, arrays, probabilities)))
     predicted, labels = probabilities.argmax(axis=1), arrays.labels
     wrong = sorted(np.flatnonzero(predicted != labels), key=lambda i: -probabilities[i].max())
     section = {each.attributes["id"]: each for each in page.all("section")}
     shown = list(section["mistakes"].all("li"))
-    assert f"The 24 of {len(wrong)} mistakes" in section["mistakes"].text
+    assert f" {len(wrong)} mistakes" in section["mistakes"].text
     for i, item in zip(wrong[:24], shown, strict=True):
-        _check_picture(item, arrays, i, predicted[i])
+        _assert_image(item, arrays, i, predicted[i])
         assert f"{probabilities[i].max():.1%}" in item.text.replace("\u202f", "")
     groups = list(section["hardest"].all("div", class_="by-class"))
     for label, group in enumerate(groups):
         assert group.one("h3").text.startswith(f"class {label}recall")
         hardest = sorted(np.flatnonzero(labels == label), key=lambda i: probabilities[i, label])[:8]
         for i, item in zip(hardest, group.all("li"), strict=True):
-            _check_picture(item, arrays, i, predicted[i])
+            _assert_image(item, arrays, i, predicted[i])
             assert item.text.replace("\u202f", "").startswith(f"{probabilities[i, label]:.1%}")
 
 
-def _check_picture(item, arrays, i, predicted):
-    picture = item.one("img")
+def _assert_image(item, arrays, i, predicted):
+    img = item.one("img")
     names = arrays.class_names[arrays.labels[i]], arrays.class_names[predicted]
-    assert picture.attributes["alt"] == f"{names[0]} taken for {names[1]}"
-    decoded = Image.open(io.BytesIO(base64.b64decode(picture.attributes["src"].partition(",")[2])))
+    assert img.attributes["alt"] == f"{names[0]} predicted as {names[1]}"
+    decoded = Image.open(io.BytesIO(base64.b64decode(img.attributes["src"].partition(",")[2])))
     np.testing.assert_array_equal(np.asarray(decoded), np.asarray(arrays.images[i]))
 
 
-def test_nothing_wrong_and_nothing_known(tmp_path):
+def test_report_without_mistakes_log_and_origin(tmp_path):
     result, arrays, _ = made_up.evaluation()
     perfect = np.eye(4, dtype=np.float32)[arrays.labels]
     result |= {"accuracy": 1.0, "confusion_matrix": (10 * np.eye(4, dtype=int)).tolist()}
     page = pages.read(made_up.report(tmp_path, (result, arrays, perfect), lines=None, made_by=None))
     assert page.text.count("There are no mistakes.") == 2
-    for part in ("There is no metrics.jsonl", "did not note it", "right"):
+    for part in ("metrics.jsonl is missing", "does not record", "correct"):
         assert part in page.text
 
 
-def test_names_from_outside_are_text(tmp_path):
+def test_names_are_escaped(tmp_path):
     name, quoted = made_up.HOSTILE[3], made_up.HOSTILE[0]
     config = {"data": {quoted: quoted, "lone": "\ud800"}, "<i>": {"<b>": "</dl>"}}
     made_by = {"command": quoted, "hardware": quoted, "versions": {quoted: quoted}}
@@ -211,7 +214,7 @@ def test_names_from_outside_are_text(tmp_path):
     evaluated[0].update(dataset=quoted, split=quoted)
     page = pages.read(made_up.report(tmp_path / name, evaluated, lines, config, made_by))
     assert page.one("h1").text == name
-    assert [row[0] for row in pages.table(page, "Figures of each class")[1:]] == list(made_up.HOSTILE)
+    assert [row[0] for row in pages.table(page, "Metrics per class")[1:]] == list(made_up.HOSTILE)
     assert not list(page.all("i"))
     known = pages.read(made_up.report(tmp_path / "plain", made_up.evaluation(count=200), lines, config, made_by))
     kinds = [[each.tag for each in of.all() if each.tag in ("b", "img", "svg", "title")] for of in (page, known)]
@@ -232,6 +235,6 @@ def test_a_thousand_classes_and_a_long_log_fit(tmp_path):
         if each.attributes["class"] != "frame"
     )
     assert drawn.count("M") == np.count_nonzero(evaluated[0]["confusion_matrix"])
-    assert len(pages.table(page, "Figures of each class")) == 1001
-    assert "Of the 1000 classes, the 20 with the lowest recall." in section["hardest"].text
+    assert len(pages.table(page, "Metrics per class")) == 1001
+    assert "20 of 1000 classes" in section["hardest"].text
     assert len(list(section["hardest"].all("div", class_="by-class"))) == 20

@@ -1,4 +1,4 @@
-"""The requirements are written down four times, for people, for pip, for CI and for the doctor: all agree."""
+"""Check that the requirements in pyproject.toml, requirements*.txt, constraints.txt and packages.py agree."""
 
 import re
 import tomllib
@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
 MACOS = {"sys_platform": "darwin", "platform_system": "Darwin", "os_name": "posix"}
 WINDOWS = {"sys_platform": "win32", "platform_system": "Windows", "os_name": "nt"}
-# Linux x86_64, Linux aarch64, macOS arm64, Windows x86_64, and the TensorFlow that has wheels there.
+# Machine -> environment markers, and the name of the TensorFlow package that has wheels for this platform.
 PLATFORMS = {
     "x86_64": (LINUX | {"platform_machine": "x86_64"}, "tensorflow-cpu"),
     "aarch64": (LINUX | {"platform_machine": "aarch64"}, "tensorflow"),
@@ -24,7 +24,7 @@ PLATFORMS = {
 
 
 def read(name):
-    """Return the requirements in a file, without those in the files that it includes."""
+    """Return the requirements in a file, without those of the files that it includes."""
     lines = [re.split(r"(?:^|\s)#", line)[0].strip() for line in (REPOSITORY / name).read_text().splitlines()]
     return [Requirement(line) for line in lines if line and not line.startswith("-")]
 
@@ -45,7 +45,7 @@ def oldest(requirement):
     return specifier.version
 
 
-def test_pip_install_of_the_package_and_of_the_file_install_the_same():
+def test_pyproject_and_requirements_files_have_the_same_requirements():
     requirements = read("requirements.txt")
     assert len(set(requirements)) == len(requirements)
     (pytest_itself,) = (requirement for requirement in requirements if requirement.name == "pytest")
@@ -55,24 +55,24 @@ def test_pip_install_of_the_package_and_of_the_file_install_the_same():
     assert (REPOSITORY / "requirements-dev.txt").read_text().startswith("-r requirements.txt\n")
 
 
-def test_the_oldest_versions_are_those_that_the_doctor_reports():
-    found = {}
+def test_minimum_versions_equal_those_of_the_doctor():
+    minimums = {}
     for requirement in read("requirements.txt"):
         name = "tensorflow" if requirement.name == "tensorflow-cpu" else requirement.name
-        assert found.setdefault(name, oldest(requirement)) == oldest(requirement)
+        assert minimums.setdefault(name, oldest(requirement)) == oldest(requirement)
     table = {name: package.oldest for name, package in PACKAGES.items()}
-    assert {name: version for name, version in found.items() if name in table} == table
-    assert found.keys() - table == {"pytest", "importlib_resources"}  # one for tests, one for tensorflow-datasets
+    assert {name: version for name, version in minimums.items() if name in table} == table
+    assert minimums.keys() - table == {"pytest", "importlib_resources"}  # required by tests and by tensorflow-datasets
 
 
 @pytest.mark.parametrize("extra", ["gpu", "tpu"])
-def test_the_accelerators_extras_ask_for_the_same_jax(extra):
+def test_extras_for_accelerators_require_the_same_jax(extra):
     (requirement,) = parsed(PROJECT["optional-dependencies"][extra])
     assert (requirement.name, oldest(requirement)) == ("jax", PACKAGES["jax"].oldest)
     assert len(requirement.extras) == 1
 
 
-def test_the_supported_pythons():
+def test_supported_python_versions():
     (first, last), prefix = PYTHONS, "Programming Language :: Python :: "
     assert PROJECT["requires-python"] == ">={}.{}".format(*first)
     listed = [text.removeprefix(prefix) for text in PROJECT["classifiers"] if text.startswith(f"{prefix}3.")]
@@ -89,20 +89,20 @@ def test_each_platform_gets_the_tensorflow_that_has_wheels_for_it(python, machin
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-def test_each_requirement_has_one_exact_version_in_the_constraints(python):
+def test_constraints_pin_one_version_of_each_requirement(python):
     pins = {}
     for line in read("constraints.txt"):
         (specifier,) = line.specifier
         assert (specifier.operator, line.extras) == ("==", set())
         assert "*" not in specifier.version
         if applies(line, python):
-            assert canonicalize_name(line.name) not in pins, f"two versions of {line.name}"
+            assert canonicalize_name(line.name) not in pins, f"constraints.txt has two versions of {line.name}"
             pins[canonicalize_name(line.name)] = specifier.version
     for requirement in (*read("requirements.txt"), *read("requirements-dev.txt")):
         pin = pins[canonicalize_name(requirement.name)]
-        assert requirement.specifier.contains(pin), f"{requirement} is not met by {pin}"
+        assert requirement.specifier.contains(pin), f"{pin} in constraints.txt does not satisfy {requirement}"
 
 
-def test_the_build_backend_is_installed_for_the_tests():
+def test_development_requirements_include_the_build_backend():
     build = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["build-system"]
     assert parsed(build["requires"]) <= set(read("requirements-dev.txt"))

@@ -1,3 +1,5 @@
+"""Test the ResNet-18 for small images: size, forward pass and precision."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +15,15 @@ def build(platform="cuda", **fields):
     return models.build(ResNetConfig(**fields), (32, 32, 3), 10, platform=platform, rngs=nnx.Rngs(0))
 
 
-def test_size_is_the_usual_one():
-    """Stages of 64, 128, 256 and 512 filters; 0.56 billion multiplications for an image of 32x32."""
+def test_number_of_parameters_and_flops():
+    """Stages of 64, 128, 256 and 512 filters have 0.56 billion multiply-adds per 32x32 image."""
     params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(build), nnx.Param))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_173_962
     assert forward_flops(ResNetConfig(), (32, 32, 3), 10) == pytest.approx(2 * 0.56e9, rel=0.01)
 
 
-def test_forward_pass_is_the_stated_design():
-    """Against the layers written out, with running statistics."""
+def test_forward_pass_equals_its_definition():
+    """Compare with the layers written out in JAX, with running statistics."""
     model = build(width=4)
     p, s = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
 
@@ -49,14 +51,14 @@ def test_forward_pass_is_the_stated_design():
     np.testing.assert_allclose(jax.jit(lambda x: model(x))(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_platforms_compute_the_same_network():
+def test_outputs_are_equal_on_all_platforms():
     x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     models_of = [build(platform, width=4) for platform in ("cpu", "cuda")]
     outputs = [jax.jit(lambda x, model=model: model(x))(x) for model in models_of]
     np.testing.assert_allclose(*outputs, rtol=1e-3, atol=1e-4)
 
 
-def test_auto_is_half_precision_on_accelerators_only():
+def test_auto_dtype_is_bfloat16_only_on_accelerators():
     assert {platform: build(platform, width=1, dtype="auto").dtype for platform in ("cpu", "cuda", "tpu")} == {
         "cpu": jnp.float32,
         "cuda": jnp.bfloat16,

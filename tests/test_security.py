@@ -1,4 +1,4 @@
-"""No bytes become code: see SECURITY.md."""
+"""Check that the package never executes bytes from files or from the network as code: see SECURITY.md."""
 
 import ast
 
@@ -12,7 +12,7 @@ METHODS = {"extract", "extractall", "unpack_archive", "loads_pickle", "system", 
 
 
 def violations(tree):
-    """What a file does that would let bytes from outside run, or be written where they say."""
+    """Yield the unsafe operations in a file: those that may execute input or write to paths that the input chooses."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
@@ -31,7 +31,7 @@ def violations(tree):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_no_bytes_become_code(path):
+def test_sources_contain_no_unsafe_operation(path):
     assert not list(violations(ast.parse(path.read_text())))
 
 
@@ -51,11 +51,11 @@ def test_no_bytes_become_code(path):
         "subprocess.run(command, shell=True)",
     ],
 )
-def test_what_is_looked_for_is_found(code):
+def test_unsafe_operations_are_found(code):
     assert list(violations(ast.parse(code)))
 
 
-def test_arrays_are_loaded_with_the_word_that_refuses_objects():
-    """NumPy's own default is that today; the word makes it ours."""
+def test_arrays_are_loaded_and_saved_without_pickle():
+    """`allow_pickle=False` is explicit, so that it does not depend on NumPy's default."""
     text = "".join(path.read_text() for path in SOURCES)
     assert text.count("np.load(") + text.count("np.save(") == text.count("allow_pickle=False") > 0

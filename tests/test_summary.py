@@ -1,4 +1,4 @@
-"""The table of a network's layers: what it says is what the network is."""
+"""Test the table of a network's layers: shapes, parameters and FLOPs equal those of the network."""
 
 import dataclasses
 
@@ -39,22 +39,22 @@ networks = st.one_of(
 
 @settings(max_examples=8)
 @given(networks, st.tuples(st.integers(25, 40), st.integers(25, 40), st.integers(1, 4)), st.integers(1, 12))
-def test_layers_add_up_to_the_network(config, image_shape, num_classes):
-    found = summary.layers(config, image_shape, num_classes)
+def test_layers_sum_to_the_network(config, image_shape, num_classes):
+    rows = summary.layers(config, image_shape, num_classes)
     network = build(config, image_shape, num_classes)
-    assert sum(layer.flops for layer in found) == summary.forward_flops(config, image_shape, num_classes)
-    assert sum(layer.parameters for layer in found) == count(network, nnx.Param)
-    assert sum(layer.statistics for layer in found) == count(network, nnx.BatchStat)
+    assert sum(layer.flops for layer in rows) == summary.forward_flops(config, image_shape, num_classes)
+    assert sum(layer.parameters for layer in rows) == count(network, nnx.Param)
+    assert sum(layer.statistics for layer in rows) == count(network, nnx.BatchStat)
     modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(network)}
-    for layer in found:
+    for layer in rows:
         assert layer.kind == type(modules[layer.name]).__name__
         assert (layer.parameters, layer.statistics) == tuple(
             count(modules[layer.name], kind) for kind in (nnx.Param, nnx.BatchStat)
         )
-    assert len({layer.name for layer in found}) == len(found)
+    assert len({layer.name for layer in rows}) == len(rows)
 
 
-def test_all_networks_are_tried_here():
+def test_all_networks_are_covered():
     assert {type(config) for config, _ in SIZES} == {config for config, _ in models.MODELS.values()}
 
 
@@ -63,18 +63,18 @@ def numbers(line):
 
 
 @pytest.mark.parametrize(("config", "parameters"), SIZES, ids=[config.name for config, _ in SIZES])
-def test_totals_are_those_of_the_reference_networks(config, parameters):
+def test_totals_of_the_reference_networks(config, parameters):
     lines = summary.summarize(config, CIFAR, 10).splitlines()
     forward = summary.forward_flops(config, CIFAR, 10)
     (total,) = [line for line in lines if line.startswith("  total ")]
-    found = numbers(total)
-    assert (found[0], found[2]) == (parameters, forward)
+    row = numbers(total)
+    assert (row[0], row[2]) == (parameters, forward)
     assert f"{4 * parameters / 1e6:.2f} MB of parameters; {3 * forward:,} FLOPs per image in training" in lines[-2]
     assert max(map(len, lines)) <= 100
 
 
-def test_a_row_says_what_its_layer_is():
-    """Computed by hand: 30x30 places of a 3x3 convolution, pooled to 15x15; then matrix products."""
+def test_rows_of_the_reference_cnn():
+    """Computed by hand: a 3x3 convolution at 30x30 positions, pooled to 15x15; then matrix products."""
     lines = summary.summarize(CNNConfig(), CIFAR, 10).splitlines()
     assert [line.split() for line in lines[2:7]] == [
         ["conv", "Conv", "15x15x32", "896", "0", f"{2 * 30 * 30 * 32 * 27:,}"],
@@ -85,21 +85,21 @@ def test_a_row_says_what_its_layer_is():
     ]
 
 
-def test_layers_come_in_the_order_of_their_calls():
+def test_layers_are_in_the_order_of_their_calls():
     names = [layer.name for layer in summary.layers(AirbenchConfig(depth=3), CIFAR, 10)]
     assert names[:4] == ["whitening", "blocks.0.convs.0", "blocks.0.norms.0.norm", "blocks.0.convs.1"]
     assert names[-1] == "head"
-    # The table is of the shapes that are: a shortcut works on the block's input, before the block.
+    # A shortcut is listed with the shape of its output, although it is applied to the input of the block.
     shapes = {layer.name: layer.shape for layer in summary.layers(ResNetConfig(), CIFAR, 10)}
     assert shapes["blocks.6.shortcut.conv"] == shapes["blocks.6.second.conv"] == (4, 4, 512)
 
 
-def test_it_is_printed_before_training_when_asked(tiny_config, tmp_path, capsys):
-    """Also where the run goes on, or is finished."""
+def test_summary_is_printed_before_training_if_requested(tiny_config, tmp_path, capsys):
+    """Print it also if the run resumes or is finished."""
     tiny_config.optim = dataclasses.replace(tiny_config.optim, schedule="constant", warmup_epochs=0.0)
     table = f"{summary.summarize(tiny_config.model, CIFAR, 10)}\n"
-    for epochs, asked in ((0.2, True), (0.3, True), (0.3, True), (0.3, False)):
+    for epochs, requested in ((0.2, True), (0.3, True), (0.3, True), (0.3, False)):
         tiny_config.train = dataclasses.replace(tiny_config.train, epochs=epochs, log_every=1)
-        train(tiny_config, tmp_path / "run", summary=asked)
+        train(tiny_config, tmp_path / "run", summary=requested)
         printed = capsys.readouterr().out
-        assert printed.count(table) == printed.startswith(table) == asked
+        assert printed.count(table) == printed.startswith(table) == requested

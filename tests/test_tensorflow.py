@@ -1,3 +1,5 @@
+"""Test the use of TensorFlow: no copies of images, unaligned arrays, options of pipelines, lazy imports."""
+
 import subprocess
 import sys
 
@@ -31,18 +33,18 @@ def batches_of(images):
     return streaming.training_batches(arrays, examples, batch_size=1, seed=0, start=0, stop=20)
 
 
-def test_images_of_the_cache_are_not_copied(tmp_path):
+def test_cached_images_are_not_copied(tmp_path):
     images = stored(tmp_path / "train").images
     batches = batches_of(images)
     next(batches)
     images[:] = 0
-    *_, last = batches  # gathered after the change
+    *_, last = batches  # read after the change
     assert not last.image.any()
-    np.testing.assert_array_equal(cache.load(tmp_path / "train").images, IMAGES)  # which reads the file again
+    np.testing.assert_array_equal(cache.load(tmp_path / "train").images, IMAGES)  # the file is unchanged
 
 
-def lying(offset):
-    """Memory for images `offset` bytes behind a multiple of 64."""
+def memory_at(offset):
+    """Return memory for the images whose address is `offset` bytes after a multiple of 64."""
     memory = np.zeros(IMAGES.size + 128, np.uint8)
     start = -memory.ctypes.data % 64 + offset
     return memory[start : start + IMAGES.size]
@@ -51,14 +53,14 @@ def lying(offset):
 @pytest.mark.parametrize(
     "images",
     [
-        *(lying(offset).reshape(IMAGES.shape) for offset in (0, 1, 16, 32)),
-        lying(0).reshape(20, 3, 4, 5).transpose(0, 2, 3, 1),
-        lying(0).reshape(IMAGES.shape)[:, ::-1],
+        *(memory_at(offset).reshape(IMAGES.shape) for offset in (0, 1, 16, 32)),
+        memory_at(0).reshape(20, 3, 4, 5).transpose(0, 2, 3, 1),
+        memory_at(0).reshape(IMAGES.shape)[:, ::-1],
     ],
 )
 @pytest.mark.parametrize("writeable", [True, False])
-def test_arrays_of_every_kind_become_tensors(images, writeable):
-    """From one that is not aligned, TensorFlow would end the process."""
+def test_any_memory_layout_becomes_tensors(images, writeable):
+    """TensorFlow would end the process if it got an unaligned array."""
     images = images.view()
     images[:] = IMAGES
     images.flags.writeable = writeable
@@ -66,8 +68,8 @@ def test_arrays_of_every_kind_become_tensors(images, writeable):
         np.testing.assert_array_equal(batch.image, IMAGES[batch.index])
 
 
-def test_no_pipeline_tunes_itself(monkeypatch):
-    """See `dataset_options`; the wait itself is too rare to be tested."""
+def test_autotuning_is_off_in_all_pipelines(monkeypatch):
+    """See `dataset_options` for the reason, a wait that is too rare to be tested."""
     iterate, tuned = tf.data.Dataset.as_numpy_iterator, []
 
     def recorded(dataset):
@@ -81,8 +83,8 @@ def test_no_pipeline_tunes_itself(monkeypatch):
     assert tuned == [False, False]
 
 
-def test_keras_is_left_alone_and_left_importable():
-    """TensorFlow would import it, TFDS would import TensorFlow."""
+def test_tfds_does_not_import_keras():
+    """TFDS would import TensorFlow, which would import Keras. Keras can still be imported later."""
     use = "from cifar_flax.data import sources; sources._tfds_builder(config)"
     config = "from cifar_flax.data.sources import DataConfig; config = DataConfig(name='mnist')"
     then = "import sys, tensorflow; assert 'keras' not in sys.modules; from tensorflow.keras import layers"

@@ -1,6 +1,7 @@
-"""A run that begins with what another has learned."""
+"""Test `train.init_from`: a run starts with the weights of another run."""
 
 import dataclasses
+import re
 import shutil
 
 import jax
@@ -18,7 +19,7 @@ from cifar_flax.training.setup import setup
 from cifar_flax.training.trainer import Trainer
 
 
-def begun(config):
+def initialized(config):
     trainer = Trainer(config)
     return trainer.initial_state, restore.init_from(config, trainer.info, trainer.task, trainer.initial_state)
 
@@ -33,15 +34,17 @@ def assert_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_all_weights_are_taken_and_nothing_else(straight, capsys):
+def test_only_weights_are_copied(straight, capsys):
     run, _ = straight
-    trained, (fresh, first) = final_state(make_tiny_config(), run), begun(config_from(run))
+    trained, (fresh, first) = final_state(make_tiny_config(), run), initialized(config_from(run))
     assert_equal((first.params, first.batch_stats), (trained.params, trained.batch_stats))
     assert_equal((first.step, first.seed, first.opt_state), (fresh.step, fresh.seed, fresh.opt_state))
-    assert capsys.readouterr().out.splitlines()[-1] == f"initialized 10 of 10 weights from {run}, step 34"
+    line = capsys.readouterr().out.splitlines()[-1]
+    for part in ("10 of 10 weights", str(run), "step 34"):
+        assert part in line
 
 
-def test_a_new_head_where_the_number_of_classes_differs(straight, monkeypatch, capsys):
+def test_another_number_of_classes_keeps_a_fresh_head(straight, monkeypatch, capsys):
     run, _ = straight
     trained, config = final_state(make_tiny_config(), run), config_from(run)
     trainer = Trainer(config)
@@ -53,44 +56,42 @@ def test_a_new_head_where_the_number_of_classes_differs(straight, monkeypatch, c
     assert first.params["head"]["kernel"].shape == (16, 7)
     for name in ("conv", "hidden"):
         assert_equal(first.params[name], trained.params[name])
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.strip() for line in lines[-2:]) == [
-        "does not match: head.bias: (10,) there, (7,) here",
-        "does not match: head.kernel: (16, 10) there, (16, 7) here",
-    ]
+    bias, kernel = sorted(capsys.readouterr().out.splitlines()[-2:])
+    assert re.search(r"head\.bias: \(10,\) .*, \(7,\)", bias)
+    assert re.search(r"head\.kernel: \(16, 10\) .*, \(16, 7\)", kernel)
 
 
-def test_other_classes_of_the_same_number_are_told(straight, capsys):
+def test_other_class_names_are_reported(straight, capsys):
     config = config_from(straight[0])
     trainer = Trainer(config)
     info = dataclasses.replace(trainer.info, class_names=tuple("abcdefghij"))
     restore.init_from(config, info, trainer.task, trainer.initial_state)
-    assert "that run has other classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
+    assert "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
 
 
-def test_what_the_evaluation_uses_is_what_is_taken(tmp_path):
+def test_averaged_weights_are_copied(tmp_path):
     config = make_tiny_config()
     config.averaging = AveragingConfig(name="ema", decay=0.9)
     train(config, tmp_path / "ema")
-    state, (_, first) = final_state(config, tmp_path / "ema"), begun(config_from(tmp_path / "ema"))
+    state, (_, first) = final_state(config, tmp_path / "ema"), initialized(config_from(tmp_path / "ema"))
     average = averaging.evaluated(config.averaging, (state.params, state.batch_stats), state.average)
     assert_equal((first.params, first.batch_stats), average)
     assert np.abs(first.params["head"]["kernel"] - state.params["head"]["kernel"]).max() > 0
 
 
-def test_an_average_begins_with_the_weights_too(straight):
+def test_averages_start_with_the_copied_weights(straight):
     config = config_from(straight[0], averaging=AveragingConfig(name="ema"))
-    _, first = begun(config)
+    _, first = initialized(config)
     assert_equal(first.average, (first.params, first.batch_stats))
 
 
 def test_another_network_is_refused_with_the_difference(straight):
     with pytest.raises(UserError) as caught:
-        begun(config_from(straight[0], model=AirbenchConfig(widths=(8, 8, 8))))
+        initialized(config_from(straight[0], model=AirbenchConfig(widths=(8, 8, 8))))
     message = str(caught.value)
-    assert message.startswith(f"train.init_from={str(straight[0])!r}: none of its weights matches this network (")
-    assert "conv.kernel: (3, 3, 3, 4) there, absent here" in message
-    _, first = begun(config_from(straight[0], model=CNNConfig(width=4, hidden=24)))  # a part of it is
+    assert message.startswith(f"train.init_from={str(straight[0])!r}: ")
+    assert "conv.kernel: (3, 3, 3, 4) " in message
+    _, first = initialized(config_from(straight[0], model=CNNConfig(width=4, hidden=24)))  # some of its weights match
     assert first.params["hidden"]["kernel"].shape[1] == 24
 
 
@@ -101,9 +102,8 @@ def test_a_folder_without_a_run_is_refused_before_anything_is_written(tmp_path, 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_begins_there_and_goes_on_without_it(straight, tmp_path):
-    """The other run is asked at the first start alone."""
-
+def test_the_other_run_is_needed_only_at_the_first_start(straight, tmp_path):
+    """The run resumes after the other run has been deleted."""
     other = shutil.copytree(straight[0], tmp_path / "other")
     config = config_from(other)
     config.train = dataclasses.replace(config.train, epochs=1)
@@ -115,5 +115,5 @@ def test_a_run_begins_there_and_goes_on_without_it(straight, tmp_path):
     first = next(line for line in read_metrics(tmp_path / "new") if line["split"] == "test")
 
     before = read_metrics(straight[0])[-1]["accuracy"]
-    assert first["accuracy"] == pytest.approx(before, abs=0.03)  # at this rate; from random weights: a tenth
+    assert first["accuracy"] == pytest.approx(before, abs=0.03)  # random weights have about 0.1
     assert before > 0.3

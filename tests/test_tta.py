@@ -1,4 +1,4 @@
-"""Test-time augmentation: what is averaged, and of which images."""
+"""Test test-time augmentation (TTA): the average over TTA views, and the choice of images by confidence."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ COUNT = len(TEST.labels)
 
 @pytest.fixture(scope="module")
 def trained():
-    """A task and a state after some steps, which is sure of some images only."""
+    """Return a task and a state after 12 steps, with high confidence in some of the images."""
     trainer = Trainer(make_tiny_config())
     state, inputs = trainer.initial_state, trainer.inputs(0, 0)
     step = trainer.compile(state)
@@ -35,7 +35,7 @@ def trained():
 
 
 def plain_logits(trained, images):
-    """Written out: one view after the other."""
+    """Return the logits without test-time augmentation."""
     task, state = trained
     model = nnx.merge(task.graphdef, state.params, state.batch_stats)
     return np.asarray(jax.jit(lambda x: model(normalize(x, task.mean, task.std)))(jnp.asarray(images)))
@@ -58,10 +58,10 @@ def evaluator(trained, **settings):
 
 
 @pytest.mark.parametrize("tta", VIEWS)
-def test_logits_are_weighted_means_over_the_views(trained, tta):
-    found, expected = evaluator(trained, tta=tta)(trained[1]).summary, summary_of(augmented_logits(trained, tta))
-    assert_same_counts(found["confusion_matrix"], expected["confusion_matrix"])
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+def test_logits_are_weighted_means_over_views(trained, tta):
+    result, expected = evaluator(trained, tta=tta)(trained[1]).summary, summary_of(augmented_logits(trained, tta))
+    assert_same_counts(result["confusion_matrix"], expected["confusion_matrix"])
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -70,55 +70,55 @@ def confidence(trained):
 
 
 @pytest.mark.parametrize("batch_size", [1, 64, 355])
-def test_only_images_of_which_the_network_is_unsure_get_more_views(trained, confidence, batch_size):
+def test_only_images_below_the_confidence_are_augmented(trained, confidence, batch_size):
     below = widest_gap(confidence)
     plain, augmented = plain_logits(trained, TEST.images), augmented_logits(trained, "mirror_translate")
     expected = summary_of(np.where((confidence < below)[:, None], augmented, plain))
-    found = evaluator(trained, tta="mirror_translate", tta_below=below, batch_size=batch_size)(trained[1]).summary
-    assert found["num_examples"] == COUNT
-    assert_same_counts(found["confusion_matrix"], expected["confusion_matrix"])
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    assert len({found["loss"], summary_of(plain)["loss"], summary_of(augmented)["loss"]}) == 3
+    result = evaluator(trained, tta="mirror_translate", tta_below=below, batch_size=batch_size)(trained[1]).summary
+    assert result["num_examples"] == COUNT
+    assert_same_counts(result["confusion_matrix"], expected["confusion_matrix"])
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert len({result["loss"], summary_of(plain)["loss"], summary_of(augmented)["loss"]}) == 3
 
 
 @pytest.mark.parametrize(("below", "like", "unlike"), [(1e-3, "none", "mirror"), (1.0, "mirror", "none")])
-def test_all_and_none_may_be_unsure(trained, below, like, unlike):
-    found = evaluator(trained, tta="mirror", tta_below=below)(trained[1]).summary
+def test_all_or_no_images_may_be_augmented(trained, below, like, unlike):
+    result = evaluator(trained, tta="mirror", tta_below=below)(trained[1]).summary
     expected, other = (evaluator(trained, tta=tta)(trained[1]).summary for tta in (like, unlike))
-    assert_same_counts(found["confusion_matrix"], expected["confusion_matrix"])
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    assert found["loss"] != pytest.approx(other["loss"], rel=1e-4)
+    assert_same_counts(result["confusion_matrix"], expected["confusion_matrix"])
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert result["loss"] != pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_views_are_computed_for_the_unsure_alone(trained, confidence, monkeypatch):
-    """What the option is for: the second pass takes no others."""
+def test_views_are_computed_only_below_the_confidence(trained, confidence, monkeypatch):
+    """The second pass over the split has only the images below the confidence."""
     passes, positions_of = [], evaluator_module.evaluation_indices
 
-    def watched(examples, batch_size):
+    def recorded(examples, batch_size):
         passes.append(examples.tolist())
         return positions_of(examples, batch_size)
 
     below = widest_gap(confidence)
     partly = evaluator(trained, tta="mirror", tta_below=below)
     partly.compile(trained[1])
-    monkeypatch.setattr(evaluator_module, "evaluation_indices", watched)
+    monkeypatch.setattr(evaluator_module, "evaluation_indices", recorded)
     partly(trained[1])
     assert passes == [list(range(COUNT)), np.flatnonzero(confidence < below).tolist()]
     assert 0 < len(passes[1]) < COUNT
 
 
-def test_a_split_on_the_device_gives_the_same_and_stays_there(trained, confidence):
+def test_a_split_on_the_device_gets_equal_results_without_transfers(trained, confidence):
     task, state = trained
     below = widest_gap(confidence)
     expected = evaluator(trained, tta="mirror", tta_below=below)(state).probabilities
     on_device = Evaluator(task, resident.put(TEST, task.layout), all_examples(TEST), 100, tta="mirror", tta_below=below)
     on_device.compile(state)
-    with jax.transfer_guard_host_to_device("disallow"):  # but by device_put, as positions come
-        found = on_device(state).probabilities
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    with jax.transfer_guard_host_to_device("disallow"):  # allows device_put, which transfers positions
+        result = on_device(state).probabilities
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
 
 
-def test_padding_is_never_counted(trained):
+def test_padding_is_not_counted(trained):
     task, state = trained
     index = np.zeros(4, np.int32)
     batch = Batch(TEST.images[:4], TEST.labels[:4], index, index, np.array([True, False, True, False]))
@@ -132,15 +132,16 @@ def test_padding_is_never_counted(trained):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "field", "keyword"),
     [
-        ({"tta_below": 0.5}, "eval.tta_below=0.5: needs another eval.tta than none"),
-        ({"tta": "mirror", "tta_below": 1.5}, "eval.tta_below=1.5: must be above 0 and at most 1"),
+        ({"tta_below": 0.5}, "eval.tta_below=0.5", "eval.tta"),
+        ({"tta": "mirror", "tta_below": 1.5}, "eval.tta_below=1.5", "1"),
     ],
 )
-def test_bad_settings_are_refused(fields, message):
+def test_inconsistent_settings_are_refused(fields, field, keyword):
     config = make_tiny_config()
     config.eval = dataclasses.replace(config.eval, **fields)
     with pytest.raises(ConfigError) as caught:
         config.validate()
-    assert str(caught.value) == message
+    assert str(caught.value).startswith(f"{field}: ")
+    assert keyword in str(caught.value).partition(": ")[2]

@@ -1,5 +1,8 @@
+"""Test metrics.jsonl, TensorBoard events and the progress output."""
+
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -19,7 +22,7 @@ def record(step, split="train", **figures):
 
 
 def write(workdir, steps, start=0, mark=None, mark_after=None):
-    """Returns the mark of the step `mark_after`."""
+    """Write metrics of `steps` to the log; return the mark taken after step `mark_after`."""
     writer, taken = MetricsWriter(workdir, start, mark), None
     for step in steps:
         writer.write(record(step))
@@ -32,44 +35,44 @@ def steps_in(workdir):
     return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_resuming_drops_what_will_come_again(tmp_path, capsys):
+def test_resuming_removes_lines_after_the_checkpoint(tmp_path, capsys):
     mark = write(tmp_path, [1, 2, 3, 4], mark_after=2)
     write(tmp_path, [3, 4, 5], start=2, mark=mark)
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
     assert capsys.readouterr().out == ""
     write(tmp_path, [1, 2])  # from the start
     assert steps_in(tmp_path) == [1, 2]
-    assert "there is no checkpoint: starting from step 0 and deleting 5 lines of" in capsys.readouterr().out
+    assert "deleting 5 lines" in capsys.readouterr().out
 
 
 TORN = ['{"step": 3, "lo', '{"step": 3}', "\x00\x00\n", "3\n", '{"loss": 1}\n', '{"step": true}\n', "[" * 10**5 + "\n"]
 
 
 @pytest.mark.parametrize("torn", TORN, ids=range(len(TORN)))
-def test_torn_lines_are_dropped(tmp_path, capsys, torn):
+def test_incomplete_lines_are_removed(tmp_path, capsys, torn):
     mark = write(tmp_path, [1, 2], mark_after=2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
     write(tmp_path, [3], start=2, mark=mark)
     assert steps_in(tmp_path) == [1, 2, 3]
     assert capsys.readouterr().out == ""
-    changed = torn + (tmp_path / "metrics.jsonl").read_text()  # what had been saved is no longer there
+    changed = torn + (tmp_path / "metrics.jsonl").read_text()  # the lines before the mark have changed
     (tmp_path / "metrics.jsonl").write_text(changed if torn.endswith("\n") else f"{torn}\n{changed[len(torn) :]}")
     write(tmp_path, [3], start=2, mark=mark)
     assert steps_in(tmp_path)[-3:] == [1, 2, 3]
-    assert "metrics.jsonl is not what the run had written at step 2" in capsys.readouterr().out
+    assert re.search(r"metrics\.jsonl\b.*\bstep 2\b", capsys.readouterr().out)
 
 
-def test_a_lost_log_is_said_and_begun_anew(tmp_path, capsys):
+def test_a_lost_log_is_reported_and_restarted(tmp_path, capsys):
     mark = write(tmp_path, [1, 2], mark_after=2)
     (tmp_path / "metrics.jsonl").unlink()
     write(tmp_path, [3], start=2, mark=mark)
     assert steps_in(tmp_path) == [3]
-    assert "metrics.jsonl is not what the run had written at step 2: it is not there" in capsys.readouterr().out
+    assert re.search(r"metrics\.jsonl\b.*\bstep 2\b.*\bmissing\b", capsys.readouterr().out)
 
 
-def test_a_full_disk_is_an_error_of_the_line_that_did_not_fit(tmp_path):
-    """tensorboardX's own writer would keep it to itself, and after ten more events wait for ever."""
+def test_a_full_disk_raises_at_once(tmp_path):
+    """tensorboardX's own writer would hide the error, and block forever after ten more events."""
     writer = MetricsWriter(tmp_path, 0)
     writer.write(record(1))
     events = writer._events._writer._py_recordio_writer._writer.fileno()
@@ -84,7 +87,7 @@ def test_a_full_disk_is_an_error_of_the_line_that_did_not_fit(tmp_path):
     assert steps_in(tmp_path) == [1, 2]
 
 
-def test_lines_are_on_disk_at_once(tmp_path):
+def test_lines_are_flushed_at_once(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.write(record(1))
     assert steps_in(tmp_path) == [1]
@@ -92,16 +95,16 @@ def test_lines_are_on_disk_at_once(tmp_path):
 
 
 def events(folder):
-    """Tag -> its last value in the event files of `folder`."""
-    found = {}
+    """Return the values in the event files of `folder`, by tag and step."""
+    values = {}
     for path in sorted(folder.glob("events*")):
         for raw in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
             event = Event.FromString(raw)
-            found |= {(value.tag, event.step): value for value in event.summary.value}
-    return found
+            values |= {(value.tag, event.step): value for value in event.summary.value}
+    return values
 
 
-def test_tensorboard_has_every_figure(tmp_path):
+def test_tensorboard_has_all_metrics(tmp_path):
     write(tmp_path, [1, 2])
     seen = events(tmp_path / "tensorboard")
     assert seen[("train/loss", 2)].simple_value == 0.5
@@ -112,32 +115,32 @@ def test_tensorboard_has_every_figure(tmp_path):
 def test_tensorboard_has_the_settings(tmp_path):
     settings = {"seed": 3, "optim.name": "adamw", "deterministic": False, "eval.tta_below": None, "betas": (0.9, 0.99)}
     MetricsWriter(tmp_path, 0, settings=settings).close()
-    found = {tag: value.metadata.plugin_data for (tag, _), value in events(tmp_path / "tensorboard").items()}
-    assert {data.plugin_name for data in found.values()} == {"hparams"}
-    start = HParamsPluginData.FromString(found["_hparams_/session_start_info"].content).session_start_info.hparams
+    values = {tag: value.metadata.plugin_data for (tag, _), value in events(tmp_path / "tensorboard").items()}
+    assert {data.plugin_name for data in values.values()} == {"hparams"}
+    start = HParamsPluginData.FromString(values["_hparams_/session_start_info"].content).session_start_info.hparams
     assert (start["seed"].number_value, start["optim.name"].string_value) == (3, "adamw")
     assert (start["deterministic"].bool_value, start["eval.tta_below"].string_value) == (False, "None")
     assert start["betas"].string_value == "(0.9, 0.99)"
-    experiment = HParamsPluginData.FromString(found["_hparams_/experiment"].content).experiment
+    experiment = HParamsPluginData.FromString(values["_hparams_/experiment"].content).experiment
     assert {info.name for info in experiment.hparam_infos} == settings.keys()
 
 
-def test_tensorboard_has_the_newest_evaluation_and_its_picture(tmp_path):
+def test_tensorboard_has_the_latest_evaluation_and_its_plot(tmp_path):
     figures = {"top5_accuracy": 1.0, "loss": 0.25, "expected_calibration_error": 0.125, "split": "test"}
     for step, size in ((5, (3, 4)), (7, (8, 6))):
         Image.new("RGBA", size, "red").save(tmp_path / "matrix.png")
         write_evaluation_events(tmp_path, figures | {"step": step, "accuracy": 0.5}, tmp_path / "matrix.png", size)
-    found = events(tmp_path / "tensorboard" / "evaluation")
-    image = found.pop(("confusion_matrix", 7)).image
+    values = events(tmp_path / "tensorboard" / "evaluation")
+    image = values.pop(("confusion_matrix", 7)).image
     assert (image.width, image.height) == (8, 6)
     assert image.encoded_image_string == (tmp_path / "matrix.png").read_bytes()
-    assert {tag: value.simple_value for (tag, step), value in found.items()} == {
+    assert {tag: value.simple_value for (tag, step), value in values.items()} == {
         "test/accuracy": 0.5, "test/top5_accuracy": 1.0, "test/loss": 0.25, "test/expected_calibration_error": 0.125,
     }  # fmt: skip
-    assert {step for _, step in found} == {7}
+    assert {step for _, step in values} == {7}
 
 
-def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
+def test_terminals_show_a_progress_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = Progress(start=4, total=40, epochs=4)
     progress.train(record(10, images_per_second=1234.5, input_wait_fraction=0.0))
@@ -148,7 +151,7 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
         assert part in bar
 
 
-def test_without_a_terminal_there_are_plain_lines(capsys):
+def test_other_outputs_get_plain_lines(capsys):
     progress = Progress(start=0, total=40, epochs=4)
     progress.step(10)
     progress.train(record(10, images_per_second=1234.5, input_wait_fraction=0.0123))

@@ -1,4 +1,4 @@
-"""The checker that `conftest.py` installs: an int is a float, as everywhere in Python's typing."""
+"""The run-time type checker that conftest.py installs. An int is accepted as a float, as in static typing."""
 
 from beartype import BeartypeConf, beartype
 

@@ -24,7 +24,7 @@ from cifar_flax.training.state import TrainState
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     summary: dict[str, Any]  # the result of `metrics.summarize`
-    probabilities: Float[np.ndarray, "n classes"]  # in the order of the examples
+    probabilities: Float[np.ndarray, "n classes"]  # one row per example
     images_per_second: float
     input_wait_fraction: float
 

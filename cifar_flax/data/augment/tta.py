@@ -1,4 +1,4 @@
-"""Test-time augmentation (TTA): the views of an image whose logits are averaged."""
+"""Test-time augmentation (TTA): variants of an image, the TTA views, whose logits are averaged."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
@@ -7,7 +7,7 @@ from jaxtyping import Array, UInt8
 VIEWS = {"none": (1.0,), "mirror": (0.5,) * 2, "mirror_translate": (0.25,) * 2 + (0.125,) * 4}
 
 
-def views(image: UInt8[Array, "batch height width c"], name: str) -> UInt8[Array, "views batch height width c"]:
+def views(image: UInt8[Array, "batch height width c"], name: str) -> UInt8[Array, "view batch height width c"]:
     """Return the TTA views of each image for `name`, a key of `VIEWS`.
 
     mirror: the image and its mirror image. mirror_translate: also the image shifted by one pixel (reflected at the
