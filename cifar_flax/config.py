@@ -47,7 +47,7 @@ class EvalConfig:
     batch_size: int = 500  # images per step, on all devices together; does not affect the results
     every_epochs: int = 1  # epochs between evaluations during training
     checkpoint: str = "newest"  # checkpoint of the final evaluation: newest | best (by validation accuracy)
-    tta: str = "none"  # test-time augmentation in the final evaluation: none | mirror (2 TTA views) | mirror_translate (6)
+    tta: str = "none"  # in the final evaluation: none | mirror | mirror_translate (mean of 1, 2 or 6 TTA views)
     tta_below: float | None = None  # use TTA only for images whose confidence is below this; None: for all images
 
     def validate(self) -> None:
