@@ -63,7 +63,7 @@ class Speedrun:
         self.compile()
 
     def compile(self) -> None:
-        """Compile initialisation, training and evaluation."""
+        """Compile initialization, training and evaluation."""
         trainer = self._trainer
         state = trainer.init(self._config.seed)
         self._train_call = trainer.compile(state)

@@ -107,7 +107,7 @@ class Scale(nn.Module):
 
 
 def airbench(config: Any) -> nn.Module:
-    """Return airbench's network, initialised as with `init="muon"`, but with a random whitening kernel."""
+    """Return airbench's network, initialized as with `init="muon"`, but with a random whitening kernel."""
     layers: list[nn.Module] = [nn.Conv2d(3, 24, 2), nn.GELU()]
     layers[0].weight.requires_grad = False
     c_in = 24
