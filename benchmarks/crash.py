@@ -35,7 +35,7 @@ from cifar_flax.files import write_json
 from cifar_flax.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
-# A small network on the digits data set; the settings use every part of the training state.
+# A small network on the digits dataset; the settings use every part of the training state.
 ARGUMENTS = (
     f"--config={REPOSITORY / 'configs' / 'quickstart.py'}",
     "--config.train.epochs=4",

@@ -72,7 +72,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print("| pipeline | images/s | images/s per core |")
+    print("| pipeline | images/s | images per CPU second |")
     print("|---|---|---|")
     for pipeline in PIPELINES:
         rate, per_core = measure(pipeline, arrays, config, args.epochs)

@@ -19,7 +19,7 @@ from cifar_flax.training import steps
 class Classifier:
     """The trained model of a run, with the weights and the test-time augmentation that its evaluation uses.
 
-    `class_names` are the classes of the training data set; `image_shape` is (height, width, channels).
+    `class_names` are the classes of the training dataset; `image_shape` is (height, width, channels).
     """
 
     def __init__(self, run: RestoredRun):

@@ -1,4 +1,4 @@
-"""94 % on CIFAR-10 in 200 steps: the airbench network with Muon, one device call per epoch.
+"""Airbench's recipe for 94 % on CIFAR-10 in 200 steps: Muon, 25 steps (one epoch) per compiled call.
 
 Command:  python main.py --config configs/airbench94.py
 Hardware: two cores of an AMD EPYC (Zen 4), no GPU; Python 3.11, jax 0.10.2; float32 (dtype="auto" on a CPU)

@@ -1,4 +1,4 @@
-"""Small TFDS data sets, one for each kind of image set in the TFDS catalogue, prepared without a network."""
+"""Small TFDS datasets, one for each kind of image set in the TFDS catalogue, prepared without a network."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 class _Fake(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = Path(__file__).parent  # TFDS otherwise expects a package per data set
+    pkg_dir_path = Path(__file__).parent  # TFDS otherwise expects a package per dataset
     SHAPE: tuple = (12, 10, 3)
     SPLITS = ("train", "test")
 

@@ -272,7 +272,7 @@ def test_a_checkpoint_moves_between_layouts(reference, tmp_path, saved_on, resto
 
 
 def test_a_call_of_many_steps_equals_single_steps(reference):
-    """The call gets the indices of all steps, sharded along their second axis; each device holds the data set."""
+    """The call gets the indices of all steps, sharded along their second axis; each device holds the dataset."""
     for backend in ("shard_map", "pmap"):
         task, state = build(backend, 4)
         arrays = resident.put(IMAGES, task.layout)

@@ -16,7 +16,7 @@ def plain(text):
 
 @pytest.fixture
 def results():
-    """Return the results of two runs on the same data set and of one on another data set."""
+    """Return the results of two runs on the same dataset and of one on another dataset."""
     one, two, other = (made_up.evaluation(count=400, seed=seed)[0] for seed in range(3))
     return one, two, other | {"dataset": "other/1.0.0"}
 

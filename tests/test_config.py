@@ -81,7 +81,7 @@ def test_airbench_configs_have_the_settings_of_the_originals(column):
             },
             "checkpoint.every_epochs=3: must be a multiple of eval.every_epochs=2",
         ),
-        ({"data": {"eval_split": "train"}}, "data.eval_split='train': must not be the split trained on"),
+        ({"data": {"eval_split": "train"}}, "data.eval_split='train': must not be the split to train on"),
         ({"eval": {"checkpoint": "best"}}, "eval.checkpoint='best': needs checkpoint.keep_best"),
         ([], "config=[]: must be a JSON object"),
     ],

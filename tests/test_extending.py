@@ -63,7 +63,7 @@ TINY_VIT = ("--config.model.width=8", "--config.model.depth=1", "--config.data.i
 # Heading on the page -> config and settings of the run that uses its example.
 SECTIONS = {
     "A network": ("configs/vit.py", *SMALL, *TINY_VIT),
-    "A data set": ("configs/shapes.py", "--config.train.epochs=2"),
+    "A dataset": ("configs/shapes.py", "--config.train.epochs=2"),
     "An augmentation": ("configs/default.py", *SMALL, "--config.model.width=4", "--config.model.hidden=16",
                         "--config.augment.noise=0.1", "--config.augment.mixup=0.3", "--config.augment.cutout=4"),
     "An optimizer or a schedule": ("configs/quickstart.py", *SMALL, "--config.optim.name=lion",

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import fake_tfds  # noqa: F401  registers the data sets
+import fake_tfds  # noqa: F401  registers the datasets
 import pytest
 from conftest import REPOSITORY
 from processes import environment

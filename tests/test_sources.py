@@ -1,4 +1,4 @@
-"""Load data sets: built-in readers, TFDS sets of many kinds, damaged and missing data."""
+"""Load datasets: built-in readers, TFDS sets of many kinds, damaged and missing data."""
 
 import http.server
 import subprocess

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-import fake_tfds  # noqa: F401  registers the data sets
+import fake_tfds  # noqa: F401  registers the datasets
 import numpy as np
 import pytest
 import tensorflow as tf

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 
-import fake_tfds  # noqa: F401  registers the data sets
+import fake_tfds  # noqa: F401  registers the datasets
 import jax
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """Cache of decoded arrays: memory-mapped `.npy` files, and a manifest with their SHA-256 checksums and its own.
 
-Layout: `<cache_dir>/<data set>/<version>/<split>/{images.npy, labels.npy, manifest.json}`. Complete folders are renamed
+Layout: `<cache_dir>/<dataset>/<version>/<split>/{images.npy, labels.npy, manifest.json}`. Complete folders are renamed
 to their final names, so readers never see a partial one.
 """
 
@@ -26,7 +26,7 @@ _FILES = ("images.npy", "labels.npy")
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """A decoded split: images, labels and a description of its data set."""
+    """A decoded split: images, labels and a description of its dataset."""
 
     images: UInt8[Any, "n height width channels"]  # NumPy arrays, or JAX arrays after `resident.put`
     labels: Int32[Any, " n"]
@@ -39,7 +39,7 @@ class Arrays:
 
 
 def newest_version(cache_dir: Path, name: str) -> str | None:
-    """Return the highest cached version of the data set `name`, such as "3.0.2", or None if there is none."""
+    """Return the highest cached version of the dataset `name`, such as "3.0.2", or None if there is none."""
     versions = {path.parent.parent.name for path in (cache_dir / name).glob(f"*/*/{_MANIFEST}")}
     numbered = [version for version in versions if version.replace(".", "").isdigit()]
     return max(numbered, key=lambda version: [int(part) for part in version.split(".")], default=None)
@@ -47,7 +47,7 @@ def newest_version(cache_dir: Path, name: str) -> str | None:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `folder` of a data set, so that only one of several processes decodes it.
+    """Hold an exclusive lock on `folder` of a dataset, so that only one of several processes decodes it.
 
     Raise `UserError` if the folder is not writable.
     """
@@ -80,7 +80,7 @@ def load(folder: Path) -> Arrays | None:
 
 
 def verify(folder: Path) -> tuple[tuple[str, ...], str]:
-    """Return class names and data set of the arrays in `folder`; raise `ValueError` if they are missing or damaged."""
+    """Return class names and dataset of the arrays in `folder`; raise `ValueError` if they are missing or damaged."""
     try:
         manifest = files.read_sealed(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:

@@ -18,7 +18,7 @@ _CHUNK = 1000  # images
 class DatasetInfo:
     """Image shape, classes and normalization statistics of the training data."""
 
-    name: str  # data set and version, such as "cifar10/3.0.2"
+    name: str  # dataset and version, such as "cifar10/3.0.2"
     image_shape: tuple[int, int, int]  # height, width, channels
     class_names: tuple[str, ...]
     num_examples: int  # number of training examples

@@ -1,4 +1,4 @@
-"""Load the splits of a data set: from a reader in `DATASETS`, the official archive, or TFDS through the cache."""
+"""Load the splits of a dataset: from a reader in `DATASETS`, the official archive, or TFDS through the cache."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ class DataConfig:
 def load(config: DataConfig, split: str) -> Arrays:
     """Return the decoded `split`, memory-mapped if it comes from the cache.
 
-    Raise `ConfigError` if there is no such data set or split, or it does not hold images with one label each. Raise
+    Raise `ConfigError` if there is no such dataset or split, or it does not hold images with one label each. Raise
     `UserError` if the data cannot be downloaded, prepared or read.
     """
     if config.archive:
@@ -106,7 +106,7 @@ class Dataset:
     splits: tuple[str, ...] = ("train", "test")
 
 
-# The data sets that need neither TFDS nor the cache, by `data.name`. To add one, write a reader and add a row.
+# The datasets that need neither TFDS nor the cache, by `data.name`. To add one, write a reader and add a row.
 DATASETS = {"digits": Dataset(read=_digits)}
 
 
@@ -116,7 +116,7 @@ def cache_dir(config: DataConfig) -> Path:
 
 
 def cache_folder(config: DataConfig, split: str, version: str | None = None) -> Path | None:
-    """Return the folder of the decoded split in the cache, or None if no version of the data set is cached.
+    """Return the folder of the decoded split in the cache, or None if no version of the dataset is cached.
 
     The version is `version`, or the one in `data.name`, or the newest in the cache.
     """
@@ -128,9 +128,9 @@ def cache_folder(config: DataConfig, split: str, version: str | None = None) -> 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """The work that is left before the splits of a data set are in the cache."""
+    """The work that is left before the splits of a dataset are in the cache."""
 
-    folder: Path  # TFDS's folder of the data set
+    folder: Path  # TFDS's folder of the dataset
     is_prepared: bool  # whether TFDS has prepared the data, so that only decoding is left
     downloads: dict[str, int]  # URL -> size in bytes
     decoded: int  # size of the arrays in bytes; 0 if unknown before the data is prepared
@@ -232,12 +232,12 @@ def _features(config: DataConfig, info: Any) -> tuple[str, str, tuple[int, int, 
 
 
 def _prepare(config: DataConfig, builder: Any) -> None:
-    """Download and prepare the data set if TFDS has not done so; TFDS shows a progress bar."""
+    """Download and prepare the dataset if TFDS has not done so; TFDS shows a progress bar."""
     # Silence urllib3's warnings about retries; the exception reports the failure.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     try:
         builder.download_and_prepare()
-    except Exception as error:  # downloads, disks and the parsers of data sets may raise anything
+    except Exception as error:  # downloads, disks and the parsers of datasets may raise anything
         raise UserError(
             f"{config.name} is not prepared in {builder.data_dir} and preparing it failed ({one_line(error)}). "
             f"Alternatives: {alternatives(config)}"
@@ -245,7 +245,7 @@ def _prepare(config: DataConfig, builder: Any) -> None:
 
 
 def alternatives(config: DataConfig) -> str:
-    """Return alternatives for the user if the data set cannot be downloaded."""
+    """Return alternatives for the user if the dataset cannot be downloaded."""
     ways = ["use data that TFDS has prepared elsewhere (--config.data.data_dir=DIR or TFDS_DATA_DIR)"]
     if config.name == "cifar10":
         ways.append("read the official archive (--config.data.archive=cifar-10-binary.tar.gz)")

@@ -30,7 +30,7 @@ class AirbenchConfig(ModelConfig):
     depth: int = 2  # convolutions per block: 2 or 3
     residual: bool = False  # add the output of each block's first GELU to the input of its last GELU
     norm_decay: float = 0.6  # EMA decay of BatchNorm's running statistics, per step
-    init: str = "muon"  # muon | sgd: initialize head and whitening bias as the original does for it
+    init: str = "muon"  # initialization of head and whitening bias, as in the original's script for muon | sgd
 
     def validate(self) -> None:
         ModelConfig.validate(self)

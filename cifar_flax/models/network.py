@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16", "auto")
 class ModelConfig:
     """The settings that all networks have."""
 
-    name: str  # the network, a key of `models.MODELS`
+    name: str  # key of the network in models.MODELS; set by the config file, not by a flag
     dtype: str = "float32"  # dtype of activations: float32 | bfloat16 | auto; parameters and BatchNorm: float32
 
     def validate(self) -> None:

@@ -51,7 +51,7 @@ def interval(result: Result) -> str:
 
 
 def comparable(result: Result, other: Result) -> bool:
-    """Return whether both results have the same data set, split and number of images."""
+    """Return whether both results have the same dataset, split and number of images."""
     return all(result[name] == other[name] for name in ("dataset", "split", "num_examples"))
 
 

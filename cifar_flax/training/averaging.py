@@ -14,7 +14,7 @@ AVERAGES = ("none", "ema", "lookahead")
 @dataclass(slots=True, kw_only=True)
 class AveragingConfig:
     name: str = "none"  # none | ema (evaluated instead of the weights) | lookahead (replaces the weights)
-    decay: float = 0.999  # EMA decay per step; lookahead: decay at the end of the run, from 0 at its start
+    decay: float = 0.999  # EMA decay per step; lookahead: final decay, increased cubically from 0
     every: int = 1  # steps between updates of the average
 
     def validate(self) -> None:

@@ -25,8 +25,8 @@ class GroupConfig:
     learning_rate: float | None = None  # peak learning rate; None is optim.learning_rate
     weight_decay: float | None = None  # weight decay; None is optim.weight_decay, but 0 for the group biases
     momentum: float | None = None  # Nesterov momentum; None is optim.momentum
-    frozen_from: float = 0.0  # epoch from which the group is not updated; 0 updates it to the end
-    own_decay: bool = False  # decay the learning rate linearly to zero at frozen_from, whatever the schedule
+    frozen_from: float = 0.0  # epoch at which the group is frozen; 0: never
+    own_decay: bool = False  # linear decay to zero at frozen_from, instead of optim.schedule
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,11 +42,11 @@ class OptimConfig:
     b2: float | None = None  # adam, adamw: EMA decay of the squared gradient; None is 0.999
     eps: float | None = None  # adam, adamw: added to the denominator of the update; None is 1e-8
     momentum: float | None = None  # sgd, muon: Nesterov momentum; None is 0
-    dense: GroupConfig = field(default_factory=GroupConfig)  # kernels of other layers than convolutions, and embeddings
-    biases: GroupConfig = field(default_factory=GroupConfig)  # biases, scales of normalization layers, tokens
+    dense: GroupConfig = field(default_factory=GroupConfig)  # kernels that are not of convolutions, and embeddings
+    biases: GroupConfig = field(default_factory=GroupConfig)  # biases, scales of normalization layers, other parameters
     whitening: GroupConfig = field(default_factory=GroupConfig)  # bias of a whitening layer; None: as in biases
     clip_norm: float = 0.0  # largest global norm of the gradient; 0 does not clip
-    accumulate_steps: int = 1  # steps whose gradients are averaged for one update; an incomplete last set is not used
+    accumulate_steps: int = 1  # batches whose gradients are averaged per update; an incomplete last group is discarded
 
     def validate(self) -> None:
         for name, value, table in (("name", self.name, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):

@@ -1,4 +1,4 @@
-"""Build the network, the optimizer and the initial state from a config and a data set."""
+"""Build the network, the optimizer and the initial state from a config and a dataset."""
 
 import functools
 from collections.abc import Callable, Sequence

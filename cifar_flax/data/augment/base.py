@@ -16,7 +16,7 @@ from cifar_flax.errors import require
 class AugmentConfig:
     normalization: str = "standard"  # standard (mean 0, standard deviation 1 over the train split) | unit (0 to 1)
     flip: str = "none"  # horizontal: none | random | alternating (random in the first epoch, then every other epoch)
-    crop_padding: int = 0  # pixels of reflect padding around a random crop of the original size
+    crop_padding: int = 0  # pixels of reflect padding before a random crop to the original size
     cutout: int = 0  # side in pixels of a random square that is set to zero after normalization
 
     def validate(self) -> None:
