@@ -157,7 +157,7 @@ def main() -> int:
     parser.add_argument("--baseline", type=Path, metavar="PATH", help="a checkout of cifar10-airbench, or a script")
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
     args, overrides = parser.parse_known_args()
-    compilation.keep_programs()
+    compilation.enable_cache()
     try:
         config = arguments.parse(["--config", args.config, *overrides]).config
         require(config.seed + args.trials <= 2**32, "--trials", args.trials, f"seeds must be at most {2**32 - 1}")

@@ -197,7 +197,7 @@ def main() -> int:
     parser.add_argument("--rows", type=at_least_one, default=25, help="operations listed separately (default: 25)")
     args, overrides = parser.parse_known_args()
     allocator.keep_freed_memory()
-    compilation.keep_programs()
+    compilation.enable_cache()
     try:
         config = arguments.parse(["--config", args.config, *overrides]).config
         step = Step(config)

@@ -197,13 +197,15 @@ def _load(name: str) -> Config:
     path = str(_config_file(name))
     try:
         with _siblings(Path(path).resolve().parent):
-            config = runpy.run_path(path)["get_config"]()
+            names = runpy.run_path(path)
+            require("get_config" in names, "--config", name, "must define get_config()")
+            config = names["get_config"]()
+    except ConfigError:
+        raise
     except Exception as error:  # a config file can raise anything
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if str(error) == "'get_config'":
-            reason = "must define get_config()"
         raise ConfigError(f"--config={name!r}: {f'line {line}: ' if line else ''}{reason}") from error
     allowed = f"get_config() must return a Config, not {type(config).__name__}"
     require(isinstance(config, Config), "--config", name, allowed)

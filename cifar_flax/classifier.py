@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from cifar_flax.data.images import read_image, reading
+from cifar_flax.data.images import read_image, without_pillow_warnings
 from cifar_flax.errors import UserError
 from cifar_flax.restore import RestoredRun
 from cifar_flax.training import steps
@@ -45,7 +45,7 @@ class Classifier:
         images = np.asarray(images) if isinstance(images, np.ndarray | jax.Array) else self._read(images)
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
             actual = f"{images.dtype} of shape {images.shape}"
-            raise UserError(f"images: {actual}; must be uint8 (0 to 255) of shape (n, {str(self.image_shape)[1:]}")
+            raise UserError(f"images={actual}: must be uint8 (0 to 255) of shape (n, {str(self.image_shape)[1:]}")
         probabilities = np.empty((len(images), len(self.class_names)), np.float32)
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
@@ -58,7 +58,7 @@ class Classifier:
         if not all(isinstance(path, str | PathLike) for path in paths):
             raise UserError("images: must be one array (n, height, width, channels) or a list of files")
         pixels = np.empty((len(paths), *self.image_shape), np.uint8)
-        with reading():
+        with without_pillow_warnings():
             for i, path in enumerate(paths):
                 try:
                     pixels[i] = read_image(Path(path), self.image_shape)

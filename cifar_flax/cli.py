@@ -69,7 +69,7 @@ def main() -> int:
             print(f"{processes.label()}{line}", file=sys.stderr)
         return code
 
-    compilation.keep_programs()
+    compilation.enable_cache()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a killed run loses no printed line
     try:
@@ -78,7 +78,7 @@ def main() -> int:
             processes.start(command.config.parallel)
         if command.mode not in ("compare", "doctor"):
             devices.all_devices()  # report a missing device before anything else
-        with signals.signals_end_the_process():
+        with signals.signals_raise_stopped():
             _run(command)
     except UserError as error:
         return fail(f"error: {error}", error.exit_code)

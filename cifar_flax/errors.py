@@ -1,5 +1,9 @@
 """Errors that the user can fix; each is printed as one line, without a traceback."""
 
+from collections.abc import Sequence
+
+_REASONS = 3  # the most that `first_of` lists
+
 
 class UserError(Exception):
     """Raised if a run cannot start or continue; the message states the reason and a remedy."""
@@ -18,6 +22,12 @@ def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"  # the cause is often at the end
     return f"{type(error).__name__}: {text}"
+
+
+def first_of(reasons: Sequence[str]) -> str:
+    """Return the first of `reasons` and the number of the others."""
+    shown, left = reasons[:_REASONS], len(reasons) - _REASONS
+    return "; ".join(shown) + (f"; and {left} more" if left > 0 else "")
 
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:

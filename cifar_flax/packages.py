@@ -87,19 +87,25 @@ def fault(name: str) -> str | None:
     """Return why the package `name` cannot be used (missing or too old), or None if its version is recent enough."""
     wanted, found = PACKAGES[name].oldest, version(name)
     if not installed(name):
-        is_new = sys.version_info >= (3, 14) and name.startswith("tensorflow")
-        unavailable = ", but it is not available for this version of Python" if is_new else ""
-        return f"{name} is not installed; {name}>={wanted} is needed{unavailable}"
+        if not _is_available(name):
+            return f"{name} is not available for this version of Python; use Python 3.11 to 3.13"
+        return f"{name} is not installed; {name}>={wanted} is needed"
     if found is not None and numbers(found) < numbers(wanted):
         return f"{name} {found} is too old; {name}>={wanted} is needed"
     return None
+
+
+def _is_available(name: str) -> bool:
+    """Return whether the package exists for this version of Python."""
+    return sys.version_info < (3, 14) or not name.startswith("tensorflow")
 
 
 def require(names: Iterable[str], purpose: str = "") -> None:
     """Raise `UserError` if packages in `names` are missing or too old; `purpose` begins the message."""
     faults = {name: reason for name in names if (reason := fault(name))}
     if faults:
-        raise UserError(f"{purpose}{': ' if purpose else ''}{'; '.join(faults.values())} ({_advice(faults)})")
+        advice = _advice(filter(_is_available, faults))
+        raise UserError(f"{purpose}{': ' if purpose else ''}{'; '.join(faults.values())}{advice}")
 
 
 def load(name: str) -> ModuleType:
@@ -129,12 +135,12 @@ def culprit(error: Exception) -> str | None:
 def broken(name: str, error: Exception) -> UserError:
     """Return the error to raise if importing the package `name` raised `error`."""
     reason = f"{name} {version(name)} cannot be imported ({one_line(error)}); {name}>={PACKAGES[name].oldest} is needed"
-    return UserError(f"{reason} ({_advice([name])})")
+    return UserError(f"{reason}{_advice([name])}")
 
 
 def _advice(names: Iterable[str]) -> str:
     wanted = [f'"{name}>={PACKAGES[name].oldest}"' for name in names]
-    return f"pip install -U {' '.join(wanted)}"
+    return f" (pip install -U {' '.join(wanted)})" if wanted else ""
 
 
 def numbers(version: str) -> list[int]:

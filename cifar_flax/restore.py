@@ -11,7 +11,7 @@ from cifar_flax.checkpoints.manager import Checkpoints
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, Metadata, read_metadata, saved_steps
 from cifar_flax.config import Config
 from cifar_flax.data.info import DatasetInfo
-from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.errors import ConfigError, UserError, first_of
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.runtime.trees import named_leaves
@@ -38,7 +38,7 @@ class RestoredRun:
 
     @property
     def weights(self) -> PyTree:
-        """Return the parameters and batch statistics for evaluation: their average, if `averaging` keeps one."""
+        """Return the (params, batch_stats) to evaluate: their EMA if `averaging.name` is ema, else the last ones."""
         state = self.state
         return averaging.evaluated(self.config.averaging, (state.params, state.batch_stats), state.average)
 
@@ -120,7 +120,7 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
         if name not in fits
     ]
     if not fits & named_leaves(state.params, ".").keys():
-        raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights matches this model ({'; '.join(unfit)})")
+        raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights matches this model ({first_of(unfit)})")
     processes.log(f"initialized {len(fits)} of {len(ours)} weights from {folder}, step {run.step}")
     if run.info.class_names != info.class_names and len(run.info.class_names) == len(info.class_names):
         processes.log(f"  that run has other classes: {', '.join(run.info.class_names)}")

@@ -8,7 +8,7 @@ from cifar_flax import config as configs
 from cifar_flax import files
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, DamagedError, read_metadata, saved_steps
 from cifar_flax.config import Config
-from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.errors import ConfigError, UserError, first_of
 from cifar_flax.runtime import processes
 
 _CONFIG = "config.json"
@@ -66,7 +66,7 @@ def _require_same(workdir: Path, config: Config, field: str) -> None:
     saved, where = _saved(workdir, field)
     changed = [] if saved is None else configs.differences(saved, config, where)
     if changed:
-        raise ConfigError(f"{field}: holds a run with another config ({'; '.join(changed)}); choose another --workdir")
+        raise ConfigError(f"{field}: holds a run with another config ({first_of(changed)}); choose another --workdir")
 
 
 def _saved(workdir: Path, field: str) -> tuple[Config | None, str]:

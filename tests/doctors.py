@@ -36,7 +36,7 @@ def skip_compilation(monkeypatch):
     """Replace the checks that compile programs by stubs."""
     trainer = SimpleNamespace(total_steps=34, layout="cpu", initial_state=np.zeros(30_000_000, np.uint8))
     monkeypatch.setattr(run, "Trainer", lambda config: trainer)
-    monkeypatch.setattr(compilation, "why_not_kept", lambda: None)
+    monkeypatch.setattr(compilation, "cache_problem", lambda: None)
 
 
 def one(found, start):

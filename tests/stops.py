@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cifar_flax.modes import train
-from cifar_flax.runtime.signals import Stopped, signals_end_the_process
+from cifar_flax.runtime.signals import Stopped, signals_raise_stopped
 
 
 def stop_at(monkeypatch, owner, name, when):
@@ -26,7 +26,7 @@ def stop_at(monkeypatch, owner, name, when):
 
 def stopped(config, workdir):
     """Train, and assert that SIGTERM ends the run with its exit code."""
-    with pytest.raises(Stopped, match="SIGTERM") as caught, signals_end_the_process():
+    with pytest.raises(Stopped, match="SIGTERM") as caught, signals_raise_stopped():
         train.train(config, workdir)
     assert caught.value.exit_code == 143
 

@@ -98,7 +98,7 @@ def test_training_and_evaluation_are_compiled_with_the_options(tiny_config, monk
     [("JAX_ENABLE_COMPILATION_CACHE", "false", None), ("JAX_COMPILATION_CACHE_DIR", "elsewhere", "elsewhere")],
 )
 def test_environment_variables_of_jax_take_precedence(tmp_path, variable, value, used):
-    program = "import jax; from cifar_flax.runtime import compilation; compilation.keep_programs(); jax.jit(abs)(1.0)"
+    program = "import jax; from cifar_flax.runtime import compilation; compilation.enable_cache(); jax.jit(abs)(1.0)"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), variable: value}
     subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True)
     written = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("*-cache")}
@@ -121,27 +121,27 @@ def test_the_compilation_cache_is_limited_in_size(monkeypatch, no_folder_yet):
     for age in range(10):
         (folder / f"{age}-cache").write_bytes(bytes(1000))
         os.utime(folder / f"{age}-cache", (10**9 - age, 10**9 - age))
-    compilation.keep_programs()
+    compilation.enable_cache()
     assert len(list(folder.iterdir())) == 10
     monkeypatch.setattr(compilation, "_MAX_BYTES", 3500)
-    compilation.keep_programs()
+    compilation.enable_cache()
     assert len(list(folder.iterdir())) == 10  # the folder is set already, perhaps by the user, so nothing is removed
     jax.config.update("jax_compilation_cache_dir", None)
-    compilation.keep_programs()
+    compilation.enable_cache()
     assert sorted(path.name for path in folder.iterdir()) == ["0-cache", "1-cache", "2-cache"]
 
 
 def test_the_cache_folder_becomes_accessible_to_its_owner_only(tmp_path, no_folder_yet):
     folder = tmp_path / "cache" / "cifar_flax" / "compiled"
     folder.mkdir(parents=True, mode=0o777)
-    compilation.keep_programs()
+    compilation.enable_cache()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
 
 def test_without_a_folder_programs_are_not_cached(tmp_path, no_folder_yet):
     (tmp_path / "cache").write_text("in the way")
-    compilation.keep_programs()
+    compilation.enable_cache()
     assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -162,9 +162,9 @@ def cache_folder(tmp_path):
 
 def test_the_probe_of_the_compilation_cache_leaves_nothing(cache_folder):
     (cache_folder / "jit_other-cache").touch()
-    assert compilation.why_not_kept() is None
+    assert compilation.cache_problem() is None
     assert [path.name for path in cache_folder.glob("jit*")] == ["jit_other-cache"]
-    with compilation.nothing_kept():
+    with compilation.cache_writes_disabled():
         jax.jit(lambda x: x + 271828)(0)
     assert [path.name for path in cache_folder.glob("jit*")] == ["jit_other-cache"]
     jax.clear_caches()
@@ -175,12 +175,12 @@ def test_the_probe_of_the_compilation_cache_leaves_nothing(cache_folder):
 
 def test_why_programs_are_not_cached(cache_folder, tmp_path):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 10**9)
-    assert compilation.why_not_kept().startswith(f"{cache_folder} ")
+    assert compilation.cache_problem().startswith(f"{cache_folder} ")
     (tmp_path / "file").touch()
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file"))
     compilation_cache.reset_cache()
-    assert re.search(f"{tmp_path}/file .*FileExistsError: ", compilation.why_not_kept())
+    assert re.search(f"{tmp_path}/file .*FileExistsError: ", compilation.cache_problem())
     jax.config.update("jax_compilation_cache_dir", None)
-    assert compilation.why_not_kept().startswith(f"{files.user_cache()}/compiled ")
+    assert compilation.cache_problem().startswith(f"{files.user_cache()}/compiled ")
     jax.config.update("jax_enable_compilation_cache", False)
-    assert "JAX_ENABLE_COMPILATION_CACHE" in compilation.why_not_kept()
+    assert "JAX_ENABLE_COMPILATION_CACHE" in compilation.cache_problem()

@@ -106,7 +106,7 @@ def timeouts(monkeypatch):
 def test_after_an_error_a_process_waits_for_others_with_a_timeout(timeouts):
     with pytest.raises(Exited, match="3"):
         processes.run(lambda: 3)
-    assert timeouts == [processes._LAST_WORDS_OF_MAIN]
+    assert timeouts == [processes._EXIT_SECONDS_OF_MAIN]
 
 
 def test_on_success_a_process_waits_for_the_others(timeouts, monkeypatch):

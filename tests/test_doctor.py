@@ -16,7 +16,7 @@ from cifar_flax.runtime import allocator
 
 
 @pytest.fixture
-def visit(tiny_config, tmp_path, monkeypatch):
+def examination(tiny_config, tmp_path, monkeypatch):
     """Return a function that examines the tiny config, without the checks that compile programs."""
     skip_compilation(monkeypatch)
     return lambda: examine(tiny_config, tmp_path / "run")
@@ -47,20 +47,20 @@ def test_a_run_that_can_start(tiny_config, tmp_path, monkeypatch):
     assert (snapshot(tmp_path), {path.name for path in compiled.glob("jit*")}) == before
 
 
-def test_an_unavailable_platform_is_reported(visit, monkeypatch):
+def test_an_unavailable_platform_is_reported(examination, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("Unable to initialize\nbackend 'cuda'")
 
     monkeypatch.setattr(jax, "devices", fail)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    found, reasons = visit()
+    found, reasons = examination()
     wanted = "devices JAX_PLATFORMS=cuda: RuntimeError: Unable to initialize backend 'cuda'"
     assert one(found, "FAIL") == f"FAIL {wanted}"
     assert re.fullmatch(f"exit code 1: .*: {re.escape(wanted.replace(' ', ': ', 1))}", reasons)
     assert not [finding for finding in found if finding.split()[1] in ("programs", "memory")]
 
 
-def test_the_warnings_of_jax_are_the_reason_for_an_unused_gpu(visit, monkeypatch):
+def test_the_warnings_of_jax_are_the_reason_for_an_unused_gpu(examination, monkeypatch):
     found_devices = jax.devices()
     monkeypatch.setattr(nvidia, "why_unused", lambda warned: f"not used: {warned}")
 
@@ -69,7 +69,7 @@ def test_the_warnings_of_jax_are_the_reason_for_an_unused_gpu(visit, monkeypatch
         return found_devices
 
     monkeypatch.setattr(jax, "devices", find)
-    assert one(visit()[0], "note devices").endswith(": not used: CUDA version check failed: cuDNN is too old")
+    assert one(examination()[0], "note devices").endswith(": not used: CUDA version check failed: cuDNN is too old")
     assert not logging.getLogger("jax_plugins").handlers
 
 
@@ -79,45 +79,45 @@ def test_errors_before_the_first_step_are_reported(tiny_config, tmp_path):
     assert re.search(r"^exit code 1: .*start: train\.batch_size=2000: .*1442", reasons)
 
 
-def test_an_error_of_a_check_is_a_note(visit, monkeypatch):
+def test_an_error_of_a_check_is_a_note(examination, monkeypatch):
     def crash():
         raise ZeroDivisionError("unexpected")
 
     monkeypatch.setattr(devices, "machine", crash)
-    found, reasons = visit()
+    found, reasons = examination()
     assert one(found, "note devices").endswith("ZeroDivisionError: unexpected")
     assert found[-1].startswith("ok disk")
     assert reasons is None
 
 
-def test_a_resumed_run_needs_space_for_fewer_checkpoints(visit, tiny_config, tmp_path):
-    assert "110 MB" in one(visit()[0], "ok disk the run")
+def test_a_resumed_run_needs_space_for_fewer_checkpoints(examination, tiny_config, tmp_path):
+    assert "110 MB" in one(examination()[0], "ok disk the run")
     start_run(tmp_path / "run", tiny_config)
     before = snapshot(tmp_path)
-    found, reasons = visit()
+    found, reasons = examination()
     assert reasons is None
     assert re.search(r"/run: .*\b34$", one(found, "ok workdir"))
     assert "80 MB" in one(found, "ok disk the run")
     assert snapshot(tmp_path) == before
 
 
-def test_an_unwritable_folder_is_reported(visit, tmp_path):
+def test_an_unwritable_folder_is_reported(examination, tmp_path):
     (tmp_path / "run").touch(0o777)
-    assert re.search(f"^exit code 1: .*disk: {tmp_path / 'run'} .*writable", visit()[1])
+    assert re.search(f"^exit code 1: .*disk: {tmp_path / 'run'} .*writable", examination()[1])
 
 
-def test_a_run_that_another_process_trains_is_reported(visit, tiny_config, tmp_path):
+def test_a_run_that_another_process_trains_is_reported(examination, tiny_config, tmp_path):
     with workdir.opened(tmp_path / "run", tiny_config):
         before = snapshot(tmp_path)
-        assert re.search(r"workdir: --workdir=.*: .*process \d+ on ", visit()[1])
+        assert re.search(r"workdir: --workdir=.*: .*process \d+ on ", examination()[1])
         assert snapshot(tmp_path) == before
-    assert visit()[1] is None
+    assert examination()[1] is None
 
 
-def test_a_run_of_another_config_is_reported(visit, tiny_config, tmp_path):
+def test_a_run_of_another_config_is_reported(examination, tiny_config, tmp_path):
     start_run(tmp_path / "run", tiny_config)
     tiny_config.seed = 1
-    assert re.search(r"workdir: --workdir=.*seed: 0 .*\b1 ", visit()[1])
+    assert re.search(r"workdir: --workdir=.*seed: 0 .*\b1 ", examination()[1])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_run_of_another_config_is_reported(visit, tiny_config, tmp_path):
         ("", "^note memory .*GLIBC_TUNABLES"),
     ],
 )
-def test_allocator_settings_are_reported(visit, monkeypatch, tunables, pattern):
+def test_allocator_settings_are_reported(examination, monkeypatch, tunables, pattern):
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
-    (finding,) = [finding for finding in visit()[0] if finding.split()[1] == "memory"]
+    (finding,) = [finding for finding in examination()[0] if finding.split()[1] == "memory"]
     assert re.search(pattern, finding)

@@ -13,7 +13,7 @@ from cifar_flax.data import cache, sources
 
 
 @pytest.fixture
-def visit(tiny_config, tmp_path, monkeypatch):
+def examination(tiny_config, tmp_path, monkeypatch):
     """Return a function that examines the tiny config, without the checks that compile programs."""
     skip_compilation(monkeypatch)
     return lambda: examine(tiny_config, tmp_path / "run")
@@ -41,33 +41,33 @@ def test_decoded_data_are_verified(tiny_config, tmp_path):
     assert [finding.split()[0] for finding in found if "start" in finding] == ["ok"]
 
 
-def test_damaged_data_are_reported_and_not_changed(visit, tiny_config, tmp_path, monkeypatch):
+def test_damaged_data_are_reported_and_not_changed(examination, tiny_config, tmp_path, monkeypatch):
     tiny_config.data.name = "squares"
     for split in ("train", "test"):
         store(split)
     (files.user_cache() / "squares" / "1.0.0" / "test" / "labels.npy").write_bytes(b"")
     monkeypatch.setattr(packages, "installed", lambda name: name != "tensorflow-datasets")
     before = snapshot(tmp_path)
-    found, reasons = visit()
+    found, reasons = examination()
     assert re.search(r"labels\.npy.*checksum", one(found, "note data"))
     assert re.search("squares: train(?! and test)", one(found, "ok data"))
     assert re.search(r"data\.name='squares': .*\btest\b.*tensorflow-datasets is not installed", reasons)
     assert snapshot(tmp_path) == before
 
 
-def test_prepared_data_that_are_not_decoded_yet(visit, tiny_config, tmp_path, capsys):
+def test_prepared_data_that_are_not_decoded_yet(examination, tiny_config, tmp_path, capsys):
     tiny_config.data.name = "fake_color"
     sources._tfds_builder(tiny_config.data).download_and_prepare()
     capsys.readouterr()
     before = snapshot(tmp_path)
-    found, reasons = visit()
+    found, reasons = examination()
     assert reasons is None
     assert re.search("train and test: .*TFDS", one(found, "ok data"))
     assert "not tried" in one(found, "note start")
     assert " 0 MB" in one(found, "ok disk decoded images")
     assert snapshot(tmp_path) == before
     tiny_config.data.eval_split = "validation"
-    assert re.search("data.eval_split='validation': .*train, test", visit()[1])
+    assert re.search("data.eval_split='validation': .*train, test", examination()[1])
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_prepared_data_that_are_not_decoded_yet(visit, tiny_config, tmp_path, ca
         ("fake_variable", r"data: data\.image_size=0: .*fake_variable"),
     ],
 )
-def test_unusable_data_sets_are_reported(visit, tiny_config, name, pattern):
+def test_unusable_data_sets_are_reported(examination, tiny_config, name, pattern):
     tiny_config.data.name = name
-    assert re.search(pattern, visit()[1])
+    assert re.search(pattern, examination()[1])
 
 
 @pytest.fixture
@@ -96,9 +96,9 @@ def download(tiny_config, monkeypatch):
         yield server
 
 
-def test_a_possible_download_is_a_note(visit, download, tmp_path):
+def test_a_possible_download_is_a_note(examination, download, tmp_path):
     before = snapshot(tmp_path)
-    found, reasons = visit()
+    found, reasons = examination()
     assert reasons is None
     assert re.search(r"train and test: .*\b60 MB\b.*127\.0\.0\.1$", one(found, "note data"))
     assert " 60 MB" in one(found, "ok disk decoded images")
@@ -106,32 +106,32 @@ def test_a_possible_download_is_a_note(visit, download, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_an_unreachable_server_is_reported(visit, download):
+def test_an_unreachable_server_is_reported(examination, download):
     port = download.getsockname()[1]
     download.close()
-    found, reasons = visit()
+    found, reasons = examination()
     assert f"127.0.0.1:{port} ([Errno" in one(found, "FAIL data")
     assert "data.data_dir" in reasons
 
 
-def test_a_proxy_is_checked_instead_of_the_host(visit, download, monkeypatch):
+def test_a_proxy_is_checked_instead_of_the_host(examination, download, monkeypatch):
     port = download.getsockname()[1]
     urls = {"http://no.such.host.invalid/images": SimpleNamespace(size=30_000_000)}
     monkeypatch.setattr(fake_tfds.FakeDownload, "url_infos", urls)
-    assert "no.such.host.invalid:80" in visit()[1]
+    assert "no.such.host.invalid:80" in examination()[1]
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
-    assert visit()[1] is None
+    assert examination()[1] is None
 
 
-def test_invalid_archives_are_reported(visit, tiny_config, tmp_path):
+def test_invalid_archives_are_reported(examination, tiny_config, tmp_path):
     tiny_config.data.name, tiny_config.data.archive = "cifar10", "cifar-10-binary.tar.gz"
-    assert re.search(r"data\.archive='cifar-10-binary\.tar\.gz': .*folder", visit()[1])
+    assert re.search(r"data\.archive='cifar-10-binary\.tar\.gz': .*folder", examination()[1])
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"no gzip")
-    assert re.search(r"data\.archive='cifar-10-binary\.tar\.gz': .*gzip", visit()[1])
+    assert re.search(r"data\.archive='cifar-10-binary\.tar\.gz': .*gzip", examination()[1])
 
 
-def test_space_is_checked_for_all_files_on_one_disk(visit, download, monkeypatch):
+def test_space_is_checked_for_all_files_on_one_disk(examination, download, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", disk_with(185_000_000))
-    found, reasons = visit()
+    found, reasons = examination()
     assert [finding.split()[0] for finding in found if " disk " in finding] == ["ok", "ok", "FAIL"]
     assert re.search(r"disk: the run: .*\b170 MB\b.*\b350 MB\b.*\b185 MB", reasons)

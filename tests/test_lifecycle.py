@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 
 from cifar_flax.runtime import signals
-from cifar_flax.runtime.signals import Stopped, deferred, signals_end_the_process
+from cifar_flax.runtime.signals import Stopped, deferred, signals_raise_stopped
 
 CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
@@ -29,7 +29,7 @@ def test_a_signal_outside_training_raises_stopped(number, code):
     """`except Exception` does not catch `Stopped`, but cleanup code runs."""
 
     def run():
-        with signals_end_the_process():
+        with signals_raise_stopped():
             try:
                 send(number)
             except Exception:
@@ -43,7 +43,7 @@ def test_a_signal_outside_training_raises_stopped(number, code):
 @pytest.mark.parametrize(("number", "code"), CODES)
 def test_deferred_leaves_signals_to_the_training_loop(number, code, capfd):
     def run():
-        with signals_end_the_process():
+        with signals_raise_stopped():
             with deferred() as signal_number:
                 assert signal_number() == 0
                 send(number)
@@ -58,7 +58,7 @@ def test_deferred_leaves_signals_to_the_training_loop(number, code, capfd):
 
 def test_a_signal_at_the_end_of_training_is_not_lost():
     def run():
-        with signals_end_the_process(), deferred():
+        with signals_raise_stopped(), deferred():
             os.kill(os.getpid(), signal.SIGTERM)
 
     for _ in range(20):
@@ -78,7 +78,7 @@ def test_a_signal_is_not_lost_if_its_exception_is_swallowed(monkeypatch):
 
     def run(block):
         sent.clear()
-        with signals_end_the_process():
+        with signals_raise_stopped():
             gc.collect()
             with block:
                 pass
@@ -98,7 +98,7 @@ def test_signals_that_the_parent_ignores_stay_ignored():
     """A shell script starts background jobs with SIGINT ignored: Ctrl-C must not end them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with signals_end_the_process(), deferred() as signal_number:
+        with signals_raise_stopped(), deferred() as signal_number:
             send(signal.SIGINT)
             assert signal_number() == 0
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -113,7 +113,7 @@ def test_previous_handlers_are_restored():
     seen = []
     before = {number: signal.signal(number, mine) for number in signals.SIGNALS}
     try:
-        with signals_end_the_process():
+        with signals_raise_stopped():
             assert all(signal.getsignal(number) is not mine for number in signals.SIGNALS)
         assert all(signal.getsignal(number) is mine for number in signals.SIGNALS)
         assert signal.set_wakeup_fd(-1) == -1
@@ -129,7 +129,7 @@ def test_other_signals_keep_their_handlers():
     seen = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     try:
-        with signals_end_the_process(), deferred() as signal_number:
+        with signals_raise_stopped(), deferred() as signal_number:
             send(signal.SIGUSR1)
             assert signal_number() == 0
     finally:
@@ -138,9 +138,9 @@ def test_other_signals_keep_their_handlers():
 
 
 def test_a_second_run_in_a_process_starts_without_a_pending_signal():
-    with pytest.raises(Stopped), signals_end_the_process(), deferred():
+    with pytest.raises(Stopped), signals_raise_stopped(), deferred():
         send(signal.SIGTERM)
-    for context in (contextlib.nullcontext(), signals_end_the_process()):
+    for context in (contextlib.nullcontext(), signals_raise_stopped()):
         with context, deferred() as signal_number:
             assert signal_number() == 0
 
@@ -149,7 +149,7 @@ def test_in_another_thread_no_handler_is_installed():
     entered = []
 
     def run():
-        with signals_end_the_process():
+        with signals_raise_stopped():
             entered.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=run)
@@ -165,9 +165,9 @@ def test_signals_end_a_process_whose_main_thread_is_busy(number, code, block, co
     program = (
         "import contextlib, hashlib\n"
         "from cifar_flax.runtime import signals\n"
-        "from cifar_flax.runtime.signals import deferred, signals_end_the_process\n"
+        "from cifar_flax.runtime.signals import deferred, signals_raise_stopped\n"
         "signals._GRACE = 0.5\n"
-        f"with signals_end_the_process(), {block}:\n"
+        f"with signals_raise_stopped(), {block}:\n"
         "    print('busy', flush=True)\n"
         # Takes minutes, in which no Python handler runs, like an XLA compilation.
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"

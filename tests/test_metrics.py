@@ -111,7 +111,7 @@ def test_step_metrics_of_any_name_are_averaged():
     rate = np.array([0.1, 0.2, 0.3])
     values = {"loss": rate, "accuracy": rate, "learning_rate": rate, "finite": np.array([True, False, True])}
     accumulator.add(values | {"grad_norm": np.array([1.0, np.nan, 4.0]), "broken": np.array([1.0, 1.0, np.inf])})
-    line = accumulator.close(batch_size=1)
+    line = accumulator.summarize(batch_size=1)
     assert line["grad_norm"] == 2.5  # without the skipped step
     assert line["broken"] is None
     assert line["learning_rate"] == 0.3
@@ -122,11 +122,11 @@ def test_a_metric_may_be_new_after_a_restart():
     old = {name: [0.5, 0.5] for name in ("loss", "accuracy", "learning_rate", "finite")}
     accumulator = metrics.MetricsAccumulator(InputTimer(iter(())), lambda: 0.0, old)
     accumulator.add({name: np.array([1.5, 1.5]) for name in (*old, "grad_norm")})
-    line = accumulator.close(batch_size=1)
+    line = accumulator.summarize(batch_size=1)
     assert line["loss"] == 1.0
     assert "grad_norm" not in line
     accumulator.add({name: np.array([1.5, 1.5]) for name in (*old, "grad_norm")})
-    assert accumulator.close(batch_size=1)["grad_norm"] == 1.5
+    assert accumulator.summarize(batch_size=1)["grad_norm"] == 1.5
 
 
 def test_wilson_interval_covers_the_probability_in_95_percent_of_the_cases():

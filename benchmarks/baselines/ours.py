@@ -24,7 +24,7 @@ VERSIONS = {"jax": jax.__version__}
 
 class Runner:
     def __init__(self, workload: Workload):
-        compilation.keep_programs()
+        compilation.enable_cache()
         config = configs.from_dict(json.loads(json.dumps(workload.config, default=vars)))
         names = tuple("0123456789")
         train = Arrays(workload.train_images, workload.train_labels, names, "benchmark")

@@ -56,7 +56,7 @@ class CheckpointConfig:
 
 
 def steps_to_keep(accuracies: Mapping[int, float | None], newest: int, best: int) -> set[int]:
-    """Return the last `newest` steps and the `best` steps with the highest accuracy; of equal ones, the later steps.
+    """Return the last `newest` steps and the `best` steps with the highest accuracy; ties go to the later step.
 
     Steps whose accuracy is None or NaN do not count as best.
     """
@@ -100,7 +100,7 @@ class Checkpoints:
     def save(self, state: Any, content: Metadata, accuracy: float | None = None, *, is_extra: bool = False) -> None:
         """Save `state`, a pytree with a `step`, and the JSON object `content` in the background.
 
-        When this method returns, the caller may change the state. `accuracy` is the validation accuracy, or None.
+        When this method returns, the caller may donate the state. `accuracy` is the validation accuracy or None.
 
         `is_extra` marks a checkpoint saved outside the schedule because the run was stopped. It is removed when there
         is a newer one and does not count towards `keep`, so that the resumed run ends with the checkpoints of an
@@ -185,7 +185,7 @@ class Checkpoints:
             if lost := processes.lost_peer(error):
                 raise lost from error
             newest = max(self.steps(), default=None)
-            left = "there is no other" if newest is None else f"the same command resumes from step {newest}"
+            left = "there is no earlier one" if newest is None else f"the same command resumes from step {newest}"
             what = f"the checkpoint of step {step} could not be saved in {self._folder}"
             raise UserError(f"{what}; {left} ({one_line(error)})") from error
 
@@ -238,7 +238,8 @@ class Checkpoints:
             except DamagedError as error:
                 damaged[step] = str(error.__cause__)
             else:
-                for other, why in damaged.items():  # not if all are damaged: the next start must report it again
+                # If all are damaged, none is renamed, so that the next start reports them again.
+                for other, why in damaged.items():
                     quarantined = self._path(f"{other}.damaged")
                     shutil.rmtree(quarantined, ignore_errors=True)
                     self._path(other).rename(quarantined)
@@ -260,7 +261,7 @@ class Checkpoints:
 
     def _load(self, metadata: Metadata, template: PyTree) -> PyTree:
         step, wanted = metadata["step"], named_leaves(template)
-        # Checked here, because Orbax restores a state that matches only in part.
+        # Check here, because Orbax restores partial matches without an error.
         for name in sorted(wanted.keys() | metadata["arrays"].keys()):
             ours = f"{wanted[name].shape} {wanted[name].dtype}" if name in wanted else "absent"
             theirs = metadata["arrays"].get(name, "absent")

@@ -47,7 +47,7 @@ def read_metadata(folder: Path, step: int) -> Metadata:
     except (OSError, ValueError) as error:
         if (path / "_CHECKPOINT_METADATA").exists():  # versions before record.json put Orbax's files there
             raise UserError(
-                f"the checkpoint {path} was written by an earlier version, which this version cannot read"
+                f"the checkpoint {path} was written by an earlier version; use that version, or another --workdir"
             ) from error
         raise unreadable(folder, step, error) from error
     if metadata.get("format") != _FORMAT:
@@ -62,4 +62,4 @@ def unreadable(folder: Path, step: int, error: Exception) -> UserError:
     what = f"the checkpoint {folder}/{step} cannot be read ({one_line(error)})"
     if not isinstance(error, (FileNotFoundError, ValueError)):
         return UserError(what)
-    return DamagedError(f"{what}; training resumes from an earlier intact checkpoint, if there is one")
+    return DamagedError(f"{what}; --mode=train resumes from an earlier intact checkpoint, if there is one")

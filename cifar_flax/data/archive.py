@@ -39,7 +39,9 @@ def read_archive(path: Path, split: str) -> Arrays:
                 raise UserError(f"{setting}: {name} is damaged: must occur once and have {_FILE_SIZE} bytes")
             found[name] = content
     except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
-        raise UserError(f"{setting}: cannot be read as a gzip-compressed tar file: {error}") from error
+        raise UserError(
+            f"{setting}: cannot be read ({error}); must be cifar-10-binary.tar.gz or its unpacked folder"
+        ) from error
     missing = [name for name in wanted if name not in found]
     if missing:
         raise UserError(f"{setting}: {', '.join(missing)} not found")

@@ -11,9 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-# Number of batches that the input thread fetches at a time. Waking it for every batch would cost the training loop a
-# tenth of a millisecond on a busy CPU and sometimes its core for milliseconds. After an evaluation, the loop takes
-# several batches at once, which should be ready.
+# Number of batches that the input thread fetches at a time. Waking it for every batch would delay the training loop by
+# 0.1 ms on a busy CPU, and sometimes by milliseconds. After an evaluation, the loop takes several batches at once.
 GROUP = 4
 
 
@@ -25,7 +24,7 @@ T = TypeVar("T")  # input of one call: a `Batch`, or the `Indices` of one or sev
 class Batch:
     """The images and labels of one step: NumPy arrays on the host or JAX arrays on devices.
 
-    Only pmap has the leading axis of devices.
+    The leading axis of devices exists only with pmap.
     """
 
     image: UInt8[Any, "*devices batch height width channels"]

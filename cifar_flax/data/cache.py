@@ -34,7 +34,7 @@ class Arrays:
     dataset: str  # name and version, such as "cifar10/3.0.2"
 
     def digest(self) -> str:
-        """Return the SHA-256 checksum of the labels, in order, which identifies the split."""
+        """Return the SHA-256 checksum of the labels, in order; it does not cover the images."""
         return hashlib.sha256(np.asarray(self.labels).tobytes()).hexdigest()
 
 
@@ -47,7 +47,7 @@ def newest_version(cache_dir: Path, name: str) -> str | None:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `folder` of a dataset, so that only one of several processes decodes it.
+    """Hold an exclusive lock on `folder` of a dataset, so that only one process decodes the dataset.
 
     Raise `UserError` if the folder is not writable.
     """
@@ -115,7 +115,9 @@ def store(
                 end = filled + len(some_images)
                 if end <= num_examples:
                     if some_labels.min() < 0 or some_labels.max() >= len(class_names):
-                        raise UserError(f"{dataset}: has labels outside 0 to {len(class_names) - 1}; is it unlabelled?")
+                        raise UserError(
+                            f"{dataset}: labels must be 0 to {len(class_names) - 1}; choose a split with labels"
+                        )
                     images[filled:end], labels[filled:end] = some_images, some_labels
                 filled = end
             if filled != num_examples:

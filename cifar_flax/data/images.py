@@ -21,7 +21,7 @@ Shape = tuple[int, int, int]  # height, width, channels
 
 
 @contextlib.contextmanager
-def reading() -> Iterator[None]:
+def without_pillow_warnings() -> Iterator[None]:
     """Suppress Pillow's warnings inside the block, for all threads. Files above `MAX_PIXELS` are rejected anyway."""
     Image = packages.load("pillow")
     with warnings.catch_warnings():  # not thread-safe, hence once for all threads
@@ -36,7 +36,7 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     Apply the EXIF orientation, composite transparency on white, take the first frame of an animation, and convert 16
     bits per channel to 8. Resize as `data.image_size` does, without keeping the aspect ratio.
 
-    Raise `UserError`, whose message is only the reason, if the file is not such an image.
+    Raise `UserError`, with the reason alone, without the path, if the file cannot be read as an image.
     """
     import PIL
 
@@ -44,11 +44,11 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
-            raise UserError("a folder without files")
+            raise UserError("is a folder")
         if not stat.S_ISREG(found.st_mode):
-            raise UserError("not a file")
+            raise UserError("is no regular file")
         if not found.st_size:
-            raise UserError("empty")
+            raise UserError("is empty")
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:

@@ -27,7 +27,10 @@ class DatasetInfo:
 
     @classmethod
     def of(cls, arrays: Arrays, examples: Int32[np.ndarray, " n"], normalization: str) -> "DatasetInfo":
-        """Return the description of `examples` in `arrays`. Its statistics are computed exactly, from integer sums."""
+        """Return the description of `examples` in `arrays`, with exact statistics, computed from integer sums.
+
+        With `normalization` "unit", the mean is 0 and the standard deviation is 255.
+        """
         _, height, width, channels = arrays.images.shape
         mean, std = (0.0,) * channels, (255.0,) * channels
         if normalization == "standard":
@@ -56,7 +59,7 @@ class DatasetInfo:
             ("classes", self.class_names, arrays.class_names),
         ):
             if ours != theirs:
-                raise UserError(f"{arrays.dataset} has {what} {theirs}, but the checkpoint expects {what} {ours}")
+                raise UserError(f"{arrays.dataset}: has {what} {theirs}; must be {ours}, as in the training data")
 
 
 def _mean_and_std(images: np.ndarray, examples: Int32[np.ndarray, " n"]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -42,7 +42,7 @@ def indices(
 
     Position `p = step * batch_size + i` belongs to epoch `p // n`, and each epoch has its own permutation of
     `examples`. Batches span epoch boundaries, so no example is dropped. With `drop_last`, n is `epoch_images`, and the
-    rest of each permutation is dropped. A late `start` does not replay earlier steps.
+    rest of each permutation is dropped. Earlier steps are not computed.
     """
     size = epoch_images(len(examples), batch_size, drop_last)
     position = np.arange(start * batch_size, stop * batch_size, dtype=np.int64)

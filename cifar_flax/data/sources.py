@@ -137,7 +137,7 @@ class Preparation:
 
 
 def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
-    """Return the work that `load` has left for `splits` that are not in the cache; write nothing.
+    """Return what `load` must download, prepare or decode for `splits` that are not in the cache; write nothing.
 
     Raise `ConfigError` and `UserError` as `load` does.
     """
@@ -227,7 +227,7 @@ def _features(config: DataConfig, info: Any) -> tuple[str, str, tuple[int, int, 
         height = width = config.image_size
     sizes = f"must be set, as the images of {config.name} differ in size"
     require(None not in (height, width), "data.image_size", config.image_size, sizes)
-    require(channels in (1, 3), "data.name", config.name, f"must have 1 or 3 channels, not {channels}")
+    require(channels in (1, 3), "data.name", config.name, f"its images must have 1 or 3 channels, not {channels}")
     return image_key, label_key, (height, width, channels)
 
 
@@ -262,14 +262,14 @@ def _decode(
     # Read one file after another: with interleaving, the order would depend on TFDS's defaults.
     dataset = builder.as_dataset(split=split, read_config=_tfds().ReadConfig(interleave_cycle_length=1))
 
-    def resize(example: Any) -> tuple[Any, Any]:
+    def image_and_label(example: Any) -> tuple[Any, Any]:
         image = example[image_key]
         if image_size:
             image = tf.image.resize(image, (image_size, image_size), antialias=True)
             image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
         return image, example[label_key]
 
-    dataset = dataset.map(resize, num_parallel_calls=os.cpu_count()).batch(_DECODE_BATCH)
+    dataset = dataset.map(image_and_label, num_parallel_calls=os.cpu_count()).batch(_DECODE_BATCH)
     try:
         yield from dataset.with_options(dataset_options()).as_numpy_iterator()
     except tf.errors.OpError as error:

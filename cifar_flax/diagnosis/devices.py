@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import jax
 
 from cifar_flax.diagnosis import nvidia
+from cifar_flax.diagnosis.examination import Examination
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
-from cifar_flax.diagnosis.visit import Visit
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.packages import has_module
 from cifar_flax.runtime import allocator, compilation
@@ -19,7 +19,7 @@ from cifar_flax.runtime.devices import all_devices
 from cifar_flax.runtime.environment import machine
 
 
-def devices(visit: Visit) -> Iterator[Finding]:
+def devices(examination: Examination) -> Iterator[Finding]:
     """Check that JAX finds devices, and report why a GPU or TPU is not used."""
     with _jax_warnings() as records:
         try:
@@ -28,12 +28,12 @@ def devices(visit: Visit) -> Iterator[Finding]:
             yield Finding(FAIL, str(error))
             found = []
     if found:
-        visit.platform = found[0].platform
+        examination.platform = found[0].platform
         kinds = Counter(device.device_kind for device in found)
         names = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         yield Finding(OK, f"{names}; {machine()}")
     warned = " ".join("; ".join(record.getMessage() for record in records).split())
-    if visit.platform in ("", "cpu"):
+    if examination.platform in ("", "cpu"):
         if reason := nvidia.why_unused(warned):
             yield Finding(NOTE, f"NVIDIA GPU: {reason}")
         elif found and has_module("libtpu") and not os.environ.get("JAX_PLATFORMS"):
@@ -58,18 +58,18 @@ def _jax_warnings() -> Iterator[list[logging.LogRecord]]:
             logger.removeHandler(handler)
 
 
-def programs(visit: Visit) -> Iterator[Finding]:
+def programs(examination: Examination) -> Iterator[Finding]:
     """Check the persistent compilation cache."""
-    if not visit.platform:
+    if not examination.platform:
         return
-    reason = compilation.why_not_kept()
-    cached = f"compiled once and cached in {compilation.programs_folder()}"
+    reason = compilation.cache_problem()
+    cached = f"compiled once and cached in {compilation.program_cache()}"
     yield Finding(NOTE, f"compiled at each start: {reason}") if reason else Finding(OK, cached)
 
 
-def memory(visit: Visit) -> Iterator[Finding]:
+def memory(examination: Examination) -> Iterator[Finding]:
     """Check that glibc malloc is tuned for training on a CPU."""
-    if visit.platform != "cpu":
+    if examination.platform != "cpu":
         return
     tunables = os.environ.get("GLIBC_TUNABLES")
     if tunables == allocator.SETTINGS["GLIBC_TUNABLES"]:

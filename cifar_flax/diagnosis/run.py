@@ -13,8 +13,8 @@ import jax
 
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
 from cifar_flax.data import cache, sources
+from cifar_flax.diagnosis.examination import Examination
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
-from cifar_flax.diagnosis.visit import Visit
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.runtime import compilation
 from cifar_flax.training.trainer import Trainer
@@ -24,13 +24,13 @@ _TIMEOUT = 3.0  # seconds that a host has to accept a connection
 _SMALL_FILES = 20_000_000  # bytes that a run writes besides checkpoints
 
 
-def data(visit: Visit) -> Iterator[Finding]:
+def data(examination: Examination) -> Iterator[Finding]:
     """Check that the training and evaluation data are available or can be downloaded."""
-    data, splits = visit.config.data, (visit.config.data.train_split, visit.config.data.eval_split)
+    data, splits = examination.config.data, (examination.config.data.train_split, examination.config.data.eval_split)
     if data.archive or data.name in sources.DATASETS:
         counts = [f"{len(sources.load(data, split).labels)} {split} images" for split in splits]
         yield Finding(OK, f"{data.archive or data.name}: {', '.join(counts)}")
-        visit.has_data = True
+        examination.has_data = True
         return
     intact = []
     for split in splits:
@@ -45,21 +45,21 @@ def data(visit: Visit) -> Iterator[Finding]:
     if intact:
         yield Finding(OK, f"{data.name}: {' and '.join(intact)} decoded and intact in {sources.cache_dir(data)}")
     if missing:
-        yield from _preparation(visit, missing)
-    visit.has_data = not missing
+        yield from _preparation(examination, missing)
+    examination.has_data = not missing
 
 
-def _preparation(visit: Visit, splits: list[str]) -> Iterator[Finding]:
-    data, names = visit.config.data, " and ".join(splits)
+def _preparation(examination: Examination, splits: list[str]) -> Iterator[Finding]:
+    data, names = examination.config.data, " and ".join(splits)
     sources.require_tfds(data, splits[0])
     work = sources.preparation(data, splits)
     size = sum(work.downloads.values())
     decoded = work.decoded or (0 if data.image_size else size)  # a lower bound: images in files are compressed
-    visit.needs.append(("decoded images", sources.cache_dir(data), decoded))
+    examination.needs.append(("decoded images", sources.cache_dir(data), decoded))
     if work.is_prepared:
         yield Finding(OK, f"{names}: prepared by TFDS in {work.folder}; a run decodes {_size(work.decoded)}")
         return
-    visit.needs.append(("TFDS download and preparation", work.folder, 2 * size))
+    examination.needs.append(("TFDS download and preparation", work.folder, 2 * size))
     failed = _unreachable(work.downloads)
     if failed:
         raise UserError(
@@ -87,37 +87,37 @@ def _unreachable(urls: Iterable[str]) -> list[str]:
     return failed
 
 
-def start(visit: Visit) -> Iterator[Finding]:
-    """Do all that a run does before its first step, except writing files."""
-    if not (visit.platform and visit.has_data):
-        missing = "the images are not decoded yet" if visit.platform else "no device found"
+def start(examination: Examination) -> Iterator[Finding]:
+    """Load the data and build the initial state as a run does, without compiling the step or writing files."""
+    if not (examination.platform and examination.has_data):
+        missing = "the images are not decoded yet" if examination.platform else "no device found"
         yield Finding(NOTE, f"not tried: {missing}")
         return
-    with compilation.nothing_kept(), warnings.catch_warnings():
+    with compilation.cache_writes_disabled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            trainer = Trainer(visit.config)
+            trainer = Trainer(examination.config)
         except UserError:
             raise
         except Exception as error:
             raise UserError(one_line(error)) from error
-    visit.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.initial_state))
+    examination.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.initial_state))
     yield Finding(OK, f"config, data and devices work together: {trainer.total_steps} steps on {trainer.layout}")
 
 
-def folder(visit: Visit) -> Iterator[Finding]:
+def folder(examination: Examination) -> Iterator[Finding]:
     """Check that the run can use --workdir."""
-    kept, steps = visit.config.checkpoint, saved_steps(visit.workdir / CHECKPOINTS)
+    kept, steps = examination.config.checkpoint, saved_steps(examination.workdir / CHECKPOINTS)
     more = max(kept.keep + kept.keep_best - len(steps), 0) + 1  # an old one is deleted after a new one is saved
-    visit.needs.append(("the run", visit.workdir, more * visit.state_bytes + _SMALL_FILES))
-    require_usable(visit.workdir, visit.config)
-    yield Finding(OK, f"{visit.workdir}: {f'a run to resume from step {steps[-1]}' if steps else 'no run yet'}")
+    examination.needs.append(("the run", examination.workdir, more * examination.state_bytes + _SMALL_FILES))
+    require_usable(examination.workdir, examination.config)
+    yield Finding(OK, f"{examination.workdir}: {f'a run to resume from step {steps[-1]}' if steps else 'no run yet'}")
 
 
-def disk(visit: Visit) -> Iterator[Finding]:
+def disk(examination: Examination) -> Iterator[Finding]:
     """Check that each disk has room for what earlier checks found to be needed."""
     needed: Counter[int] = Counter()  # device -> bytes
-    for what, folder, size in visit.needs:
+    for what, folder, size in examination.needs:
         place = folder.expanduser().absolute()
         while not os.path.exists(place):  # not Path.exists, which raises if a folder is not readable
             place = place.parent

@@ -1,1 +1,1 @@
-"""Export a model as one serialized program, with a script that runs it."""
+"""Export the weights and the program of a model, and run an exported program."""

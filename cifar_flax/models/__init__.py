@@ -9,8 +9,8 @@ The config is a dataclass derived from `ModelConfig`. The module is derived from
   float32 logits [batch, classes]. Evaluation passes no `dropout_keys`; training passes one random key per example.
 
 In training, pass `use_running_average=dropout_keys is None` to `nnx.BatchNorm`, and use `layers.dropout` with the keys
-instead of `nnx.Dropout`, whose random state no checkpoint would restore: a network that holds one is refused. Any other
-layer of `nnx` works. Set `dropout_rate=0` in `nnx.MultiHeadAttention`.
+instead of `nnx.Dropout`, because checkpoints do not save its random state; a network that contains it is refused. Any
+other layer of `nnx` works. Set `dropout_rate=0` in `nnx.MultiHeadAttention`.
 
 Name matrices `kernel` or `embedding`: `network.param_groups` chooses the optimizer group by this name and by the
 layer. `groups` assigns the parameters of an attribute to another group. A network that needs training images before the

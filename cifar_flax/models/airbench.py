@@ -105,7 +105,8 @@ class Airbench(Network):
     ):
         height, width, channels = image_shape
         size = [(side - 1) // 8 // 3 for side in (height, width)]
-        require(min(size) >= 1, "data.image_size", min(height, width), "must be at least 25 for this network")
+        allowed = f"images of {height}x{width} are too small for this network; their sides must be at least 25"
+        require(min(size) >= 1, "model.name", config.name, allowed)
         self.dtype = activation_dtype(config.dtype, platform)
         self.whitening = Whitening(channels, init=config.init, dtype=self.dtype, platform=platform, rngs=rngs)
         widths = (8 * channels, *config.widths)

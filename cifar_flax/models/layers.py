@@ -106,9 +106,10 @@ class BatchNorm(nnx.Module):
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Return x Phi(x), where Phi is the normal distribution function (Hendrycks and Gimpel 2016, section 2).
+    """Return x Phi(x), where Phi is the standard normal CDF (Hendrycks and Gimpel 2016, section 2).
 
-    Computed in float32 and rounded once: bfloat16 cannot represent 1 - Phi(x) for x < -2.5.
+    Computed in float32 and rounded once: in bfloat16, 1 + erf(x / sqrt(2)) cancels for x < -2.5. Only `x` is saved for
+    the gradient.
     """
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)

@@ -68,7 +68,7 @@ def forward_flops(config: models.ModelConfig, image_shape: tuple[int, int, int],
 
 
 class _Observed(nnx.Module):
-    """Replacement for `layer` in a network that passes a `Layer` to `report` at each call."""
+    """Wrap `layer`, and pass its description to `report` at each call."""
 
     def __init__(self, layer: nnx.Module, name: str, report: Callable[[Layer], None]):
         self.layer, self.name, self.report = layer, name, report

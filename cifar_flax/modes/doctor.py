@@ -26,25 +26,25 @@ _wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_long_words=F
 def doctor(config: "Config", workdir: Path) -> None:
     """Check whether a run of `config` in `workdir` can start; print the findings. Raise `UserError` if it cannot."""
     from cifar_flax.diagnosis import devices, run
-    from cifar_flax.diagnosis.visit import Visit
+    from cifar_flax.diagnosis.examination import Examination
 
     needed = ["tensorflow"] if config.data.pipeline == "streaming" else []
     needed += ["scikit-learn"] if config.data.name == "digits" else []
-    visit = Visit(config, workdir)
+    examination = Examination(config, workdir)
     print(f"cifar_flax {cifar_flax.__version__}: can a run with {config.data.name} start here?")
     # In printing order; a check may use the results of earlier checks.
     checks: list[tuple[str, Check]] = [
         ("python", installation.python),
         ("packages", installation.required_packages),
         ("packages", partial(installation.optional_packages, tuple(needed))),
-        ("devices", partial(devices.devices, visit)),
+        ("devices", partial(devices.devices, examination)),
         # Before anything is compiled, since JAX opens the cache folder and reports its errors only once.
-        ("programs", partial(devices.programs, visit)),
-        ("memory", partial(devices.memory, visit)),
-        ("data", partial(run.data, visit)),
-        ("start", partial(run.start, visit)),
-        ("workdir", partial(run.folder, visit)),
-        ("disk", partial(run.disk, visit)),
+        ("programs", partial(devices.programs, examination)),
+        ("memory", partial(devices.memory, examination)),
+        ("data", partial(run.data, examination)),
+        ("start", partial(run.start, examination)),
+        ("workdir", partial(run.folder, examination)),
+        ("disk", partial(run.disk, examination)),
     ]
     reasons = _print(checks)
     if reasons:

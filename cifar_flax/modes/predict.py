@@ -18,7 +18,7 @@ from jaxtyping import Float32, UInt8
 from cifar_flax import files, packages
 from cifar_flax.classifier import Classifier
 from cifar_flax.config import Config
-from cifar_flax.data.images import read_image, reading
+from cifar_flax.data.images import read_image, without_pillow_warnings
 from cifar_flax.errors import UserError, require
 from cifar_flax.report import confusion as confusion_matrix
 from cifar_flax.restore import restore
@@ -105,7 +105,7 @@ def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Predict
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, reading():
+    with ThreadPoolExecutor(os.cpu_count()) as pool, without_pillow_warnings():
         for start in range(0, len(found), model.batch_size):
             batch = found[start : start + model.batch_size]
             contents = list(pool.map(read, batch))

@@ -131,7 +131,7 @@ def _confusions(result: dict[str, Any]) -> Markup:
         f"{percent((normalized * is_mistake).max(), 1)}."
     )
     if len(names) > confusion.FEW_CLASSES:
-        about += " The order of the classes is that of the table below."
+        about += " The classes are in the order of the table below."
     if np.count_nonzero(counts) > confusion.CELLS:
         about += f" Only the {confusion.CELLS:,} largest of {np.count_nonzero(counts):,} nonzero counts are drawn."
     matrix = element("div", confusion.heat_map(counts, names), note(about))

@@ -33,14 +33,14 @@ def options(platform: str, *, deterministic: bool = False) -> dict[str, Any]:
     return _DETERMINISTIC_GPU_OPTIONS if platform in ("gpu", "cuda") and deterministic else {}
 
 
-def keep_programs() -> None:
+def enable_cache() -> None:
     """Enable JAX's persistent compilation cache, in the user's cache folder.
 
     JAX executes the programs that it loads from this folder, so only the owner may access it. If its permissions cannot
     be restricted, the cache is not used. JAX's environment variables take precedence: JAX_COMPILATION_CACHE_DIR sets
     another folder, whose size is not limited, and JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
     """
-    if programs_folder() is None:
+    if program_cache() is None:
         folder = files.user_cache() / _NAME
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -66,16 +66,16 @@ def _remove_oldest(folder: Path) -> None:
                 path.unlink()
 
 
-def programs_folder() -> str | None:
+def program_cache() -> str | None:
     """Return the folder of the persistent compilation cache, or None if it is disabled."""
     return getattr(jax.config, _FOLDER) if getattr(jax.config, _IS_USED) else None
 
 
-def why_not_kept() -> str | None:
+def cache_problem() -> str | None:
     """Return why the persistent compilation cache does not work, or None if a probe was read back."""
     if not getattr(jax.config, _IS_USED):
         return "JAX_ENABLE_COMPILATION_CACHE is false"
-    folder = programs_folder()
+    folder = program_cache()
     if folder is None:
         return f"{files.user_cache() / _NAME} cannot be created or belongs to another user"
     try:
@@ -109,7 +109,7 @@ def _finds_again(folder: Path) -> bool:
     return bool(found)
 
 
-def nothing_kept() -> contextlib.AbstractContextManager[None]:
+def cache_writes_disabled() -> contextlib.AbstractContextManager[None]:
     """Disable writes to the persistent compilation cache inside the block."""
     return _changed({_MIN_SECONDS: 1e9})
 

@@ -23,8 +23,8 @@ from cifar_flax.runtime.devices import Layout, ParallelConfig
 
 # Seconds that a process with an error waits for the others before it exits. The main process hosts the coordination
 # service, and the others abort as soon as it exits, so it waits longer to let them report their errors.
-_LAST_WORDS = 1.0
-_LAST_WORDS_OF_MAIN = 5.0
+_EXIT_SECONDS = 1.0
+_EXIT_SECONDS_OF_MAIN = 5.0
 
 _label = ""  # prefix of this process's log lines; "" in a single-process run
 
@@ -62,7 +62,7 @@ def start(config: ParallelConfig) -> None:
 
 
 def _is_launched() -> bool:
-    """Return whether a launcher has started several processes, or may have: on a TPU only its metadata server knows."""
+    """Return whether a launcher may have started several processes. On a TPU, only the metadata server knows."""
     tpu = has_module("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu" and "SLURM_JOB_ID" not in os.environ
     return tpu or _num_tasks() > 1
 
@@ -141,7 +141,7 @@ def require_agreement(**values: Any) -> None:
 
 
 def lost_peer(error: Exception) -> UserError | None:
-    """Return the error to report if `error` means that another process has exited, or None if it does not."""
+    """Return the error to report if the text of `error` suggests that another process has exited, else None."""
     if _label and re.search("gloo|nccl|coordination|barrier|heartbeat|connection", str(error), re.IGNORECASE):
         return UserError(
             f"another process of the run has ended or cannot be reached ({one_line(error)}). See its log; the same "
@@ -151,7 +151,7 @@ def lost_peer(error: Exception) -> UserError | None:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Call `main` and exit with the code that it returns: after the other processes on success, else within seconds.
+    """Call `main` and exit with its return code. On success, wait for the other processes; else exit within seconds.
 
     JAX's exit handler is bypassed after an error: it would wait for the other processes, which would wait for this one
     in the middle of a step.
@@ -172,7 +172,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     if jax.distributed.is_initialized() and code:
         leaving = threading.Thread(target=_leave, daemon=True)
         leaving.start()
-        leaving.join(_LAST_WORDS if _label and not is_main() else _LAST_WORDS_OF_MAIN)
+        leaving.join(_EXIT_SECONDS if _label and not is_main() else _EXIT_SECONDS_OF_MAIN)
         os._exit(code)
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()

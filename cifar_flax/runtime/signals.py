@@ -24,7 +24,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def signals_end_the_process() -> Iterator[None]:
+def signals_raise_stopped() -> Iterator[None]:
     """Make SIGTERM and SIGINT raise `Stopped` in the main thread inside the block, except in a block of `deferred`.
 
     A second signal ends the process immediately. A separate thread watches for it, because Python runs no signal

@@ -76,7 +76,7 @@ class MetricsWriter:
 
 
 def _written_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> bytes:
-    """Truncate metrics.jsonl to its size at `mark`, and return its content.
+    """Truncate metrics.jsonl to its size at `mark`, or to nothing without one, and return its content.
 
     If this part has changed since, keep the valid lines up to `step` and log a warning.
     """

@@ -10,7 +10,7 @@ from cifar_flax.runtime import processes
 from cifar_flax.telemetry.metrics_log import Metrics
 
 
-class Lines:
+class _NoBar:
     """A stand-in for tqdm's bar that only prints the lines passed to `write`."""
 
     write = staticmethod(processes.log)
@@ -27,7 +27,7 @@ class Progress:
     def __init__(self, *, start: int, total: int, epochs: float):
         self._start, self._total, self._epochs = start, total, epochs
         self._begin = time.monotonic()
-        self._bar: Any = Lines()
+        self._bar: Any = _NoBar()
         if sys.stderr.isatty() and processes.is_main():
             try:
                 tqdm = packages.load("tqdm").tqdm
@@ -39,16 +39,16 @@ class Progress:
     def close(self) -> None:
         self._bar.close()
 
-    def step(self, count: int) -> None:
+    def advance(self, count: int) -> None:
         self._bar.update(count)
 
-    def train(self, metrics: Metrics) -> None:
+    def show_training(self, metrics: Metrics) -> None:
         self._train = metrics
         self._bar.set_description(f"epoch {metrics['epoch']:.1f}/{self._epochs:g}", refresh=False)
         rate = f"{metrics['images_per_second']:,.0f} images/s"
         self._bar.set_postfix_str(f"{_training(metrics)}, {rate}")
 
-    def evaluation(self, metrics: Metrics) -> None:
+    def show_evaluation(self, metrics: Metrics) -> None:
         train, step = self._train, metrics["step"]
         columns = [
             f"epoch {metrics['epoch']:.1f}/{self._epochs:g}",

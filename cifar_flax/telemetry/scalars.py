@@ -1,4 +1,4 @@
-"""The scalar metrics of an evaluation: those of every evaluation, and any other that `evaluation_sums` returns."""
+"""Select the scalar metrics of an evaluation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ def scalars(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def other_scalars(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scalar metrics in `result` that not every evaluation has."""
+    """Return the scalar metrics in `result` besides accuracy, top-5 accuracy, loss and calibration error."""
     return {name: value for name, value in scalars(result).items() if name not in _STANDARD}
 
 

@@ -33,9 +33,9 @@ def update(
 ) -> tuple[PyTree, PyTree]:
     """Return weights and average after step number `step`, counted from 1, whose update resulted in `weights`.
 
-    ema: average = d average + (1 - d) weights with d = min(decay, (1 + step) / (10 + step)) per step, so that the
-    initial weights soon lose their influence. lookahead: the same with d = decay (step / total_steps)^3; the average
-    then replaces the weights. After the last step it always does.
+    Every `every` steps, average = d average + (1 - d) weights. ema: d = min(decay, (1 + step) / (10 + step))^every, so
+    that the initial weights soon lose their influence. lookahead: d = decay^every (step / total_steps)^3, and the
+    average then replaces the weights, also after the last step.
 
     Source: Jordan 2024 (arXiv:2404.00498), section 3.4, based on Zhang et al. 2019, "Lookahead Optimizer" (lookahead).
     """

@@ -29,7 +29,5 @@ class NonFiniteGuard:
                 last = "" if self.loss is None else f" (last finite loss: {self.loss:.6g})"
                 many = f" after {self.skipped} consecutive skipped steps" if self._max_skipped else ""
                 skip = "" if self._max_skipped else ", or use on_nonfinite=skip"
-                raise UserError(
-                    f"step {step}: {reason}, at a learning rate of {rate:g}{last}{many}; the step is not saved. Lower "
-                    f"optim.learning_rate or set optim.clip_norm{skip}, in a new --workdir."
-                )
+                advice = f"Lower optim.learning_rate (now {rate:g}) or set optim.clip_norm{skip}, in a new --workdir."
+                raise UserError(f"step {step}: {reason}{last}{many}. {advice}")

@@ -47,11 +47,11 @@ def run_calls(
     stopping: Callable[[], int] = lambda: 0,
     lag: int = READ_LAG,
 ) -> TrainState:
-    """Run `calls`, each given by the number of finished steps after it, and pass that number and the metrics to `read`.
+    """Run one call for each entry of `calls`, the step that it ends with, and pass this step and the metrics to `read`.
 
     The metrics are read `lag` calls late. Stop early if `stopping` returns a nonzero number before a call.
 
-    Only inputs and metrics are transferred between host and device; a transfer guard refuses any other transfer.
+    A transfer guard raises an error at any implicit transfer between host and device.
     """
     in_flight: deque[tuple[int, StepMetrics]] = deque()
     with jax.transfer_guard("disallow"):
@@ -78,7 +78,7 @@ def run(trainer: Trainer, folder: Path) -> None:
         if start >= total and metadata["evaluated"]:
             processes.log(f"{folder} is finished: {start} steps of {total}; evaluating its checkpoint")
             return
-        steps = f"resuming at step {start} of {total}" if start else f"{total} steps"
+        steps = f"resuming from step {start} of {total}" if start else f"{total} steps"
         processes.log(f"{trainer.info.name}: {trainer.info.num_examples} images, {steps}, on {trainer.layout}")
         TrainingLoop(trainer, folder, checkpoints, state, metadata).run()
 
@@ -119,7 +119,8 @@ class TrainingLoop:
             progress = Progress(start=self._step, total=trainer.total_steps, epochs=self._config.train.epochs)
             self._progress = stack.enter_context(closing(progress))
             self._signal = stack.enter_context(signals.deferred())
-            for stop in trainer.stops(self._step + self._evaluated):
+            first = self._step + 1 if self._evaluated else self._step
+            for stop in trainer.stops(first):
                 self._stop = stop
                 self._accumulator.resume()
                 calls = trainer.calls(self._step, stop)
@@ -150,10 +151,10 @@ class TrainingLoop:
         self._checkpoints.check()
         self._guard.check(step + 1 - len(values["loss"]), values)
         self._accumulator.add(values)
-        self._progress.step(len(values["loss"]))
+        self._progress.advance(len(values["loss"]))
         self._step = step
         if step % self._config.train.log_every == 0 or step == self._stop:
-            self._progress.train(self._log("train", self._accumulator.close(self._config.train.batch_size)))
+            self._progress.show_training(self._log("train", self._accumulator.summarize(self._config.train.batch_size)))
 
     def _evaluate_and_save(self) -> None:
         """Evaluate and save if either is due after this step. Return early if a signal arrives during evaluation."""
@@ -168,7 +169,7 @@ class TrainingLoop:
                 "images_per_second": evaluation.images_per_second,
                 "input_wait_fraction": evaluation.input_wait_fraction,
             }
-            self._progress.evaluation(self._log(trainer.monitored_split, metrics))
+            self._progress.show_evaluation(self._log(trainer.monitored_split, metrics))
             accuracy = metrics["accuracy"] if trainer.monitored_split == "validation" else None
         if trainer.is_due(self._step, self._config.checkpoint.every_epochs):
             self._save(accuracy)

@@ -117,8 +117,8 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 class MetricsAccumulator:
     """Accumulate the metrics of the steps since the last line of metrics.jsonl.
 
-    `blocked` returns the total seconds that the loop has waited for checkpoints. `values` are the metrics of the steps
-    since that line, if a restart follows; they count in the means, but not in the rates.
+    `blocked` returns the total seconds that the loop has waited for checkpoints. `values` are the step metrics since
+    that line from before a restart; they count in the means, but not in the rates.
     """
 
     def __init__(self, inputs: InputTimer, blocked: Callable[[], float], values: Mapping[str, list[Any]]):
@@ -139,7 +139,7 @@ class MetricsAccumulator:
         """Return the metrics of the accumulated steps, which JSON stores exactly; empty if there are none."""
         return {name: column.tolist() for name, column in self._columns().items()} if self._values else {}
 
-    def close(self, batch_size: int) -> dict[str, Any]:
+    def summarize(self, batch_size: int) -> dict[str, Any]:
         """Return the means over the accumulated steps that were not skipped, and reset."""
         seconds = time.perf_counter() - self._begin
         values, blocked = self._columns(), self._blocked()

@@ -37,7 +37,7 @@ class OptimConfig:
     warmup_epochs: float = 0.0  # epochs of linear warm-up
     warmup_start: float = 0.0  # learning rate at the start of the warm-up, as a fraction of the peak
     final_share: float = 0.0  # linear: learning rate at the end of the run, as a fraction of the peak
-    weight_decay: float = 0.0  # adamw: decoupled; sgd: added to the gradient; not applied to the group biases
+    weight_decay: float = 0.0  # adamw: decoupled; sgd: added to the gradient; not for biases and whitening
     b1: float | None = None  # adam, adamw: EMA decay of the gradient; None is 0.9
     b2: float | None = None  # adam, adamw: EMA decay of the squared gradient; None is 0.999
     eps: float | None = None  # adam, adamw: added to the denominator of the update; None is 1e-8
@@ -93,8 +93,8 @@ class Optimizer:
     """A row of `OPTIMIZERS`."""
 
     make: Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]
-    settings: frozenset[str] = frozenset()  # fields of OptimConfig that only some optimizers use, and this one does
-    for_groups: str = ""  # the optimizer of the groups in `GROUPS`, whose learning rates must be set; "": the same one
+    settings: frozenset[str] = frozenset()  # optional fields of OptimConfig that it uses
+    for_groups: str = ""  # optimizer of the groups, if it is another one; dense and biases then need a learning rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ class Schedule:
     """A row of `SCHEDULES`."""
 
     make: Callable[[OptimConfig, int], optax.Schedule]  # (config, steps after the warm-up) -> learning rate
-    settings: frozenset[str] = frozenset()  # fields of OptimConfig that only some schedules use, and this one does
+    settings: frozenset[str] = frozenset()  # optional fields of OptimConfig that it uses
     depends_on_length: bool = True  # whether another train.epochs would change the learning rate of earlier steps
 
 
@@ -155,7 +155,7 @@ def _from_fixed_norm(update: Float[Array, "*shape c_out"], kernel: Float[Array, 
 
 
 def _orthogonal_kernels(updates: PyTree) -> PyTree:
-    """Orthogonalize kernels [..., c_out] as matrices with one row per filter, batching kernels of equal shape."""
+    """Orthogonalize updates of kernels [..., c_out] as matrices with a row per filter; batch those of equal shape."""
     leaves, structure = jax.tree.flatten(updates)
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, leaf in enumerate(leaves):

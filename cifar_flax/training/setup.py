@@ -31,7 +31,7 @@ Init = Callable[[int, UInt8[Any, "n height width c"] | None], TrainState]
 def setup(
     config: Config, info: DatasetInfo, devices: Sequence[jax.Device] | None = None, *, platform: str | None = None
 ) -> tuple[Task, Init]:
-    """Return the static part of the steps, and a function that initializes the state, compiled once for all seeds.
+    """Return the `Task` of a run, and a jitted function that initializes the training state for any seed.
 
     `devices` are those of the run (default: all), `platform` chooses the network's kernels (default: that of the
     devices).

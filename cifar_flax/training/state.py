@@ -17,7 +17,7 @@ from cifar_flax.training.averaging import AveragingConfig
 
 
 class TrainState(NamedTuple):
-    """All that training changes: plain nested dicts of arrays, so that checkpoints need no class of any library."""
+    """The arrays that training changes. Checkpoints name them by their paths and need no class of any library."""
 
     step: Int32[Array, ""]  # finished steps
     seed: UInt32[Array, ""]  # of all random bits; in the state, so that all seeds share one compiled step
@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 
 
 def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """Return the two keys that all random bits of a run derive from: for the initial weights, and for the examples."""
+    """Return two keys derived from the seed: for the initial weights, and for augmentation and dropout."""
     weights, examples = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
     return weights, examples
 
@@ -40,7 +40,7 @@ Init = Callable[[UInt32[Array, ""], Float[Array, "n height width c"] | None], Tr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A network as a static graph, and functions that initialize its variables."""
+    """The graphdef of a network, the optimizer group of each parameter, and the initialization of its variables."""
 
     graphdef: nnx.GraphDef
     param_groups: PyTree[str]  # the optimizer group of each parameter
@@ -57,7 +57,8 @@ def create_model(
 ) -> Model:
     """Return the network that `model` describes, with the kernels that are fastest on `platform`.
 
-    In training, BatchNorm averages over the mesh axis `norm_axis`; None: each device uses its own part of the batch.
+    In training, BatchNorm averages over the mesh axis `norm_axis`; None: over the examples that the step
+    sees, which is the whole batch with jit.
     Raise `UserError` if the network has variables other than `nnx.Param` and `nnx.BatchStat`.
     """
 

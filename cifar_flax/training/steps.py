@@ -30,7 +30,7 @@ TrainCall = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The static part of a run, which the steps are compiled for: everything that is neither state nor data."""
+    """The constants that the compiled steps use: everything about a run that is neither state nor data."""
 
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
@@ -44,7 +44,7 @@ class Task:
     total_steps: int
     layout: Layout
     sync_batchnorm: bool  # whether BatchNorm statistics are over the batch of all devices
-    skip_nonfinite: bool = False  # whether a step with a non-finite loss or gradient only increments the step number
+    skip_nonfinite: bool = False  # whether to skip the update if the loss, the gradient or the new state is not finite
 
 
 def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array, " batch"]) -> Key[Array, " batch"]:
@@ -82,7 +82,7 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
         loss = jnp.mean(optax.softmax_cross_entropy(logits, target))
         return loss, (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-    # Without this cast, shard_map would already sum the gradient over the devices, and `pmean` would not divide it.
+    # Without this cast, shard_map sums the gradient over the devices, and `pmean` returns that sum, not the mean.
     params = state.params if axis_name is None else jax.lax.pcast(state.params, axis_name, to="varying")
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.label)
@@ -115,7 +115,7 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
 
 
 def _unless_skipped(finite: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
-    """Return `new` if it is finite, else `old`. The step count of optax schedules is always that of `new`."""
+    """Return `new` if `finite`, else `old` with the step counts of optax schedules from `new`."""
 
     def choose(new: PyTree, old: PyTree) -> PyTree:
         return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(finite, new, old)
@@ -203,5 +203,5 @@ def _logits(task: Task, weights: PyTree, image: UInt8[Array, "batch h w c"], tta
         return model(normalize(image, task.mean, task.std))
     # Compute one TTA view after the other: all at once would multiply the memory.
     logits = jax.lax.map(lambda view: model(normalize(view, task.mean, task.std)), views(image, tta))
-    # A matrix product would be computed in reduced precision on accelerators.
+    # No matrix product, since accelerators compute it in reduced precision by default.
     return jnp.sum(jnp.asarray(VIEWS[tta])[:, None, None] * logits, axis=0)

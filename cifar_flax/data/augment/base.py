@@ -1,4 +1,4 @@
-"""The settings of all augmentations, what they take and return, and normalization."""
+"""Settings and input types of the augmentations, and normalization."""
 
 import zlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from cifar_flax.errors import require
 @dataclass(slots=True, kw_only=True)
 class AugmentConfig:
     normalization: str = "standard"  # standard (mean 0, standard deviation 1 over the train split) | unit (0 to 1)
-    flip: str = "none"  # horizontal: none | random | alternating (random in the first epoch, then every other epoch)
+    flip: str = "none"  # horizontal: none | random | alternating (random in epoch 0, then changed in every epoch)
     crop_padding: int = 0  # pixels of reflect padding before a random crop to the original size
     cutout: int = 0  # side in pixels of a random square that is set to zero after normalization
 
@@ -29,7 +29,10 @@ class AugmentConfig:
     def validate_for(self, image_shape: tuple[int, int, int]) -> None:
         """Raise `ConfigError` if images of `image_shape` (height, width, channels) are too small for a setting."""
         side = min(image_shape[:2])
-        for field, limit in (("crop_padding", side - 1), ("cutout", side)):  # a reflection repeats no pixel twice
+        for field, limit in (
+            ("crop_padding", side - 1),
+            ("cutout", side),
+        ):  # reflect padding must be smaller than the image
             allowed = f"must be at most {limit} for images of {image_shape[0]}x{image_shape[1]}"
             require(getattr(self, field) <= limit, f"augment.{field}", getattr(self, field), allowed)
 
@@ -41,7 +44,7 @@ class Examples(NamedTuple):
     target: Float[Array, "batch classes"]  # probability of each class
 
 
-# The numbers of these streams are part of the results of all runs. Other names are numbered by their CRC-32.
+# Do not change these numbers, which determine the results of existing configs. Other names use their CRC-32.
 _STREAMS = {"flip": 0, "crop_rows": 1, "crop_columns": 2, "cutout_rows": 3, "cutout_columns": 4}
 
 

@@ -7,7 +7,9 @@ from jaxtyping import Array, Key, UInt32
 
 
 def random_words(keys: Key[Array, " batch"], count: int) -> UInt32[Array, "batch count"]:
-    """Return the same bits as `jax.random.bits` for each of the Threefry keys, computed in one fusion.
+    """Return the bits of `jax.random.bits` for each Threefry key, computed in one fusion.
+
+    Valid with `jax_threefry_partitionable=True`, JAX's default.
 
     On a CPU, JAX implements the cipher as a loop that writes its state to memory between rounds.
 

@@ -93,8 +93,8 @@ def _pool_forward(x: Array, kernel: Array) -> tuple[Array, tuple[_Saved, Array]]
 def _pool_backward(residuals: tuple[_Saved, Array], dy: Array) -> tuple[Array, Array]:
     saved, winner = residuals
     rows, columns = _grid(saved.x)
-    height, width = 2 * rows - dy.shape[1], 2 * columns - dy.shape[2]
-    dy = optimization_barrier(jnp.pad(dy, ((0, 0), (0, height), (0, width), (0, 0))))
+    more_rows, more_columns = 2 * rows - dy.shape[1], 2 * columns - dy.shape[2]
+    dy = optimization_barrier(jnp.pad(dy, ((0, 0), (0, more_rows), (0, more_columns), (0, 0))))
     tile: list[Array] = []  # the 16 positions of each tile, row by row
     for i in (0, 1):
         left, right = ([jnp.where(winner[i, j] == place, dy[:, i::2, j::2], 0) for place in range(4)] for j in (0, 1))
