@@ -147,7 +147,7 @@ def crash(number: int, seed: int, folder: Path, uninterrupted: Reference) -> Out
         code = process.wait(TIMEOUT)
         log = (folder / "log.txt").read_text()[log_size:]
         outcome.fell_back += "is damaged" in log
-        resumed = re.search(r"resuming at step (\d+)|is finished: (\d+)", log)
+        resumed = re.search(r"resuming from step (\d+)|is finished: (\d+)", log)
         first = int(resumed[1] or resumed[2]) if resumed else 0 if re.search(r"images, \d+ steps", log) else newest
         if first < newest:
             outcome.lost.append(f"resumed at step {first} instead of {newest}")

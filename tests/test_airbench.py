@@ -176,7 +176,7 @@ def test_dtype_applies_to_activations_only(dtype):
 
 
 def test_small_images_are_refused():
-    with pytest.raises(ConfigError, match=r"data\.image_size=24: .*25"):
+    with pytest.raises(ConfigError, match=r"model\.name='airbench': .*24x32.*25"):
         build(image_shape=(24, 32, 3))
 
 

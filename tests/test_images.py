@@ -149,7 +149,7 @@ def test_invalid_files_raise_a_one_line_error(tmp_path, content, reason):
 
 def test_pipes_and_missing_files_are_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, reason in ((tmp_path / "pipe", "not a file"), (tmp_path / "gone", "no such file or directory")):
+    for path, reason in ((tmp_path / "pipe", "not a regular file"), (tmp_path / "gone", "no such file or directory")):
         with pytest.raises(UserError, match=reason):
             read_image(path, SHAPE)
 

@@ -216,7 +216,7 @@ def test_train_kill_resume_and_evaluate(tmp_path):
     with start(*command, folder=tmp_path) as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "resuming at step" in out
+    assert "resuming from step" in out
     assert "accuracy" in out
     trained = (workdir / "eval.json").read_bytes()
     assert json.loads(trained)["num_examples"] == 355

@@ -135,7 +135,7 @@ def test_one_signal_stops_all_processes_at_the_same_step(folder, loops):
     if loops:
         reference(folder, 2, *arguments)
         first, _ = run(folder, [1, 1], *arguments, "--workdir=two")
-        assert f"resuming at step {step} of " in first
+        assert f"resuming from step {step} of " in first
         assert_alike(folder, "one", "two")
 
 

@@ -61,7 +61,7 @@ def test_two_processes_resume_a_killed_run_of_four(folder):
     assert all(code != 0 for code in codes)
     end(processes)
     first, _ = run(folder, [1, 1], *arguments, "--workdir=four")
-    assert re.search(r"resuming at step \d+ of 136, on 2 x cpu", first)
+    assert re.search(r"resuming from step \d+ of 136, on 2 x cpu", first)
     assert_same_run(folder, "one", "four", rel=1e-3)
 
 

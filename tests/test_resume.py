@@ -69,7 +69,7 @@ def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(folder, capsys):
     assert re.search(rf"^error: .*\bstep \d+\b.*\bsaved\b.*\bstep {newest}\b", line)
     command = parse(["--config", str(folder / "config.py"), *arguments[2:]])
     train.train(command.config, folder / "run")
-    assert f"resuming at step {newest} of" in capsys.readouterr().out
+    assert f"resuming from step {newest} of" in capsys.readouterr().out
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny_config, straight, tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny_config, str
     train.train(tiny_config, tmp_path / "run")
     out = capsys.readouterr().out
     assert re.search(r"step 34\b.*\bdamaged", out)
-    assert "resuming at step 23 of 34" in out
+    assert "resuming from step 23 of 34" in out
     assert_same_run(tiny_config, straight[0], tmp_path / "run")
 
 
@@ -129,7 +129,7 @@ def test_a_run_of_an_earlier_release_resumes(tmp_path, capsys, release):
     result = evaluate.evaluate(command.config, command.workdir)
     assert (result["step"], result["loss"]) == (29, pytest.approx(2.2060029365647007, rel=1e-4))
     train.train(command.config, tmp_path / "run")
-    assert "resuming at step 29 of 46" in capsys.readouterr().out
+    assert "resuming from step 29 of 46" in capsys.readouterr().out
     result = files.read_json(tmp_path / "run" / "eval.json")
     assert (result["step"], result["loss"]) == (46, pytest.approx(2.106122255996919, rel=1e-3))
     steps = [line["step"] for line in read_metrics(tmp_path / "run")]

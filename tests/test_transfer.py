@@ -90,7 +90,9 @@ def test_another_network_is_refused_with_the_difference(straight):
         initialized(config_from(straight[0], model=AirbenchConfig(widths=(8, 8, 8))))
     message = str(caught.value)
     assert message.startswith(f"train.init_from={str(straight[0])!r}: ")
-    assert "conv.kernel: (3, 3, 3, 4) " in message
+    assert "(3, 3, 8, 8)" in message
+    assert message.count("absent in that run") == 3
+    assert "more)" in message
     _, first = initialized(config_from(straight[0], model=CNNConfig(width=4, hidden=24)))  # some of its weights match
     assert first.params["hidden"]["kernel"].shape[1] == 24
 

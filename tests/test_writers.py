@@ -143,8 +143,8 @@ def test_tensorboard_has_the_latest_evaluation_and_its_plot(tmp_path):
 def test_terminals_show_a_progress_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = Progress(start=4, total=40, epochs=4)
-    progress.train(record(10, images_per_second=1234.5, input_wait_fraction=0.0))
-    progress.step(1)
+    progress.show_training(record(10, images_per_second=1234.5, input_wait_fraction=0.0))
+    progress.advance(1)
     progress.close()
     bar = capsys.readouterr().err
     for part in ("epoch 1.0/4", "5/40", "loss 0.1000", "accuracy 50.00%", "1,234 images/s", "<"):  # "<": time left
@@ -153,9 +153,9 @@ def test_terminals_show_a_progress_bar(capsys, monkeypatch):
 
 def test_other_outputs_get_plain_lines(capsys):
     progress = Progress(start=0, total=40, epochs=4)
-    progress.step(10)
-    progress.train(record(10, images_per_second=1234.5, input_wait_fraction=0.0123))
-    progress.evaluation(record(10, "test"))
+    progress.advance(10)
+    progress.show_training(record(10, images_per_second=1234.5, input_wait_fraction=0.0123))
+    progress.show_evaluation(record(10, "test"))
     progress.close()
     captured = capsys.readouterr()
     assert captured.err == ""

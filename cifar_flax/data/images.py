@@ -46,7 +46,7 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
         if stat.S_ISDIR(found.st_mode):
             raise UserError("is a folder")
         if not stat.S_ISREG(found.st_mode):
-            raise UserError("is no regular file")
+            raise UserError("is not a regular file")
         if not found.st_size:
             raise UserError("is empty")
         with Image.open(path, formats=FORMATS) as image:
