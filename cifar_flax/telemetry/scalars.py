@@ -18,5 +18,5 @@ def other_scalars(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def title(name: str) -> str:
-    """Return the name of a metric as text: "grad_norm" becomes "grad norm"."""
-    return name.replace("_", " ")
+    """Return the name of a metric as text: "grad_norm" becomes "grad norm", "top5_accuracy" "top-5 accuracy"."""
+    return name.replace("top5", "top-5").replace("_", " ")
