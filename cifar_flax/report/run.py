@@ -38,7 +38,7 @@ def write_report(
         Section("mistakes", "Most confident mistakes", examples.mistakes(arrays, probabilities)),
         Section("hardest", "Hardest examples", examples.hardest(arrays, probabilities)),
         Section("config", "Config", _config(metadata["config"])),
-        Section("origin", "Command and environment", _origin(metadata.get("made_by"))),
+        Section("origin", "Environment", _origin(metadata.get("made_by"))),
     ]
     page.write(workdir / "report.html", title, _headline(name, result, log), sections)
 
