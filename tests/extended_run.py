@@ -33,7 +33,7 @@ def run(*arguments, code=0):
 def main():
     config, *settings = sys.argv[1:]
     train = ("--config", config, *settings)
-    run(*train, "--workdir=straight")
+    run(*train, "--workdir=straight", "--summary")
     read = TrainingLoop._read
 
     def interrupted(loop, step, values):

@@ -110,9 +110,13 @@ def run(project, *arguments):
 
 
 def test_all_examples_together(project):
-    """The examples of all kinds do not get in each other's way."""
+    """The examples of all kinds work together and pass the lint checks."""
     for heading in SECTIONS:
         apply(examples(heading), project)
+    for command in (["check"], ["format", "--check"]):
+        lint = [sys.executable, "-m", "ruff", *command, "--config", str(REPOSITORY / "pyproject.toml"), "."]
+        done = subprocess.run(lint, cwd=project, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
     run(
         project, "configs/vit.py", "--config.model.width=8", "--config.model.depth=1", "--config.data.name=shapes",
         "--config.data.train_split=training", "--config.data.eval_split=validation", "--config.train.epochs=2",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cifar_flax import models
 from cifar_flax.models import AirbenchConfig, CNNConfig, ResNetConfig, summary
+from cifar_flax.models.network import Network
 from cifar_flax.modes.train import train
 
 CIFAR = (32, 32, 3)
@@ -103,3 +104,27 @@ def test_summary_is_printed_before_training_if_requested(tiny_config, tmp_path, 
         train(tiny_config, tmp_path / "run", summary=requested)
         printed = capsys.readouterr().out
         assert printed.count(table) == printed.startswith(table) == requested
+
+
+class WithInnerLayers(Network):
+    """A network with a variable of its own beside layers, one of which holds others."""
+
+    def __init__(self, config, image_shape, num_classes, *, platform, rngs):
+        self.patches = nnx.Conv(image_shape[2], 8, (4, 4), strides=4, rngs=rngs)
+        self.position = nnx.Param(jax.numpy.zeros((1, 64, 8)))
+        self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=rngs)
+        self.head = nnx.Linear(8, num_classes, rngs=rngs)
+
+    def __call__(self, x, dropout_keys=None):
+        x = self.patches(x).reshape(x.shape[0], -1, 8) + self.position[...]
+        return self.head(self.attention(x).mean(axis=1))
+
+
+def test_each_variable_and_operation_counts_once(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "cnn", (CNNConfig, WithInnerLayers))
+    rows = {layer.name: layer for layer in summary.layers(CNNConfig(), CIFAR, 10)}
+    parts = [f"attention.{part}" for part in ("query", "key", "value", "out")]
+    assert list(rows) == ["cnn", "patches", *parts, "head"]
+    assert [layer.parameters for layer in rows.values()] == [64 * 8, 4 * 4 * 3 * 8 + 8, *[8 * 8 + 8] * 4, 90]
+    assert rows["cnn"].flops == 2 * (2 * 64 * 64 * 8)  # queries with keys, and weights with values
+    assert sum(layer.flops for layer in rows.values()) == summary.forward_flops(CNNConfig(), CIFAR, 10)

@@ -53,7 +53,7 @@ def layers(config: models.ModelConfig, image_shape: tuple[int, int, int], num_cl
 
     def observe(path: tuple[Any, ...], node: Any) -> Any:
         is_layer = isinstance(node, nnx.Module) and any(isinstance(own, nnx.Variable) for own in vars(node).values())
-        return _Observed(node, ".".join(map(str, path)), found.append) if is_layer else node
+        return _Observed(node, ".".join(map(str, path)) or config.name, found) if is_layer else node
 
     _trace(config, image_shape, num_classes, observe)
     return found
@@ -68,23 +68,25 @@ def forward_flops(config: models.ModelConfig, image_shape: tuple[int, int, int],
 
 
 class _Observed(nnx.Module):
-    """Wrap `layer`, and pass its description to `report` at each call."""
+    """Wrap `layer`, and insert its description into `found` at each call, before those of the layers inside it."""
 
-    def __init__(self, layer: nnx.Module, name: str, report: Callable[[Layer], None]):
-        self.layer, self.name, self.report = layer, name, report
+    def __init__(self, layer: nnx.Module, name: str, found: list[Layer]):
+        self.layer, self.name, self.found = layer, name, nnx.static(found)
 
     def __call__(self, *args: Any, **settings: Any) -> Array:
+        start = len(self.found)
         out = self.layer(*args, **settings)
-        self.report(
-            Layer(
-                name=self.name,
-                kind=type(self.layer).__name__,
-                shape=out.shape[1:],
-                parameters=_count(self.layer, nnx.Param),
-                statistics=_count(self.layer, nnx.BatchStat),
-                flops=_flops(jax.make_jaxpr(lambda: self.layer(*args, **settings))().jaxpr),
-            )
+        inner = self.found[start:]
+        flops = _flops(jax.make_jaxpr(lambda: self.layer(*args, **settings))().jaxpr)
+        own = Layer(
+            name=self.name,
+            kind=type(self.layer).__name__,
+            shape=out.shape[1:],
+            parameters=_count(self.layer, nnx.Param),
+            statistics=_count(self.layer, nnx.BatchStat),
+            flops=flops - sum(layer.flops for layer in inner),
         )
+        self.found[start:] = [own, *inner]  # the second trace has added the inner layers again
         return out
 
 
@@ -101,7 +103,8 @@ def _trace(
 
 
 def _count(module: nnx.Module, kind: type[nnx.Variable]) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, kind)))
+    """Return the size of the module's own variables, without those of the modules inside it."""
+    return sum(own.get_value().size for own in vars(module).values() if isinstance(own, kind))
 
 
 def _size(shape: tuple[int, ...]) -> str:
