@@ -107,24 +107,30 @@ def test_summary_is_printed_before_training_if_requested(tiny_config, tmp_path, 
 
 
 class WithInnerLayers(Network):
-    """A network with a variable of its own beside layers, one of which holds others."""
+    """A network with its own variable, a layer that holds others, one that is called twice, and one that is not."""
 
     def __init__(self, config, image_shape, num_classes, *, platform, rngs):
         self.patches = nnx.Conv(image_shape[2], 8, (4, 4), strides=4, rngs=rngs)
         self.position = nnx.Param(jax.numpy.zeros((1, 64, 8)))
         self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=rngs)
-        self.head = nnx.Linear(8, num_classes, rngs=rngs)
+        self.twice = nnx.List([nnx.Linear(8, 8, rngs=rngs)])
+        self.head = nnx.Embed(num_classes, 8, rngs=rngs)
 
     def __call__(self, x, dropout_keys=None):
         x = self.patches(x).reshape(x.shape[0], -1, 8) + self.position[...]
-        return self.head(self.attention(x).mean(axis=1))
+        x = self.attention(x).mean(axis=1)
+        return self.head.attend(self.twice[0](self.twice[0](x)))
 
 
 def test_each_variable_and_operation_counts_once(monkeypatch):
     monkeypatch.setitem(models.MODELS, "cnn", (CNNConfig, WithInnerLayers))
     rows = {layer.name: layer for layer in summary.layers(CNNConfig(), CIFAR, 10)}
     parts = [f"attention.{part}" for part in ("query", "key", "value", "out")]
-    assert list(rows) == ["cnn", "patches", *parts, "head"]
-    assert [layer.parameters for layer in rows.values()] == [64 * 8, 4 * 4 * 3 * 8 + 8, *[8 * 8 + 8] * 4, 90]
-    assert rows["cnn"].flops == 2 * (2 * 64 * 64 * 8)  # queries with keys, and weights with values
+    assert list(rows) == ["cnn", "patches", "attention", *parts, "twice.0", "head"]
+    sizes = [64 * 8, 4 * 4 * 3 * 8 + 8, 0, *[8 * 8 + 8] * 5, 10 * 8]
+    assert [layer.parameters for layer in rows.values()] == sizes
+    assert rows["attention"].flops == 2 * (2 * 64 * 64 * 8)  # queries with keys, and weights with values
+    assert rows["twice.0"].flops == 2 * (2 * 8 * 8)
+    assert rows["cnn"].flops == 2 * 8 * 10  # the method `attend` of the head
+    assert nnx.Linear.__call__.__name__ == "__call__"  # the classes are restored
     assert sum(layer.flops for layer in rows.values()) == summary.forward_flops(CNNConfig(), CIFAR, 10)

@@ -1,7 +1,9 @@
 """List the layers of a network with their parameters and FLOPs."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from cifar_flax import models
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A module with variables (parameters or statistics) of its own."""
+    """A module with FLOPs, parameters or statistics of its own, besides those of the modules inside it."""
 
     name: str  # path of its variables in a checkpoint
     kind: str  # class name
@@ -49,14 +51,15 @@ def summarize(config: models.ModelConfig, image_shape: tuple[int, int, int], num
 
 def layers(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> list[Layer]:
     """Return the layers of the network in its implementation for accelerators, in call order."""
-    found: list[Layer] = []
+    recorders: list[_Recorder] = []
 
-    def observe(path: tuple[Any, ...], node: Any) -> Any:
-        is_layer = isinstance(node, nnx.Module) and any(isinstance(own, nnx.Variable) for own in vars(node).values())
-        return _Observed(node, ".".join(map(str, path)) or config.name, found) if is_layer else node
+    def call(network: models.Network, image: Array) -> Array:
+        recorders.append(_Recorder(network, config.name))
+        with recorders[0].recording():
+            return network(image)
 
-    _trace(config, image_shape, num_classes, observe)
-    return found
+    _trace(config, image_shape, num_classes, call)
+    return recorders[0].layers()
 
 
 def forward_flops(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> int:
@@ -64,47 +67,87 @@ def forward_flops(config: models.ModelConfig, image_shape: tuple[int, int, int],
 
     They are counted in the implementation for accelerators. Training takes three times as many.
     """
-    return _flops(_trace(config, image_shape, num_classes, lambda path, node: node))
+    return _flops(_trace(config, image_shape, num_classes, lambda network, image: network(image)))
 
 
-class _Observed(nnx.Module):
-    """Wrap `layer`, and insert its description into `found` at each call, before those of the layers inside it."""
+class _Recorder:
+    """Records the output shape and the FLOPs of each module of a network while the network is called."""
 
-    def __init__(self, layer: nnx.Module, name: str, found: list[Layer]):
-        self.layer, self.name, self.found = layer, name, nnx.static(found)
+    def __init__(self, network: nnx.Module, name: str):
+        modules = [(path, module) for path, module in nnx.iter_modules(network)]
+        self._modules = {path: module for path, module in modules if not isinstance(module, nnx.List | nnx.Dict)}
+        self._variables = nnx.to_flat_state(nnx.state(network))
+        self._names = {id(module): ".".join(map(str, path)) or name for path, module in self._modules.items()}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._flops: Counter[str] = Counter()
+        self._active: set[str] = set()  # modules whose calls are in progress
+        self._is_counting = False
 
-    def __call__(self, *args: Any, **settings: Any) -> Array:
-        start = len(self.found)
-        out = self.layer(*args, **settings)
-        inner = self.found[start:]
-        flops = _flops(jax.make_jaxpr(lambda: self.layer(*args, **settings))().jaxpr)
-        own = Layer(
-            name=self.name,
-            kind=type(self.layer).__name__,
-            shape=out.shape[1:],
-            parameters=_count(self.layer, nnx.Param),
-            statistics=_count(self.layer, nnx.BatchStat),
-            flops=flops - sum(layer.flops for layer in inner),
-        )
-        self.found[start:] = [own, *inner]  # the second trace has added the inner layers again
-        return out
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the calls inside the block: replace `__call__` of the modules' classes."""
+        kinds = {type(module) for module in self._modules.values() if callable(module)}
+        originals = {kind: vars(kind).get("__call__") for kind in kinds}
+        for kind, call in {kind: kind.__call__ for kind in kinds}.items():
+            kind.__call__ = self._recorded(call)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for kind, original in originals.items():
+                if original is None:  # the class inherits it
+                    del kind.__call__
+                else:
+                    kind.__call__ = original  # type: ignore[method-assign]
+
+    def layers(self) -> list[Layer]:
+        """Return the modules with FLOPs or variables of their own, in call order; modules without calls come last."""
+        sizes = {nnx.Param: Counter[str](), nnx.BatchStat: Counter[str]()}
+        for path, variable in self._variables:
+            owner = next(path[:end] for end in range(len(path) - 1, -1, -1) if path[:end] in self._modules)
+            sizes[type(variable)][self._names[id(self._modules[owner])]] += variable.get_value().size
+        kinds = {self._names[id(module)]: type(module).__name__ for module in self._modules.values()}
+        return [
+            Layer(
+                name=name,
+                kind=kinds[name],
+                shape=self._shapes.get(name, ()),
+                parameters=sizes[nnx.Param][name],
+                statistics=sizes[nnx.BatchStat][name],
+                flops=self._flops[name],
+            )
+            for name in dict.fromkeys((*self._shapes, *kinds))
+            if self._flops[name] or any(size[name] for size in sizes.values())
+        ]
+
+    def _recorded(self, call: Callable[..., Array]) -> Callable[..., Array]:
+        def recorded(module: nnx.Module, *args: Any, **settings: Any) -> Array:
+            name = self._names.get(id(module))
+            if name is None or name in self._active or self._is_counting:
+                return call(module, *args, **settings)
+            self._shapes.setdefault(name, ())  # callers come before the modules that they call
+            before = self._flops.total()
+            self._active.add(name)
+            out = call(module, *args, **settings)
+            self._is_counting = True
+            flops = _flops(jax.make_jaxpr(lambda: call(module, *args, **settings))().jaxpr)
+            self._is_counting = False
+            self._active.remove(name)
+            self._flops[name] += before + flops - self._flops.total()
+            self._shapes[name] = out.shape[1:]
+            return out
+
+        return recorded
 
 
 def _trace(
-    config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int, replace: Callable[..., Any]
+    config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int, call: Callable[..., Array]
 ) -> Any:
-    """Return the jaxpr of one image's forward pass, with `replace` applied to each module, without computing it."""
+    """Return the jaxpr of `call(network, image)` for one image, without computing it."""
 
     def forward(image: Float[Array, "1 h w c"]) -> Array:
-        network = models.build(config, image_shape, num_classes, platform="cuda", rngs=nnx.Rngs(0))
-        return nnx.recursive_map(replace, network)(image)
+        return call(models.build(config, image_shape, num_classes, platform="cuda", rngs=nnx.Rngs(0)), image)
 
     return jax.make_jaxpr(forward)(jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)).jaxpr
-
-
-def _count(module: nnx.Module, kind: type[nnx.Variable]) -> int:
-    """Return the size of the module's own variables, without those of the modules inside it."""
-    return sum(own.get_value().size for own in vars(module).values() if isinstance(own, kind))
 
 
 def _size(shape: tuple[int, ...]) -> str:
