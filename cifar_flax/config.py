@@ -151,7 +151,8 @@ def differences(saved: Config, config: Config, where: str = "the checkpoint") ->
     may_grow = not SCHEDULES[config.optim.schedule].depends_on_length and config.averaging.name != "lookahead"
     if may_grow and config.train.epochs > saved.train.epochs:
         harmless.append("train.epochs")
-    only = {"train.epochs": " (it may grow with optim.schedule=constant and without lookahead)"}
+    schedules = " or ".join(name for name, schedule in SCHEDULES.items() if not schedule.depends_on_length)
+    only = {"train.epochs": f" (it may grow with optim.schedule={schedules} and without lookahead)"}
     return [
         f"{path}: {before.get(path)!r} in {where}, {now.get(path)!r} in the config{only.get(path, '')}"
         for path in before | now

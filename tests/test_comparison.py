@@ -46,7 +46,7 @@ def test_table_of_metrics(tmp_path, folders, results, capsys):
     assert [plain(row[header.index("minus A")]) for row in rows] == ["-", difference, "-", "-"]
     assert [plain(row[1]) for row in rows[:3]] == [f"{result['accuracy']:.2%}" for result in results]
     assert [plain(cell) for cell in rows[3][1:7]] == ["-"] * 6
-    rates = [[plain(cell) for cell in row[7:]] for row in rows]
+    rates = [[plain(cell) for cell in row[-2:]] for row in rows]
     assert rates == [["3", "1,018"], ["0.8", "1,004"], ["-", "-"], ["1.5", "1,010"]]
     for note in ("eval.json: D.", " A: C."):  # without a result; evaluated on other images
         assert note in page.text

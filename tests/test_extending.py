@@ -1,14 +1,16 @@
 """Apply the examples of docs/extending.md to a copy of the project, and use them."""
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
 
+import pages
 import pytest
-from conftest import REPOSITORY
-from processes import environment
+from conftest import REPOSITORY, read_metrics
+from processes import environment, virtual_devices
 
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text()
 BLOCK = re.compile(r'^```(python|diff) title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -103,36 +105,48 @@ def project(tmp_path):
     return tmp_path
 
 
-def run(project, *arguments):
-    command = [sys.executable, str(REPOSITORY / "tests" / "extended_run.py"), *arguments]
-    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True)
+def succeed(project, *command, devices=1):
+    """Run a Python command in the folder `project`; assert that it succeeds."""
+    variables = environment(**virtual_devices(devices))
+    done = subprocess.run([sys.executable, *command], cwd=project, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def run(project, *arguments, devices=1):
+    succeed(project, str(REPOSITORY / "tests" / "extended_run.py"), *arguments, devices=devices)
+
+
+def losses(project, *settings):
+    """Return the training losses of a short run in the folder `project`."""
+    workdir = f"losses{len(list(project.glob('losses*')))}"
+    command = ("-m", "cifar_flax", "--config", *SECTIONS["An augmentation"][:-3], *settings, f"--workdir={workdir}")
+    succeed(project, *command)
+    return [line["loss"] for line in read_metrics(project / workdir) if line["split"] == "train"]
+
+
 def test_all_examples_together(project):
-    """The examples of all kinds work together and pass the lint checks."""
+    """The examples of all kinds work together, on two devices, and pass the lint checks."""
     for heading in SECTIONS:
         apply(examples(heading), project)
     for command in (["check"], ["format", "--check"]):
-        lint = [sys.executable, "-m", "ruff", *command, "--config", str(REPOSITORY / "pyproject.toml"), "."]
-        done = subprocess.run(lint, cwd=project, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
+        succeed(project, "-m", "ruff", *command, "--config", str(REPOSITORY / "pyproject.toml"), ".")
     run(
         project, "configs/vit.py", "--config.model.width=8", "--config.model.depth=1", "--config.data.name=shapes",
         "--config.data.train_split=training", "--config.data.eval_split=validation", "--config.train.epochs=2",
         "--config.train.log_every=4", "--config.augment.noise=0.1", "--config.augment.mixup=0.3",
-        "--config.optim.name=lion",
+        "--config.optim.name=lion", devices=2,
     )  # fmt: skip
-    lines = [json.loads(line) for line in (project / "resumed" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(project / "resumed")
     assert all(line["grad_norm"] > 0 for line in lines if line["split"] == "train")
     brier_scores = [line["brier_score"] for line in lines if line["split"] == "validation"]
     assert len(brier_scores) == 2
     assert 0 < brier_scores[-1] < 2
     assert json.loads((project / "resumed" / "eval.json").read_text())["brier_score"] == brier_scores[-1]
-    for page in ("resumed/report.html", "comparison.html"):
-        html = (project / page).read_text()
-        assert "Grad norm" in html
-        assert html.count("rier score") >= 2  # the chart and the table
+    report, comparison = (pages.read(project / name) for name in ("resumed/report.html", "comparison.html"))
+    assert "brier score" in [term.text for term in report.all("dt")]
+    assert "brier score" in pages.table(comparison, "Metrics of the runs")[0]
+    for page, title in itertools.product((report, comparison), ("Grad norm", "Brier score")):
+        assert any(caption.text.startswith(title) for caption in page.all("figcaption"))
 
 
 @pytest.mark.slow
@@ -154,3 +168,29 @@ def test_network_of_common_nnx_layers(project):
     ]
     apply(blocks, project)
     run(project, "configs/convnet.py", *SMALL)
+
+
+@pytest.mark.slow
+def test_augmentations_do_not_change_each_others_random_numbers(project, tmp_path_factory):
+    original = tmp_path_factory.mktemp("original")
+    for name in ("cifar_flax", "configs"):
+        shutil.copytree(project / name, original / name)
+    apply(examples("An augmentation"), project)
+    expected = losses(original, "--config.augment.cutout=4")
+    assert losses(project, "--config.augment.cutout=4") == expected
+    for setting in ("--config.augment.noise=0.1", "--config.augment.mixup=0.3"):
+        assert losses(project, "--config.augment.cutout=4", setting)[0] != expected[0]
+
+
+@pytest.mark.slow
+def test_types_and_tests_pass_with_all_examples(project):
+    for name in ("tests", "docs", "benchmarks"):
+        shutil.copytree(REPOSITORY / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("main.py", "pyproject.toml", "requirements.txt"):
+        shutil.copy(REPOSITORY / name, project / name)
+    for heading in SECTIONS:
+        apply(examples(heading), project)
+    succeed(project, "-m", "docs.settings")
+    succeed(project, "-m", "mypy")
+    names = ("network", "summary", "config", "optim", "comparison", "report", "sources", "imports", "augment", "train")
+    succeed(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in names))

@@ -43,8 +43,8 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.train=1", 2, "train='1': no such field; choose one of train.batch_size"),
     (f"--config {DIGITS} --config.nothing.at.all=1", 2, "choose one of seed, deterministic, on_nonfinite"),
     (f"--config {DIGITS} --config.model.name=vgg", 2, "model.name='vgg': must be one of cnn"),
-    (f"--config {DIGITS} --config.optim.name=lion", 2, "optim.name='lion': must be one of adam"),
-    (f"--config {DIGITS} --config.data.name=no_such_set", 2, "data.name='no_such_set': must be digits or a TFDS"),
+    (f"--config {DIGITS} --config.optim.name=nadam", 2, "optim.name='nadam': must be one of adam"),
+    (f"--config {DIGITS} --config.data.name=no_such_set", 2, "data.name='no_such_set': must be digits"),
     (
         f"--config {DIGITS} --config.data.eval_split=dev",
         2,

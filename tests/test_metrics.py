@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 
 from cifar_flax.data.batches import InputTimer
+from cifar_flax.errors import UserError
 from cifar_flax.training import metrics
 
 CLASSES = tuple("abcdefg")
@@ -116,6 +117,28 @@ def test_step_metrics_of_any_name_are_averaged():
     assert line["broken"] is None
     assert line["learning_rate"] == 0.3
     assert line["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("name", ["epoch", "split", "images_per_second", "accuracy", "grad_norm/head"])
+def test_names_of_additional_metrics_must_be_new_identifiers(name):
+    with pytest.raises(UserError, match=f"metric '{name}'"):
+        metrics.require_new_names({"grad_norm", name})
+
+
+def test_reserved_names_are_refused_in_training_and_in_evaluation():
+    accumulator = metrics.MetricsAccumulator(InputTimer(iter(())), lambda: 0.0, {})
+    with pytest.raises(UserError, match="metric 'epoch'"):
+        accumulator.add(dict.fromkeys(("loss", "accuracy", "learning_rate", "finite", "epoch"), np.ones(1)))
+    sums = jax.device_get(metrics.evaluation_sums(*map(jnp.asarray, (LOGITS, LABELS, np.ones(300, bool)))))
+    with pytest.raises(UserError, match="metric 'split'"):
+        metrics.summarize(metrics.add(None, sums | {"split": np.float32(1)}), CLASSES)
+
+
+@pytest.mark.parametrize(("total", "mean"), [(np.float32(150), 0.5), (jnp.bfloat16(0.75), 0.0025), (np.inf, None)])
+def test_evaluation_metrics_of_any_name_are_means_over_the_examples(total, mean):
+    sums = jax.device_get(metrics.evaluation_sums(*map(jnp.asarray, (LOGITS, LABELS, np.ones(300, bool)))))
+    result = metrics.summarize(metrics.add(None, sums | {"own": np.asarray(total)}), CLASSES)
+    assert result["own"] == mean
 
 
 def test_a_metric_may_be_new_after_a_restart():

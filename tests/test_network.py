@@ -10,6 +10,7 @@ from cifar_flax.errors import UserError
 from cifar_flax.models.network import ModelConfig, Network, param_groups
 from cifar_flax.runtime.trees import named_leaves
 from cifar_flax.training import state
+from cifar_flax.training.trainer import Trainer
 
 
 def groups_of(network):
@@ -52,7 +53,7 @@ def test_groups_follow_layer_and_name_not_the_number_of_axes():
     assert groups_of(Mixed(platform="cpu", rngs=nnx.Rngs(0))) == expected
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", ["cnn", "airbench", "resnet18"])
 def test_groups_of_the_networks(name):
     """In these networks, groups also follow from the number of axes, as in checkpoints of earlier releases."""
     network = nnx.eval_shape(
@@ -69,6 +70,11 @@ class WithDropout(Network):
         self.blocks = nnx.List([nnx.Dropout(0.5, rngs=rngs)])
 
 
+class WithConstant(Network):
+    def __init__(self, *arguments, platform, rngs):
+        self.table = jax.numpy.zeros(3)
+
+
 class WithCache(Network):
     def __init__(self, *arguments, platform, rngs):
         self.hits = nnx.Variable(jax.numpy.zeros(3))
@@ -81,6 +87,7 @@ class WithCache(Network):
             WithDropout,
             "model.name='cnn': blocks.0 keeps random state, as nnx.Dropout does. Use cifar_flax.models.layers",
         ),
+        (WithConstant, "model.name='cnn': table is an array. Use nnx.BatchStat for a constant."),
         (WithCache, "model.name='cnn': hits is of type Variable. Variables must be nnx.Param or nnx.BatchStat."),
     ],
 )
@@ -90,6 +97,24 @@ def test_state_that_is_not_saved_is_refused(monkeypatch, network, message):
     with pytest.raises(UserError) as caught:
         state.create_model(config, (32, 32, 3), 10, platform="cpu")
     assert str(caught.value).startswith(message)
+
+
+def test_groups_of_unknown_attributes_are_refused():
+    network = Mixed(platform="cpu", rngs=nnx.Rngs(0))
+    network.groups = {"head": "dense"}
+    with pytest.raises(UserError, match=r"Mixed\.groups: head"):
+        param_groups(network)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, :5], lambda x: x.astype(jax.numpy.bfloat16)])
+def test_logits_of_another_shape_or_type_are_refused(monkeypatch, tiny_config, change):
+    call = models.CNN.__call__
+    monkeypatch.setattr(models.CNN, "__call__", lambda self, *arguments: change(call(self, *arguments)))
+    trainer = Trainer(tiny_config)
+    with pytest.raises(UserError, match="float32 logits"):
+        trainer.compile(trainer.initial_state)
+    with pytest.raises(UserError, match="float32 logits"):
+        trainer.evaluator.compile(trainer.initial_state)
 
 
 def test_configs_of_networks_share_the_dtype():

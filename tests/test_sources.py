@@ -4,6 +4,7 @@ import http.server
 import subprocess
 import sys
 import threading
+import types
 
 import fake_tfds
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from conftest import REPOSITORY
 
 from cifar_flax import files
-from cifar_flax.data import images, sources
+from cifar_flax.data import cache, datasets, images, sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
 
@@ -205,3 +206,43 @@ def test_processes_that_start_together_decode_once(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], printed
     assert sum(out.count("decodes") for out, _ in printed) == 1
     assert sum(out.count("Downloading and preparing") for out, _ in printed) == 1
+
+
+IMAGES = np.zeros((4, 5, 5, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES.astype(np.float32), [0, 1, 0, 1], "images must be uint8, not float32"),
+        (IMAGES[..., 0], [0, 1, 0, 1], "images must have the shape (n, height, width, 1 or 3), not (4, 5, 5)"),
+        (np.zeros((4, 5, 5, 4), np.uint8), [0, 1, 0, 1], "images must have the shape (n, height, width, 1 or 3), not"),
+        (IMAGES, [0, 1, 0], "labels must be 4 integers, not int64 of shape (3,)"),
+        (IMAGES, [0.0, 1.0, 0.0, 1.0], "labels must be 4 integers, not float64 of shape (4,)"),
+        (IMAGES, [0, 1, 2, 1], "labels must be 0 to 1, not 0 to 2"),
+        (IMAGES, [-1, 0, 1, 0], "labels must be 0 to 1, not -1 to 1"),
+        (IMAGES, FileNotFoundError(2, "No such file or directory", "images.bin"), "train split cannot be read"),
+    ],
+)
+def test_results_of_readers_are_checked(monkeypatch, images, labels, message):
+    def read(split, data_dir):
+        if isinstance(labels, Exception):
+            raise labels
+        return types.SimpleNamespace(images=images, labels=np.array(labels), class_names=["a", "b"], dataset="own")
+
+    dataset = datasets.Dataset(read=read)
+    monkeypatch.setitem(datasets.DATASETS, "digits", dataset)
+    with pytest.raises(UserError) as caught:
+        sources.load(DataConfig(name="digits"), "train")
+    assert str(caught.value).startswith(f"data.name='digits': its {message}")
+
+
+def test_readers_get_the_data_dir(monkeypatch, tmp_path):
+    def read(split, data_dir):
+        labels = np.frombuffer((data_dir / split).read_bytes(), np.uint8)
+        return cache.Arrays(IMAGES, labels.astype(np.int32), ("a", "b"), "own")
+
+    (tmp_path / "train").write_bytes(bytes([0, 1, 1, 0]))
+    monkeypatch.setitem(datasets.DATASETS, "digits", datasets.Dataset(read=read))
+    arrays = sources.load(DataConfig(name="digits", data_dir=str(tmp_path)), "train")
+    assert arrays.labels.tolist() == [0, 1, 1, 0]

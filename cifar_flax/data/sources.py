@@ -1,12 +1,11 @@
-"""Load the splits of a dataset: from a reader in `DATASETS`, the official archive, or TFDS through the cache."""
+"""Load the splits of a dataset: from a reader in `datasets.py`, the official archive, or TFDS through the cache."""
 
 import dataclasses
-import functools
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cifar_flax import files, packages
-from cifar_flax.data import cache
+from cifar_flax.data import cache, datasets
 from cifar_flax.data.archive import read_archive
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.images import resize
@@ -30,7 +29,7 @@ _SPLIT = r"\w[\w-]*"
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
     name: str = "cifar10"  # digits, or a TFDS image-classification set such as cifar100, svhn_cropped or mnist:3.0.1
-    data_dir: str = ""  # folder of prepared TFDS data; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
+    data_dir: str = ""  # folder of the data, such as that of TFDS; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
     archive: str = ""  # path of cifar-10-binary.tar.gz or of the folder it unpacks to, to read instead of TFDS
     cache_dir: str = ""  # folder of decoded arrays; "" is cifar_flax in the user's cache folder
     image_size: int = 0  # height and width in pixels that images are resized to; 0 keeps their size
@@ -50,8 +49,7 @@ class DataConfig:
         require(bool(re.fullmatch(_NAME, self.name)), "data.name", self.name, "must look like cifar10 or cifar10:3.0.2")
         for field, split in (("train_split", self.train_split), ("eval_split", self.eval_split)):
             require(bool(re.fullmatch(_SPLIT, split)), f"data.{field}", split, "must be a name such as test")
-        # The log uses the name "train" for the training metrics.
-        fits = self.eval_split not in ("train", self.train_split)
+        fits = self.eval_split != self.train_split
         require(fits, "data.eval_split", self.eval_split, "must not be the split to train on")
         if self.archive:
             require(self.name == "cifar10", "data.name", self.name, "must be cifar10 if data.archive is set")
@@ -64,13 +62,13 @@ def load(config: DataConfig, split: str) -> Arrays:
     `UserError` if the data cannot be downloaded, prepared or read.
     """
     if config.archive:
-        dataset = Dataset(read=functools.partial(read_archive, Path(config.archive).expanduser()))
-    elif config.name in DATASETS:
-        dataset = DATASETS[config.name]
+        _require_split(config, ("train", "test"), split)
+        arrays = read_archive(Path(config.archive).expanduser(), split)
+    elif config.name in datasets.DATASETS:
+        _require_split(config, datasets.DATASETS[config.name].splits, split)
+        arrays = datasets.read(config.name, split, Path(config.data_dir).expanduser())
     else:
         return _load_tfds(config, split)
-    _require_split(config, dataset.splits, split)
-    arrays = dataset.read(split)
     return _resize(arrays, config.image_size) if config.image_size else arrays
 
 
@@ -81,33 +79,6 @@ def _resize(arrays: Arrays, size: int) -> Arrays:
     for i, image in enumerate(arrays.images):
         resized[i] = resize(image, shape)
     return dataclasses.replace(arrays, images=resized)
-
-
-def _digits(split: str) -> Arrays:
-    """Return the 1,797 handwritten digits of scikit-learn, 8x8 pixels, enlarged four times to 32x32x3.
-
-    Every fifth example of each class is in the test split. Source: Alpaydin and Kaynak 1998, "Optical Recognition of
-    Handwritten Digits", UCI Machine Learning Repository (its test set).
-    """
-    digits = packages.load("scikit-learn").load_digits()
-    labels = digits.target.astype(np.int32)
-    rank_in_class = np.tril(labels[:, None] == labels, -1).sum(axis=1)
-    chosen = (rank_in_class % 5 == 4) == (split == "test")
-    gray = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    images = np.repeat(gray.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
-    return Arrays(images, labels[chosen], tuple("0123456789"), "digits")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dataset:
-    """A row of `DATASETS`."""
-
-    read: Callable[[str], Arrays]  # split -> its images, of equal shape, and labels
-    splits: tuple[str, ...] = ("train", "test")
-
-
-# The datasets that need neither TFDS nor the cache, by `data.name`. To add one, write a reader and add a row.
-DATASETS = {"digits": Dataset(read=_digits)}
 
 
 def cache_dir(config: DataConfig) -> Path:
@@ -204,7 +175,7 @@ def _tfds_builder(config: DataConfig) -> Any:
     try:
         return tfds.builder(config.name, data_dir=os.path.expanduser(data_dir) or None)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
-        allowed = f"must be {', '.join(DATASETS)} or a TFDS image-classification set such as cifar10"
+        allowed = f"must be {', '.join(datasets.DATASETS)} or a TFDS image-classification set such as cifar10"
         raise ConfigError(f"data.name={config.name!r}: {allowed} ({one_line(error)})") from error
     except Exception as error:  # TFDS may raise anything for damaged files
         raise UserError(f"the data that TFDS prepared for {config.name} cannot be read ({one_line(error)})") from error

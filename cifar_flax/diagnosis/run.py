@@ -13,6 +13,7 @@ import jax
 
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
 from cifar_flax.data import cache, sources
+from cifar_flax.data.datasets import DATASETS
 from cifar_flax.diagnosis.examination import Examination
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
@@ -27,7 +28,7 @@ _SMALL_FILES = 20_000_000  # bytes that a run writes besides checkpoints
 def data(examination: Examination) -> Iterator[Finding]:
     """Check that the training and evaluation data are available or can be downloaded."""
     data, splits = examination.config.data, (examination.config.data.train_split, examination.config.data.eval_split)
-    if data.archive or data.name in sources.DATASETS:
+    if data.archive or data.name in DATASETS:
         counts = [f"{len(sources.load(data, split).labels)} {split} images" for split in splits]
         yield Finding(OK, f"{data.archive or data.name}: {', '.join(counts)}")
         examination.has_data = True

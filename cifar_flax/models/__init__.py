@@ -9,8 +9,12 @@ The config is a dataclass derived from `ModelConfig`. The module is derived from
   float32 logits [batch, classes]. Evaluation passes no `dropout_keys`; training passes one random key per example.
 
 In training, pass `use_running_average=dropout_keys is None` to `nnx.BatchNorm`, and use `layers.dropout` with the keys
-instead of `nnx.Dropout`, because checkpoints do not save its random state; a network that contains it is refused. Any
-other layer of `nnx` works. Set `dropout_rate=0` in `nnx.MultiHeadAttention`.
+instead of `nnx.Dropout`, because checkpoints do not save its random state; a network that contains it is refused. Split
+the keys if there is more than one dropout: `jax.vmap(jax.random.split, out_axes=1)(dropout_keys)`. Other layers of
+`nnx` work if training does not change their statistics. Pass `decode=False` to `nnx.MultiHeadAttention`, and store
+constant arrays as `nnx.BatchStat`.
+
+`network.activation_dtype(config.dtype, platform)` is the dtype of the activations, which `model.dtype` sets.
 
 Name matrices `kernel` or `embedding`: `network.param_groups` chooses the optimizer group by this name and by the
 layer. `groups` assigns the parameters of an attribute to another group. A network that needs training images before the

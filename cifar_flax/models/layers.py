@@ -142,7 +142,7 @@ def dropout(
 
     Source: Srivastava et al. 2014, "Dropout", section 4 (scaled at training time instead of test time).
     """
-    threshold = round(rate * 256)
+    threshold = min(round(rate * 256), 255)
     if threshold == 0:
         return x
     features = math.prod(x.shape[1:])

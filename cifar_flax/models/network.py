@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
@@ -43,21 +44,26 @@ def activation_dtype(name: str, platform: str) -> jnp.dtype:
     return jnp.dtype({"auto": "float32" if platform == "cpu" else "bfloat16"}.get(name, name))
 
 
-def require_functional(network: Network, name: str) -> None:
+def require_functional(network: Network, model: str) -> None:
     """Raise `UserError` if `network` has state besides `nnx.Param` and `nnx.BatchStat`, such as that of `nnx.Dropout`.
 
     Checkpoints do not save other state, and random bits must depend on the seed, the epoch and the example alone.
     """
+    for path, module in nnx.iter_modules(network):
+        for name, value in vars(module).items():
+            if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+                where = ".".join(map(str, (*path, name)))
+                raise UserError(f"model.name={model!r}: {where} is an array. Use nnx.BatchStat for a constant.")
     for path, variable in nnx.to_flat_state(nnx.state(network)):
         if isinstance(variable, nnx.RngState):
             owner = ".".join(map(str, path[:-2])) or "the network"
             raise UserError(
-                f"model.name={name!r}: {owner} keeps random state, as nnx.Dropout does. "
+                f"model.name={model!r}: {owner} keeps random state, as nnx.Dropout does. "
                 "Use cifar_flax.models.layers.dropout with the dropout_keys of __call__."
             )
         if not isinstance(variable, nnx.Param | nnx.BatchStat):
             found = f"{'.'.join(map(str, path))} is of type {type(variable).__name__}"
-            raise UserError(f"model.name={name!r}: {found}. Variables must be nnx.Param or nnx.BatchStat.")
+            raise UserError(f"model.name={model!r}: {found}. Variables must be nnx.Param or nnx.BatchStat.")
 
 
 def param_groups(network: Network) -> PyTree[str]:
@@ -67,6 +73,9 @@ def param_groups(network: Network) -> PyTree[str]:
     axes, are "dense". The rest (biases, scales, tokens) are "biases". `network.groups` has precedence.
     """
     owners = dict(nnx.iter_modules(network))
+    params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+    if unknown := network.groups.keys() - params.keys():
+        raise UserError(f"{type(network).__name__}.groups: {min(unknown)} must be an attribute with parameters")
 
     def group(path: tuple[Any, ...]) -> str:
         if path[0] in network.groups:
@@ -76,5 +85,4 @@ def param_groups(network: Network) -> PyTree[str]:
         is_convolution = isinstance(owners[path[:-1]], Conv | nnx.Conv | nnx.ConvTranspose)
         return "convolutions" if is_convolution else "dense"
 
-    params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
     return jax.tree.map_with_path(lambda path, _: group(tuple(entry.key for entry in path)), params)

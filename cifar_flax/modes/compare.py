@@ -170,9 +170,9 @@ def _classes(runs: Sequence[_Run]) -> Markup:
     return element("div", *tables, class_="pair")
 
 
-def _best_bold(shares: Sequence[float | None]) -> list[Content]:
-    best = max(share for share in shares if share is not None)
-    return [element("b", percent(share)) if share == best else percent(share) for share in shares]
+def _best_bold(values: Sequence[float | None]) -> list[Content]:
+    best = max(value for value in values if value is not None)
+    return [element("b", percent(value)) if value == best else percent(value) for value in values]
 
 
 def _config(runs: Sequence[_Run]) -> Markup:

@@ -25,11 +25,13 @@ _wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_long_words=F
 
 def doctor(config: "Config", workdir: Path) -> None:
     """Check whether a run of `config` in `workdir` can start; print the findings. Raise `UserError` if it cannot."""
+    from cifar_flax.data.datasets import DATASETS
     from cifar_flax.diagnosis import devices, run
     from cifar_flax.diagnosis.examination import Examination
 
     needed = ["tensorflow"] if config.data.pipeline == "streaming" else []
-    needed += ["scikit-learn"] if config.data.name == "digits" else []
+    dataset = DATASETS.get(config.data.name)
+    needed += [dataset.package] if dataset and dataset.package else []
     examination = Examination(config, workdir)
     print(f"cifar_flax {cifar_flax.__version__}: can a run with {config.data.name} start here?")
     # In printing order; a check may use the results of earlier checks.

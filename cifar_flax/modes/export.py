@@ -92,7 +92,7 @@ def _describe(run: RestoredRun, checked: Mapping[str, Any]) -> dict[str, Any]:
         "tta_below": config.eval.tta_below,
         "weights": {
             "file": "model.safetensors",
-            "layout": "convolutions: height, width, in, out; dense layers: in, out; images: height, width, channels",
+            "layout": "as in flax.nnx; convolutions: height, width, in, out; dense layers: in, out",
         },
         "program": {
             "file": "model.stablehlo",

@@ -1,10 +1,27 @@
 """Select the scalar metrics of an evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from cifar_flax.errors import UserError
 
 _STANDARD = ("accuracy", "top5_accuracy", "loss", "expected_calibration_error")
 _SETTINGS = ("tta_below",)
+
+
+# Names with another meaning in metrics.jsonl, eval.json or the report.
+_RESERVED = {
+    "step", "epoch", "split", "dataset", "tta", "tta_below", "learning_rate", "images_per_second",
+    "input_wait_fraction", "skipped_steps", "checkpoint_blocked_seconds", "num_examples", "accuracy", "calibration",
+    "calibration_error", "expected_calibration_error", "per_class", "confusion_matrix",
+}  # fmt: skip
+
+
+def require_new_names(names: Collection[str]) -> None:
+    """Raise `UserError` if one of `names`, of additional metrics, is reserved or not an identifier."""
+    for name in names:
+        if name in _RESERVED or not name.isidentifier():
+            raise UserError(f"the metric {name!r}: must have another name, which is an identifier such as grad_norm")
 
 
 def scalars(result: Mapping[str, Any]) -> dict[str, float]:

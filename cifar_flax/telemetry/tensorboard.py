@@ -10,8 +10,6 @@ from cifar_flax import packages
 from cifar_flax.packages import without
 from cifar_flax.telemetry.scalars import scalars
 
-_METRICS = ("train/loss", "validation/accuracy", "test/accuracy")  # shown beside the hyperparameters
-
 
 class Events:
     """Write an event file in the caller's thread: tensorboardX's own thread would hang the run on a full disk.
@@ -33,7 +31,9 @@ class Events:
         session = self._event.SessionLog(status=self._event.SessionLog.START)
         self._write(step + 1, session_log=session)
         values = {name: value if type(value) in (bool, int, float) else str(value) for name, value in settings.items()}
-        for summary in self._summary.hparams(values, dict.fromkeys(_METRICS))[:2]:
+        splits = ("validation", settings.get("data.eval_split", "test"))
+        metrics = dict.fromkeys(("train/loss", *(f"{split}/accuracy" for split in splits)))  # beside the settings
+        for summary in self._summary.hparams(values, metrics)[:2]:
             self._write(step, summary=summary)
         self._writer.flush()
 

@@ -170,7 +170,7 @@ class TrainingLoop:
                 "input_wait_fraction": evaluation.input_wait_fraction,
             }
             self._progress.show_evaluation(self._log(trainer.monitored_split, metrics))
-            accuracy = metrics["accuracy"] if trainer.monitored_split == "validation" else None
+            accuracy = metrics["accuracy"] if trainer.has_validation else None
         if trainer.is_due(self._step, self._config.checkpoint.every_epochs):
             self._save(accuracy)
 

@@ -13,9 +13,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from cifar_flax.data.batches import InputTimer
+from cifar_flax.telemetry.scalars import require_new_names
 
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
 _STEP_METRICS = {"loss", "accuracy", "learning_rate", "finite"}  # of every step; their summary is not always the mean
+_SUMS = {"loss", "top5_accuracy", "confusion", "bin_count", "bin_confidence", "bin_correct"}  # of every evaluation
 
 StepMetrics = dict[str, Any]  # name -> metric of each step in one call, as `train_step` returns them
 Sums = dict[str, Any]  # name -> array, a sum over examples
@@ -54,7 +56,7 @@ def evaluation_sums(
 def add(total: Sums | None, sums: Sums) -> Sums:
     """Return the sum of both, in double precision on the host."""
     wide = {
-        name: np.asarray(value, np.float64 if value.dtype.kind == "f" else np.int64) for name, value in sums.items()
+        name: np.asarray(value, np.int64 if value.dtype.kind in "biu" else np.float64) for name, value in sums.items()
     }
     return wide if total is None else {name: total[name] + wide[name] for name in wide}
 
@@ -75,7 +77,11 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
     # |accuracy - confidence| of each bin, weighted by its fraction of the examples.
     calibration_error = np.abs(sums["bin_correct"] - sums["bin_confidence"]).sum() / count
-    means = {name: float(value) / count for name, value in sums.items() if value.ndim == 0}
+    require_new_names(sums.keys() - _SUMS)
+    means: dict[str, float | None] = {name: float(value) / count for name, value in sums.items() if value.ndim == 0}
+    for name in means.keys() - _SUMS:
+        if not math.isfinite(means[name] or 0):
+            means[name] = None  # JSON has no infinity
     return {
         "num_examples": count,
         "accuracy": int(correct.sum()) / count,
@@ -132,6 +138,8 @@ class MetricsAccumulator:
         self._begin, self._waited, self._timed = time.perf_counter(), self._inputs.seconds, 0
 
     def add(self, values: StepMetrics) -> None:
+        """Add the metrics of the steps in one call."""
+        require_new_names(values.keys() - _STEP_METRICS)
         self._values.append(values)
         self._timed += len(values["loss"])
 
@@ -147,7 +155,7 @@ class MetricsAccumulator:
         metrics = {
             "loss": _mean(values["loss"][taken]),
             "accuracy": _mean(values["accuracy"][taken]),
-            **{name: _mean(values[name][taken]) for name in values.keys() - _STEP_METRICS},
+            **{name: _mean(values[name][taken]) for name in values if name not in _STEP_METRICS},
             "learning_rate": float(values["learning_rate"][-1]),
             "skipped_steps": int(np.sum(~taken)),
             "images_per_second": self._timed * batch_size / seconds,

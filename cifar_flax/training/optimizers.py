@@ -90,7 +90,7 @@ GROUPS = ("dense", "biases", "whitening")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
-    """A row of `OPTIMIZERS`."""
+    """A row of `OPTIMIZERS`. `make` passes the schedule to optax, whose state counts the steps that are skipped."""
 
     make: Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]
     settings: frozenset[str] = frozenset()  # optional fields of OptimConfig that it uses

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, Shaped, UInt8
 
 from cifar_flax.data.augment import VIEWS, AugmentConfig, Context, Examples, augment, normalize, views
 from cifar_flax.data.batches import Batch, Indices, gather
+from cifar_flax.errors import UserError
 from cifar_flax.runtime.devices import Layout
 from cifar_flax.runtime.trees import all_finite
 from cifar_flax.training import averaging, metrics
@@ -78,7 +79,7 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
 
     def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
         model = nnx.merge(task.graphdef, params, state.batch_stats)
-        logits = model(image, dropout_keys)
+        logits = _require_logits(task, model(image, dropout_keys), image)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, target))
         return loss, (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
@@ -197,10 +198,18 @@ def next_row(task: Task, rows: Shaped[Array, "batch *rest"]) -> Shaped[Array, "b
     return jnp.concatenate([rows[1:], first])
 
 
+def _require_logits(task: Task, logits: Array, image: Array) -> Array:
+    """Return `logits`; raise `UserError` if the network returns something else than float32 logits."""
+    shape = (image.shape[0], task.num_classes)
+    if logits.shape != shape or logits.dtype != jnp.float32:
+        raise UserError(f"the network returns {logits.dtype} of shape {logits.shape}; must be float32 logits {shape}")
+    return logits
+
+
 def _logits(task: Task, weights: PyTree, image: UInt8[Array, "batch h w c"], tta: str) -> Float[Array, "batch classes"]:
     model = nnx.merge(task.graphdef, *weights)
     if tta == "none":
-        return model(normalize(image, task.mean, task.std))
+        return _require_logits(task, model(normalize(image, task.mean, task.std)), image)
     # Compute one TTA view after the other: all at once would multiply the memory.
     logits = jax.lax.map(lambda view: model(normalize(view, task.mean, task.std)), views(image, tta))
     # No matrix product, since accelerators compute it in reduced precision by default.

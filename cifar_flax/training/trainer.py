@@ -53,11 +53,13 @@ class Trainer:
         self.total_steps = self.task.total_steps
         self._check_calls()
         # Evaluate on the validation split during training. Without one, evaluate on eval_split, for the curves only.
-        if len(held_out):
+        self.has_validation = len(held_out) > 0
+        if self.has_validation:
             self.monitored_split = "validation"
             self.evaluator = Evaluator(self.task, self.arrays, held_out, config.eval.batch_size)
         else:
-            self.monitored_split = config.data.eval_split
+            # The log uses "train" for the training metrics.
+            self.monitored_split = config.data.eval_split if config.data.eval_split != "train" else "evaluation"
             everything = evaluator.all_examples(eval_arrays)
             self.evaluator = Evaluator(self.task, eval_arrays, everything, config.eval.batch_size)
 
