@@ -13,7 +13,7 @@ from conftest import REPOSITORY, read_metrics
 from processes import environment, virtual_devices
 
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text()
-BLOCK = re.compile(r'^```(python|diff) title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?:New file|In) `([^`]+)`:\n\n```(python|diff)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # Another network, of the most common layers of nnx.
 CONVNET = """
@@ -75,14 +75,14 @@ SECTIONS = {
 
 
 def examples(heading):
-    """Return (kind, path, text) of each block in the section `heading` of the page."""
+    """Return (path, kind, text) of each block in the section `heading` of the page."""
     section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
     return BLOCK.findall(section[1])
 
 
 def apply(blocks, project):
     """Write new files, and apply each hunk of the diffs at the only place where it fits."""
-    for kind, name, text in blocks:
+    for name, kind, text in blocks:
         path = project / name
         if kind == "python":
             assert not path.exists(), path
@@ -153,7 +153,7 @@ def test_all_examples_together(project):
 @pytest.mark.parametrize("heading", SECTIONS)
 def test_each_example(project, heading):
     blocks = examples(heading)
-    assert {kind for kind, _, _ in blocks} <= {"python", "diff"}
+    assert {kind for _, kind, _ in blocks} <= {"python", "diff"}
     assert blocks
     apply(blocks, project)
     run(project, *SECTIONS[heading])
@@ -162,9 +162,9 @@ def test_each_example(project, heading):
 @pytest.mark.slow
 def test_network_of_common_nnx_layers(project):
     blocks = [
-        ("python", "cifar_flax/models/convnet.py", CONVNET),
-        ("diff", "cifar_flax/models/__init__.py", CONVNET_ROW),
-        ("python", "configs/convnet.py", CONVNET_CONFIG),
+        ("cifar_flax/models/convnet.py", "python", CONVNET),
+        ("cifar_flax/models/__init__.py", "diff", CONVNET_ROW),
+        ("configs/convnet.py", "python", CONVNET_CONFIG),
     ]
     apply(blocks, project)
     run(project, "configs/convnet.py", *SMALL)
