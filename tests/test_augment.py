@@ -1,3 +1,5 @@
+"""Augmentations and TTA views against definitions in NumPy, and their random streams."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -192,5 +192,5 @@ def test_types_and_tests_pass_with_all_examples(project):
         apply(examples(heading), project)
     succeed(project, "-m", "docs.settings")
     succeed(project, "-m", "mypy")
-    names = ("network", "summary", "config", "optim", "comparison", "report", "sources", "imports", "augment", "train")
+    names = ("augment", "comparison", "config", "imports", "messages", "network", "optim", "summary")
     succeed(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in names))

@@ -1,0 +1,217 @@
+"""The error messages for mistakes in command lines and settings.
+
+These are the only tables of messages. Other tests match field names, values, file names and keywords, so that a message
+can be reworded in one place.
+"""
+
+import sys
+
+import fake_tfds  # noqa: F401  registers the datasets
+import pytest
+from conftest import REPOSITORY
+
+from cifar_flax import cli
+from cifar_flax import config as configs
+from cifar_flax.errors import ConfigError
+
+DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
+CIFAR = str(REPOSITORY / "configs" / "default.py")
+
+# A saved config as JSON, and the start of the error message.
+SAVED = [
+    ({"sed": 1}, "sed=1: must be a field"),
+    ({"optim": {"lr": 1}}, "optim.lr=1: must be a field"),
+    ({"optim": 3}, "optim=3: must be a JSON object"),
+    ({"model": {"name": "vgg"}}, "model.name='vgg': must be one of cnn"),
+    ({"model": {}}, "model.name=None: must be one of cnn"),
+    ({"model": {"name": ["cnn"]}}, "model.name=['cnn']: must be one of cnn"),
+    ({"train": {"batch_size": "128"}}, "train.batch_size='128': must be an integer"),
+    ({"train": {"batch_size": True}}, "train.batch_size=True: must be an integer"),
+    ({"train": {"batch_size": 12.0}}, "train.batch_size=12.0: must be an integer"),
+    ({"train": {"epochs": float("inf")}}, "train.epochs=inf: must be a finite number"),
+    ({"optim": {"whitening": {"frozen_from": 3.0}}}, "optim.whitening=GroupConfig("),
+    ({"data": {"drop_last": 1}}, "data.drop_last=1: must be true or false"),
+    ({"optim": {"b1": "x"}}, "optim.b1='x': must be a finite number"),
+    ({"seed": -1}, "seed=-1: must be in [0, 2**32)"),
+    ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best=1: needs data.validation_fraction"),
+    (
+        {
+            "data": {"validation_fraction": 0.1},
+            "checkpoint": {"keep_best": 1, "every_epochs": 3},
+            "eval": {"every_epochs": 2},
+        },
+        "checkpoint.every_epochs=3: must be a multiple of eval.every_epochs=2",
+    ),
+    ({"data": {"eval_split": "train"}}, "data.eval_split='train': must not be the split to train on"),
+    ({"eval": {"checkpoint": "best"}}, "eval.checkpoint='best': needs checkpoint.keep_best"),
+    ([], "config=[]: must be a JSON object"),
+    # Settings of the optimizer.
+    ({"optim": {"warmup_start": 1.5}}, "optim.warmup_start=1.5: must be in [0, 1]"),
+    ({"optim": {"final_share": 0.1}}, "optim.final_share=0.1: does not apply to the schedule constant"),
+    ({"optim": {"name": "muon"}}, "optim.dense.learning_rate=None: must be set if optim.name is muon"),
+    ({"optim": {"name": "muon", "weight_decay": 0.1}}, "optim.weight_decay=0.1: does not apply to muon"),
+    ({"optim": {"biases": {"learning_rate": -1.0}}}, "optim.biases.learning_rate=-1.0: must be at least 0"),
+    ({"optim": {"name": "sgd", "dense": {"momentum": 1.0}}}, "optim.dense.momentum=1.0: must be in [0, 1)"),
+    ({"optim": {"dense": {"own_decay": True}}}, "optim.dense.own_decay=True: needs optim.dense.frozen_from above 0"),
+    ({"optim": {"schedule": "step"}}, "optim.schedule='step': must be one of constant, cosine, linear"),
+    ({"optim": {"name": "adam", "weight_decay": 0.1}}, "optim.weight_decay=0.1: does not apply to adam"),
+    ({"optim": {"name": "sgd", "b1": 0.9}}, "optim.b1=0.9: does not apply to sgd"),
+    ({"optim": {"name": "adamw", "momentum": 0.9}}, "optim.momentum=0.9: does not apply to adamw"),
+    ({"optim": {"name": "sgd", "eps": 1e-8}}, "optim.eps=1e-08: does not apply to sgd"),
+    ({"optim": {"eps": 0.0}}, "optim.eps=0.0: must be above 0"),
+    ({"optim": {"b2": 1.0}}, "optim.b2=1.0: must be in [0, 1)"),
+    ({"optim": {"accumulate_steps": 0}}, "optim.accumulate_steps=0: must be at least 1"),
+]
+
+# Command-line arguments ({tmp} is a temporary folder), exit code, part of the error message.
+BAD_INPUT = [
+    ("--config {tmp}/nowhere.py", 2, "--config='{tmp}/nowhere.py': no such file"),
+    ("--config {tmp}/syntax.py", 2, "syntax.py': line 2: SyntaxError"),
+    ("--config {tmp}/raises.py", 2, "raises.py': line 2: ZeroDivisionError"),
+    ("--config {tmp}/typo.py", 2, "typo.py': line 3: TypeError"),
+    ("--config {tmp}/empty.py", 2, "must define get_config()"),
+    ("--config {tmp}/number.py", 2, "get_config() must return a Config, not int"),
+    ("", 2, "train needs a config file: --config FILE"),
+    ("--mode=fly", 2, "invalid choice: 'fly'"),
+    (f"--config {DIGITS} --colour=red", 2, "unknown argument '--colour=red'"),
+    (f"--config {DIGITS} stray", 2, "unknown argument 'stray'"),
+    (f"stray --config {DIGITS} --config.seed 1", 2, "unknown argument 'stray'"),
+    (f"--config {DIGITS} --output=x", 2, "--output='x': not used in train"),
+    (f"--config {DIGITS} --config.train.init_from={{tmp}}", 2, "train.init_from='{tmp}': holds no checkpoint"),
+    (f"--config {DIGITS} --config.optim.lr=1", 2, "optim.lr='1': no such field; choose one of optim.name"),
+    (f"--config {DIGITS} --config.optim.learningrate=1", 2, "did you mean optim.learning_rate?"),
+    (f"--config {DIGITS} --config.train=1", 2, "train='1': no such field; choose one of train.batch_size"),
+    (f"--config {DIGITS} --config.nothing.at.all=1", 2, "choose one of seed, deterministic, on_nonfinite"),
+    (f"--config {DIGITS} --config.model.name=vgg", 2, "model.name='vgg': must be one of cnn"),
+    (f"--config {DIGITS} --config.optim.name=nadam", 2, "optim.name='nadam': must be one of adam"),
+    (f"--config {DIGITS} --config.data.name=no_such_set", 2, "data.name='no_such_set': must be digits"),
+    (
+        f"--config {DIGITS} --config.data.eval_split=dev",
+        2,
+        "data.eval_split='dev': must be a split of digits: train, test",
+    ),
+    (f"--config {DIGITS} --config.train.batch_size=many", 2, "train.batch_size='many': must be an integer"),
+    (f"--config {DIGITS} --config.train.epochs=nan", 2, "train.epochs=nan: must be a finite number"),
+    (f"--config {DIGITS} --config.augment.flip=maybe", 2, "augment.flip='maybe': must be one of none, random"),
+    (f"--config {DIGITS} --config.train.batch_size=0", 2, "train.batch_size=0: must be at least 1"),
+    (
+        f"--config {DIGITS} --config.train.batch_size=1443",
+        2,
+        "train.batch_size=1443: must be at most the 1442 examples",
+    ),
+    (f"--config {DIGITS} --config.optim.learning_rate=-1", 2, "optim.learning_rate=-1.0: must be at least 0"),
+    (f"--config {DIGITS} --config.optim.learning_rate -1", 2, "optim.learning_rate=-1.0: must be at least 0"),
+    (f"--config {DIGITS} --config.optim.warmup_epochs=1e3", 2, "optim.warmup_epochs=1000.0: must be shorter than"),
+    (f"--config {DIGITS} --config.augment.crop_padding=32", 2, "augment.crop_padding=32: must be at most 31"),
+    (f"--config {DIGITS} --config.data.validation_fraction=1", 2, "data.validation_fraction=1.0: must be in [0, 1)"),
+    (f"--config {DIGITS} --config.data.validation_fraction=0.9999", 2, "must leave at least one training"),
+    (f"--config {DIGITS} --config.train.epochs=1e308", 2, "train.epochs=1e+308: must be at most"),
+    (f"--config {DIGITS} --config.optim.warmup_epochs=1e308", 2, "optim.warmup_epochs=1e+308: must be shorter than"),
+    (
+        f"--config {CIFAR} --config.data.eval_split={{tmp}}/run",
+        2,
+        "data.eval_split='{tmp}/run': must be a name such as test",
+    ),
+    (f"--config {CIFAR} --config.data.eval_split=", 2, "data.eval_split='': must be a name such as test"),
+    (f"--config {CIFAR} --config.data.name=a/../run", 2, "data.name='a/../run': must look like"),
+    (f"--config {CIFAR} --config.data.name=run:..", 2, "data.name='run:..': must look like"),
+    ("--config {tmp}/class.py", 2, "OptimConfig'>: must be OptimConfig(...)"),
+    (
+        f"--config {DIGITS} --config.optim.accumulate_steps=9999",
+        2,
+        "optim.accumulate_steps=9999: must be at most the",
+    ),
+    (f"--config {DIGITS} --config.model.hidden_dropout=0.999", 2, "model.hidden_dropout=0.999: must be in [0, 0.99]"),
+    (f"--config {DIGITS} --config.data.name=huggingface:mnist", 2, "data.name='huggingface:mnist': must look like"),
+    (f"--config {DIGITS} --config.optim.b1=None", 2, "optim.b1='None': must be a finite number"),
+    (f"--config {DIGITS} --config.data.validation_fraction=1e-9", 2, "must leave at least one training"),
+    ("--config {tmp}/long.py", 2, "ValueError: one two"),
+    (f"--config {DIGITS} --config.train.steps_per_call=4", 2, "train.steps_per_call=4: must divide train.log_every=10"),
+    (f"--config {DIGITS} --config.train.steps_per_call=5", 2, "train.steps_per_call=5: must divide the number"),
+    (f"--config {CIFAR} --config.train.steps_per_call=5", 2, "must be 1 unless data.pipeline is resident"),
+    (f"--config {DIGITS} --config.eval.tta=rotate", 2, "eval.tta='rotate': must be one of none, mirror"),
+    (f"--config {DIGITS} --config.augment.cutout=33", 2, "augment.cutout=33: must be at most 32"),
+    (f"--config {DIGITS} --config.averaging.name=swa", 2, "averaging.name='swa': must be one of none, ema"),
+    (f"--config {DIGITS} --config.optim.name=muon", 2, "optim.weight_decay=0.02: does not apply to muon"),
+    (f"--config {DIGITS} --config.optim.biases.learning_rate=x", 2, "optim.biases.learning_rate='x': must be a finite"),
+    (f"--config {DIGITS} --config.optim.biases.momentum=0.5", 2, "optim.biases.momentum=0.5: does not apply to adamw"),
+    (f"--config {DIGITS} --config.model.dtype=float16", 2, "model.dtype='float16': must be one of float32"),
+    (f"--config {CIFAR} --config.data.archive={{tmp}}/no.tar.gz", 2, "data.archive='{tmp}/no.tar.gz'"),
+    (f"--config {DIGITS} --config.profile.steps=(0,5)", 2, "profile.steps=(0, 5): must be (first, last) with 1"),
+    (f"--config {DIGITS} --config.profile.steps=(9,5)", 2, "profile.steps=(9, 5): must be (first, last) with 1"),
+    (f"--config {DIGITS} --config.profile.steps=5", 2, "profile.steps=(5,): must be (an integer, an integer)"),
+    (f"--config {DIGITS} --config.profile.steps=(1,9999)", 2, "profile.steps=(1, 9999): must end within the"),
+    (f"--confg {DIGITS}", 2, "unknown argument '--confg'"),
+    ("--mode=doctor --workdir={tmp}/run", 2, "--workdir='{tmp}/run': holds no checkpoint"),
+    ("--mode=compare {tmp}/run {tmp} --output=LICENSE", 2, "--output='LICENSE': must end with .html"),
+    ("--mode=eval", 2, "eval needs the folder of a run: --workdir=DIR"),
+    (f"--mode=eval --config {DIGITS}", 2, "--config='{DIGITS}': not used in eval, which uses the config saved"),
+    ("--mode=eval --summary --workdir={tmp}/run", 2, "--summary=True: not used in eval"),
+    ("--mode=eval --workdir={tmp}/run photo.png", 2, "--workdir='{tmp}/run': holds no checkpoint"),
+    ("--mode=predict photo.png", 2, "predict needs the folder of a run"),
+    ("--mode=predict --workdir={tmp}/nowhere photo.png", 2, "--workdir='{tmp}/nowhere': no such folder"),
+    ("--mode=export --workdir={tmp}/run", 2, "export needs a folder to write to"),
+    ("--mode=compare {tmp}/run", 2, "compare needs the folders of two or more runs"),
+    ("--mode=compare {tmp}/run {tmp} --config.seed=1", 2, "seed=1: not used in compare"),
+    ("--mode=compare {tmp}/run {tmp} --workdir=x", 2, "--workdir='x': not used in compare"),
+    ("--mode=compare {tmp}/run {tmp}", 2, "{tmp}/run"),
+    (f"--mode=doctor --config {DIGITS} --config.train.epochs=-1", 2, "train.epochs=-1.0: must be above 0"),
+    ("--mode=doctor stray", 2, "unknown argument 'stray'"),
+    ("--mode=eval --workdir={tmp}/nowhere", 2, "--workdir='{tmp}/nowhere': no such folder"),
+    ("--mode=eval --workdir={tmp}/run", 2, "--workdir='{tmp}/run': holds no checkpoint"),
+    (
+        f"--config {DIGITS} --workdir={{tmp}}/number.py",
+        1,
+        "--workdir='{tmp}/number.py': cannot be used as the folder of a run",
+    ),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = {
+        "syntax.py": "x = 1\ndef get_config(:\n",
+        "raises.py": "x = 1\ny = x / 0\n",
+        "typo.py": "from cifar_flax.config import Config\ndef get_config():\n    return Config(sed=1)\n",
+        "class.py": (
+            "from cifar_flax.config import Config\ndef get_config():\n"
+            "    config = Config()\n    config.optim = type(config.optim)\n    return config\n"
+        ),
+        "long.py": "raise ValueError('one\\ntwo')\n",
+        "empty.py": "",
+        "number.py": "def get_config():\n    return 3\n",
+        "run/notes.txt": "mine",
+    }
+    for name, content in files.items():
+        path = tmp_path / "input" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return tmp_path / "input"
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), BAD_INPUT, ids=[row[0].replace("/", "_") for row in BAD_INPUT]
+)
+def test_bad_input_prints_one_line_and_changes_no_file(folder, monkeypatch, capsys, arguments, code, message):
+    argv = arguments.format(tmp=folder).split()
+    if "--workdir" not in arguments and "--mode" not in arguments:
+        argv.append(f"--workdir={folder / 'run'}")
+    monkeypatch.setattr(sys, "argv", ["main.py", *argv])
+    before = snapshot(folder)
+    assert cli.main() == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message.format(tmp=folder, DIGITS=DIGITS) in lines[0]
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(("values", "message"), SAVED, ids=[message for _, message in SAVED])
+def test_mistakes_in_saved_settings_are_named(values, message):
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(values)
+    assert str(caught.value).startswith(message)
