@@ -84,10 +84,8 @@ class Config:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         require(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "must be stop or skip")
         require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "must be at least 1")
-        name, allowed = (
-            self.model.name,
-            "must match the class of the config file's model. Choose a network in the config file.",
-        )
+        name = self.model.name
+        allowed = "must match the class of the config file's model. Choose a network in the config file."
         require(isinstance(self.model, models.config_class(name)), "model.name", name, allowed)
         for member in dataclasses.fields(self):
             part: Any = getattr(self, member.name)

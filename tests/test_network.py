@@ -1,4 +1,4 @@
-"""What a network may consist of, and the optimizer group of each parameter."""
+"""Test which variables a network may have, and the optimizer group of each parameter."""
 
 import jax
 import numpy as np

@@ -71,11 +71,12 @@ def forward_flops(config: models.ModelConfig, image_shape: tuple[int, int, int],
 
 
 class _Recorder:
-    """Records the output shape and the FLOPs of each module of a network while the network is called."""
+    """Record the output shape and the FLOPs of each module while a network is called."""
 
     def __init__(self, network: nnx.Module, name: str):
-        modules = [(path, module) for path, module in nnx.iter_modules(network)]
-        self._modules = {path: module for path, module in modules if not isinstance(module, nnx.List | nnx.Dict)}
+        containers = nnx.List | nnx.Dict  # their variables count for the module that holds them
+        modules = nnx.iter_modules(network)
+        self._modules = {path: module for path, module in modules if not isinstance(module, containers)}
         self._variables = nnx.to_flat_state(nnx.state(network))
         self._names = {id(module): ".".join(map(str, path)) or name for path, module in self._modules.items()}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -88,6 +89,7 @@ class _Recorder:
         """Record the calls inside the block: replace `__call__` of the modules' classes."""
         kinds = {type(module) for module in self._modules.values() if callable(module)}
         originals = {kind: vars(kind).get("__call__") for kind in kinds}
+        # Look up all methods before replacing one, since a class may inherit that of another.
         for kind, call in {kind: kind.__call__ for kind in kinds}.items():
             kind.__call__ = self._recorded(call)  # type: ignore[method-assign]
         try:
@@ -104,7 +106,8 @@ class _Recorder:
         sizes = {nnx.Param: Counter[str](), nnx.BatchStat: Counter[str]()}
         for path, variable in self._variables:
             owner = next(path[:end] for end in range(len(path) - 1, -1, -1) if path[:end] in self._modules)
-            sizes[type(variable)][self._names[id(self._modules[owner])]] += variable.get_value().size
+            kind = nnx.Param if isinstance(variable, nnx.Param) else nnx.BatchStat
+            sizes[kind][self._names[id(self._modules[owner])]] += variable.get_value().size
         kinds = {self._names[id(module)]: type(module).__name__ for module in self._modules.values()}
         return [
             Layer(

@@ -26,7 +26,7 @@ class ParallelConfig:
 
     backend: str = "auto"  # jit (XLA splits the batch) | shard_map | pmap | auto: jit on one device, else shard_map
     distributed: str = "auto"  # use several processes: off | on | auto: if started by Slurm or MPI, or on a TPU slice
-    coordinator: str = ""  # address:port of process 0; "": detected from the launcher
+    coordinator: str = ""  # HOST:PORT of process 0; "": detected from the launcher
     num_processes: int | None = None  # total number of processes; only with coordinator
     process_id: int | None = None  # index of this process, from 0; only with coordinator
     heartbeat_timeout_seconds: int = 45  # a process silent for this long counts as dead, and the others exit

@@ -31,7 +31,7 @@ class MetricsWriter:
     ):
         """Open the files to continue at `start_step`, and delete later lines, which the run will write again.
 
-        `mark` is the result of `mark()` at that step, and `settings` are the hyperparameters shown in TensorBoard.
+        `mark` has the size and checksum of metrics.jsonl at that step, `settings` the hyperparameters for TensorBoard.
         """
         self._file = self._events = None
         if not processes.is_main():

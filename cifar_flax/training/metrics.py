@@ -64,10 +64,11 @@ def add(total: Sums | None, sums: Sums) -> Sums:
 def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
     """Return accuracy, loss, calibration and per-class metrics of a whole split, as JSON types.
 
-    `confusion_matrix[i][j]` counts examples of class i that were classified as class j. `calibration` lists the bins of
-    `expected_calibration_error` (Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2): the number of
-    examples whose confidence lies in the bin, their mean confidence and their accuracy. The precision of a class that
-    is never predicted is 0, and so is the recall of a class without examples.
+    `confusion_matrix[i][j]` counts examples of class i that were classified as class j. `calibration` has, for each bin
+    of `expected_calibration_error`, the number of examples, their mean confidence and their accuracy. Precision is 0
+    for classes that are never predicted, and recall is 0 for classes without examples.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2 (expected calibration error).
     """
     confusion = sums["confusion"]
     count = int(confusion.sum())

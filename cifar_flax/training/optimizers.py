@@ -72,8 +72,8 @@ class OptimConfig:
         for name in ("learning_rate", "weight_decay", "frozen_from"):
             value = getattr(settings, name)
             require(value is None or value >= 0, f"{group}.{name}", value, "must be at least 0")
-        own = OPTIMIZERS[self.name].for_groups
-        optimizer = own or self.name
+        for_groups = OPTIMIZERS[self.name].for_groups
+        optimizer = for_groups or self.name
         for name in ("weight_decay", "momentum"):
             value, applies = getattr(settings, name), name in OPTIMIZERS[optimizer].settings
             require(value is None or applies, f"{group}.{name}", value, f"does not apply to {optimizer}")
@@ -82,7 +82,7 @@ class OptimConfig:
         require(fits, f"{group}.own_decay", settings.own_decay, f"needs {group}.frozen_from above 0")
         is_set = group == "optim.whitening" or settings.learning_rate is not None
         allowed = f"must be set if optim.name is {self.name}"
-        require(is_set or not own, f"{group}.learning_rate", settings.learning_rate, allowed)
+        require(is_set or not for_groups, f"{group}.learning_rate", settings.learning_rate, allowed)
 
 
 GROUPS = ("dense", "biases", "whitening")
@@ -90,7 +90,7 @@ GROUPS = ("dense", "biases", "whitening")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
-    """A row of `OPTIMIZERS`. `make` passes the schedule to optax, whose state counts the steps that are skipped."""
+    """A row of `OPTIMIZERS`. `make` passes the schedule to optax, because skipped steps advance optax's step count."""
 
     make: Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]
     settings: frozenset[str] = frozenset()  # optional fields of OptimConfig that it uses

@@ -29,10 +29,8 @@ class AugmentConfig:
     def validate_for(self, image_shape: tuple[int, int, int]) -> None:
         """Raise `ConfigError` if images of `image_shape` (height, width, channels) are too small for a setting."""
         side = min(image_shape[:2])
-        for field, limit in (
-            ("crop_padding", side - 1),
-            ("cutout", side),
-        ):  # reflect padding must be smaller than the image
+        # Reflect padding must be smaller than the image.
+        for field, limit in (("crop_padding", side - 1), ("cutout", side)):
             allowed = f"must be at most {limit} for images of {image_shape[0]}x{image_shape[1]}"
             require(getattr(self, field) <= limit, f"augment.{field}", getattr(self, field), allowed)
 

@@ -21,7 +21,7 @@ def cutout(examples: Examples, context: Context) -> Examples:
 
 
 def _inside(side: int, keys: Key[Array, " batch"], size: int) -> Bool[Array, "batch side"]:
-    """Return which coordinates lie in a random range of `size` out of `side`."""
+    """Return True for each of `side` coordinates that lies inside a random interval of `size` coordinates."""
     start = jax.vmap(lambda key: jax.random.randint(key, (), 0, side - size + 1))(keys)
     distance = jnp.arange(side)[None, :] - start[:, None]
     return (distance >= 0) & (distance < size)
