@@ -30,23 +30,32 @@ PEAKS = {
 class Speed:
     """Measured speed of the machine."""
 
-    flops: float  # floating-point operations per second of a 2048 x 2048 x 2048 matrix product
-    bytes: float  # bytes per second read and written by x += 1 over 256 MB
+    flops: float  # floating-point operations per second of a product of two square matrices
+    bytes: float  # bytes per second read and written by x += 1
 
 
-def measure_speed(dtype: str = "float32") -> Speed:
-    matrix, vector = jnp.ones((2048, 2048), dtype), jnp.ones(2**26)
+def measure_speed(dtype: str = "float32", size: int = 2048) -> Speed:
+    """Measure products of random `size` x `size` matrices, and x += 1 over 16 of them in float32.
+
+    The default size suits a CPU: 256 MB of x, in float32. A larger chip needs larger matrices to be busy.
+    """
+    matrix, vector = jax.random.normal(jax.random.key(0), (size, size), dtype), jnp.ones(16 * size**2)
     product = jax.jit(jnp.matmul)
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place, so that no page fault is timed
+    calls = 10  # per measurement, so that waiting for the device is a small part of it
+
+    def multiply() -> list[jax.Array]:
+        return [product(matrix, matrix) for _ in range(calls)]
 
     def copy() -> jax.Array:
         nonlocal vector
-        vector = add_one(vector)
+        for _ in range(calls):
+            vector = add_one(vector)
         return vector
 
     return Speed(
-        flops=2 * 2048**3 / median_seconds(lambda: product(matrix, matrix)),
-        bytes=2 * vector.nbytes / median_seconds(copy),
+        flops=calls * 2 * size**3 / median_seconds(multiply),
+        bytes=calls * 2 * vector.nbytes / median_seconds(copy),
     )
 
 

@@ -1,10 +1,10 @@
 """Measure accuracy and training time of a config over many seeds, by the rules of the CIFAR-10 speedruns.
 
     python -m benchmarks.speedrun --config configs/airbench94.py --trials 50
-    python -m benchmarks.speedrun --config configs/airbench94.py --trials 50 --baseline cifar10-airbench
+    python -m benchmarks.speedrun --config configs/airbench94.py --trials 50 --peer cifar10-airbench
 
-With `--baseline`, the original PyTorch script in a checkout of KellerJordan/cifar10-airbench (or a similar script)
-runs alternately with this project on the same machine.
+With `--peer`, the original PyTorch script in a checkout of KellerJordan/cifar10-airbench (or similar scripts) runs
+alternately with this project on the same machine.
 """
 
 import time
@@ -17,20 +17,23 @@ if __name__ == "__main__":
     allocator.keep_freed_memory()  # re-executes this module, so it comes before the slow imports
 
 import argparse
+import functools
+import math
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks import report
+from benchmarks import runs
 from benchmarks.arguments import at_least_one
 from benchmarks.baselines import original
-from benchmarks.report import Measurement
+from benchmarks.runs import Measurement
 from cifar_flax import arguments
 from cifar_flax.config import Config
 from cifar_flax.data import sources
@@ -54,13 +57,12 @@ ORIGINALS = {
 
 
 class Speedrun:
-    """The training and evaluation of a config, compiled once for all seeds."""
+    """The training and evaluation of a config, compiled once for all seeds by `compile`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
         self._config = config
-        self._trainer = Trainer(config)
+        self._trainer = Trainer(config, devices)
         self.num_images = self._trainer.total_steps * config.train.batch_size
-        self.compile()
 
     def compile(self) -> None:
         """Compile initialization, training and evaluation."""
@@ -76,9 +78,11 @@ class Speedrun:
         inputs = trainer.inputs(seed, 0)
         state = trainer.init(seed)
         calls = trainer.calls(0, trainer.total_steps)
-        state = run_calls(self._train_call, state, inputs, calls, lambda step, values: None)
+        state = jax.block_until_ready(run_calls(self._train_call, state, inputs, calls, lambda step, values: None))
+        train_seconds = time.perf_counter() - start
         accuracy = self._evaluator(state).summary["accuracy"]  # a value on the host, so the device has finished
-        return {"seed": seed, "accuracy": accuracy, "seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        return {"seed": seed, "accuracy": accuracy, "seconds": seconds, "train_seconds": train_seconds}
 
     def flops(self) -> float:
         """Return the floating-point operations of a run.
@@ -93,7 +97,10 @@ class Speedrun:
 
 
 def compile_seconds(run: Speedrun) -> Measurement:
-    """Return the seconds to trace and compile all programs with a "cold" and with a "warm" compilation cache."""
+    """Compile all programs with a "cold" and with a "warm" compilation cache, and return the seconds of each.
+
+    Call this first: XLA remembers which kernels it chose for as long as the process lives.
+    """
     kept = jax.config.jax_compilation_cache_dir
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -109,43 +116,83 @@ def compile_seconds(run: Speedrun) -> Measurement:
     return seconds
 
 
-def measure(config: Config, name: str, trials: int, script: Path | None, out: Path) -> Measurement:
-    """Measure `trials` seeds, alternating with `script` if there is one; print and write to `out` after each run."""
+def measure(
+    config: Config,
+    name: str,
+    trials: int,
+    peers: Sequence[Path],
+    save: Callable[[Measurement], None],
+    seconds: float = math.inf,
+) -> Measurement:
+    """Measure `trials` seeds, alternating with the scripts `peers`; print each run and pass the results to `save`.
+
+    Start no run that might not end within `seconds`. A peer that fails is reported, and the others go on.
+    """
+    begin, longest = time.perf_counter(), 0.0
     compiled = Speedrun(config)
-    result = report.head(name, config, compiled.num_images, compiled.flops())
+    result = runs.head(name, config, compiled.num_images, compiled.flops())
+    result |= {"compile_seconds": compile_seconds(compiled), "peers": {}}
+    times = result["compile_seconds"]
+    print(f"compiled in {times['cold']:.1f} s, with a warm cache in {times['warm']:.1f} s", flush=True)
     with ExitStack() as stack:
-        if script is not None:
-            baseline = stack.enter_context(
-                original.start(script, {split: sources.load(config.data, split) for split in ("train", "test")})
-            )
-            baseline.run()
+        running = _start_peers(peers, config, stack, result["peers"])
         if jax.default_backend() != "cpu":
             compiled.run(config.seed)
         ours: list[Measurement] = []
-        theirs: list[Measurement] = []
+        theirs: dict[str, list[Measurement]] = {peer: [] for peer in running}
         for seed in range(config.seed, config.seed + trials):
+            start = time.perf_counter()
+            if ours and start - begin + longest > seconds:
+                break
             ours.append(compiled.run(seed))
-            print(f"seed {seed}: {report.shown(ours[-1])}", flush=True)
+            print(f"seed {seed}: {runs.shown(ours[-1])}", flush=True)
             result.setdefault("seconds_to_first_accuracy", time.perf_counter() - STARTED)
-            if script is not None:
-                theirs.append(baseline.run())
-                print(f"{script.name}: {report.shown(theirs[-1])}", flush=True)
-            result |= report.metrics(result, ours, script and script.name, theirs)
-            write_json(out, result)
-    result["compile_seconds"] = compile_seconds(compiled)
+            for peer, script in list(running.items()):
+                try:
+                    theirs[peer].append(script.run())
+                    print(f"{peer}: {runs.shown(theirs[peer][-1])}", flush=True)
+                except ChildProcessError as error:
+                    _report_failure(result["peers"], peer, error)
+                    del running[peer]
+                if theirs[peer]:
+                    result["peers"].setdefault(peer, {}).update(runs.comparison(ours, theirs[peer]))
+            result |= runs.metrics(result, ours)
+            save(result)
+            longest = max(longest, time.perf_counter() - start)
     result["process_seconds"] = time.perf_counter() - STARTED
-    write_json(out, result)
+    save(result)
     return result
+
+
+def _start_peers(
+    peers: Sequence[Path], config: Config, stack: ExitStack, results: dict[str, Measurement]
+) -> dict[str, original.Baseline]:
+    """Start the scripts one after the other, since some choose kernels by timing them."""
+    splits = {split: sources.load(config.data, split) for split in ("train", "test")} if peers else {}
+    running = {}
+    for path in peers:
+        try:
+            script = stack.enter_context(original.start(path, splits))
+            script.run()
+            running[path.name] = script
+        except ChildProcessError as error:
+            _report_failure(results, path.name, error)
+    return running
+
+
+def _report_failure(results: dict[str, Measurement], peer: str, error: ChildProcessError) -> None:
+    results.setdefault(peer, {})["error"] = str(error)
+    print(f"{peer} failed: {error}", flush=True)
 
 
 def original_of(path: Path, config_name: str) -> Path:
     """Return the script to compare the config with. Raise `ConfigError` if PyTorch or the script is missing."""
-    require(has_module("torch"), "--baseline", str(path), "requires PyTorch, which is not installed")
+    require(has_module("torch"), "--peer", str(path), "requires PyTorch, which is not installed")
     if path.is_dir():
         known = f"a folder works only with {', '.join(ORIGINALS)}; pass the path of a script"
-        require(config_name in ORIGINALS, "--baseline", str(path), known)
+        require(config_name in ORIGINALS, "--peer", str(path), known)
         path = path / ORIGINALS[config_name]
-    require(path.is_file(), "--baseline", str(path), "no such file")
+    require(path.is_file(), "--peer", str(path), "no such file")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both processes share the GPU's memory
     return path
 
@@ -154,33 +201,39 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="--config.FIELD=VALUE overrides a field of it")
     parser.add_argument("--trials", type=at_least_one, default=10, help="seeds, starting at config.seed (default: 10)")
-    parser.add_argument("--baseline", type=Path, metavar="PATH", help="a checkout of cifar10-airbench, or a script")
+    parser.add_argument(
+        "--peer", nargs="+", type=Path, default=[], metavar="PATH", help="checkouts of cifar10-airbench, or scripts"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
     args, overrides = parser.parse_known_args()
     compilation.enable_cache()
     try:
         config = arguments.parse(["--config", args.config, *overrides]).config
         require(config.seed + args.trials <= 2**32, "--trials", args.trials, f"seeds must be at most {2**32 - 1}")
-        script = None if args.baseline is None else original_of(args.baseline, Path(args.config).stem)
+        peers = [original_of(path, Path(args.config).stem) for path in args.peer]
         fraction = config.data.validation_fraction
-        fits = script is None or fraction == 0
-        require(fits, "data.validation_fraction", fraction, "must be 0 with --baseline, which trains on all images")
+        fits = not peers or fraction == 0
+        require(fits, "data.validation_fraction", fraction, "must be 0 with --peer, which trains on all images")
         device = re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
         out = args.out or RESULTS / f"speedrun_{Path(args.config).stem}_{device}.json"
         require(not out.is_dir(), "--out", str(out), "is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
-        print(report.text(measure(config, args.config, args.trials, script, out)))
+        result = measure(config, args.config, args.trials, peers, functools.partial(write_json, out))
+        print(runs.text(result))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (UserError, OSError) as error:  # the baseline's process ended, or the folder is not writable
+    except (UserError, OSError) as error:  # such as a folder that is not writable
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; all finished runs are written to the JSON file", file=sys.stderr)
         return 130
     print(f"written: {out}")
-    return 0
+    failed = [peer for peer, found in result["peers"].items() if "error" in found]
+    for peer in failed:
+        print(f"error: {result['peers'][peer]['error']}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

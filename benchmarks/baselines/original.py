@@ -1,4 +1,4 @@
-"""Run the script of a PyTorch speedrun, one trial at a time, for `benchmarks.speedrun --baseline`.
+"""Run the script of a PyTorch speedrun, one trial at a time, for `benchmarks.speedrun --peer`.
 
 The script runs in its own process, unchanged except for the `range(...)` of its top-level loop over trials: the
 replacement prints READY and waits for a line on standard input before each trial. The data is written to the folder
@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from cifar_flax.packages import has_module
+
 READY = "ready for the next run"
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -34,7 +36,10 @@ class Baseline:
             raise ChildProcessError(f"{script} printed no table with columns tta_val_acc and time_seconds")
 
     def run(self) -> dict[str, Any]:
-        """Run one more trial; return the accuracy (with test-time augmentation) and seconds that the script prints."""
+        """Run one more trial; return the accuracy (with test-time augmentation) and seconds that the script prints.
+
+        `train_seconds`, without the final evaluation, are those of the last row before it, if the script prints one.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -43,7 +48,9 @@ class Baseline:
         results = [row for row in rows if row.get("tta_val_acc") and row.get(self._time)]
         if not results:
             raise ChildProcessError(f"{self._script} printed no accuracy: {''.join(printed[-3:])!r}")
-        return {"accuracy": float(results[-1]["tta_val_acc"]), "seconds": float(results[-1][self._time])}
+        before = [row[self._time] for row in rows[: rows.index(results[-1])] if row.get(self._time)]
+        measured = {"accuracy": float(results[-1]["tta_val_acc"]), "seconds": float(results[-1][self._time])}
+        return measured | ({"train_seconds": float(before[-1])} if before else {})
 
     def _until_ready(self) -> list[str]:
         """Return the lines printed before the next READY; raise `ChildProcessError` if the script ends instead."""
@@ -102,6 +109,8 @@ def _turns() -> Iterator[int]:
 
 
 def _keep_data(folder: Path) -> None:
+    if not has_module("torch"):  # the script itself may not need it
+        return
     import torch
 
     folder.mkdir()

@@ -21,7 +21,7 @@ from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Task
 
 _MAX_EXAMPLES = 2**28  # of all epochs: the streaming pipeline keeps the sampling order in memory, 8 bytes per example
-
+_FLOAT16_LOSS_SCALE = 2.0**11  # gradients of a mean loss are otherwise below 6e-5, where float16 loses precision
 
 # (seed, `Network.sample_size` training images) -> initial state. The images may be None if a checkpoint replaces the
 # values.
@@ -75,6 +75,7 @@ def setup(
         total_steps=steps,
         layout=layout,
         sync_batchnorm=sync_batchnorm,
+        loss_scale=_FLOAT16_LOSS_SCALE if config.model.dtype == "float16" else 1.0,
         skip_nonfinite=config.on_nonfinite == "skip",
     )
 

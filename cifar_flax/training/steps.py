@@ -45,6 +45,7 @@ class Task:
     total_steps: int
     layout: Layout
     sync_batchnorm: bool  # whether BatchNorm statistics are over the batch of all devices
+    loss_scale: float = 1.0  # factor of the loss in the backward pass only; a power of two, so that it is exact
     skip_nonfinite: bool = False  # whether to skip the update if the loss, the gradient or the new state is not finite
 
 
@@ -81,11 +82,13 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
         model = nnx.merge(task.graphdef, params, state.batch_stats)
         logits = _require_logits(task, model(image, dropout_keys), image)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, target))
-        return loss, (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+        return task.loss_scale * loss, (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     # Without this cast, shard_map sums the gradient over the devices, and `pmean` returns that sum, not the mean.
     params = state.params if axis_name is None else jax.lax.pcast(state.params, axis_name, to="varying")
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    if task.loss_scale != 1:
+        loss, grads = jax.tree.map(lambda scaled: scaled / task.loss_scale, (loss, grads))
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.label)
     if axis_name is not None:
         # With sync_batchnorm, the statistics are equal on all devices. Otherwise average their changes, not their

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import jax
 
 from cifar_flax import models, packages
 from cifar_flax.config import Config
@@ -23,8 +25,11 @@ from cifar_flax.training.steps import Inputs, TrainCall
 class Trainer:
     """Everything that the training loop needs for a config: its data, network, initial state and evaluator."""
 
-    def __init__(self, config: Config):
-        """Raise `ConfigError` if the config does not fit the data, `UserError` if the data cannot be loaded."""
+    def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
+        """Train on `devices` (default: all).
+
+        Raise `ConfigError` if the config does not fit the data, `UserError` if the data cannot be loaded.
+        """
         self.config = config
         if config.data.pipeline == "streaming":
             packages.require(["tensorflow"], "data.pipeline='streaming' needs TensorFlow (resident does not)")
@@ -40,7 +45,7 @@ class Trainer:
             raise UserError(f"data.name={config.data.name!r}: the train and the evaluation split are of {both}")
         self.info = DatasetInfo.of(self.arrays, self.examples, config.augment.normalization)
         self.info.check(eval_arrays)
-        self.task, init = setup(config, self.info)
+        self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
         self.layout.require_divides("train.batch_size", config.train.batch_size)
         processes.require_agreement(data=self.arrays.digest())
@@ -94,16 +99,20 @@ class Trainer:
 
     def compile(self, state: TrainState) -> TrainCall:
         """Compile a call for states of the shapes of `state`."""
+        program, split = self.program(state)
+        return lambda state, inputs: program(state, inputs, *split)
+
+    def program(self, state: TrainState) -> tuple[jax.stages.Compiled, tuple[jax.Array, ...]]:
+        """Return the compiled program of a call, and its arguments after the state and the inputs."""
         rows = self.layout.local_slice(self.config.train.batch_size)
         local_size = rows.stop - rows.start
         if self.config.data.pipeline == "resident":
             indices = self.layout.shard_batch(empty_indices(self.config.train.steps_per_call, local_size), batch_axis=1)
             split = self.arrays.images, self.arrays.labels
             train_steps = functools.partial(steps.train_steps, self.task)
-            program = self.layout.compile(train_steps, state, indices, *split, batch_axis=1, donate=True)
-            return lambda state, indices: program(state, indices, *split)
+            return self.layout.compile(train_steps, state, indices, *split, batch_axis=1, donate=True), split
         batch = self.layout.shard_batch(empty_batch(local_size, self.info.image_shape))
-        return self.layout.compile(functools.partial(steps.train_step, self.task), state, batch, donate=True)
+        return self.layout.compile(functools.partial(steps.train_step, self.task), state, batch, donate=True), ()
 
     def calls(self, start: int, stop: int) -> range:
         """Return the number of finished steps after each call from step `start` to step `stop`."""

@@ -1,4 +1,4 @@
-"""The results of `benchmarks.speedrun` as a JSON object and as text."""
+"""The results of many runs of one config, and of its peers, as a JSON object and as text."""
 
 import importlib.metadata
 import os
@@ -18,8 +18,10 @@ from cifar_flax.config import Config
 TIMED = "initial weights and whitening, shuffling, training with augmentation, final evaluation"
 NOT_TIMED = (
     "start and imports of Python; reading the data and copying it to the device; compilation; one warm-up run (on "
-    "accelerators and of a baseline). Disabled: evaluations between epochs, checkpoints, logs"
+    "accelerators and of a peer). Disabled: evaluations between epochs, checkpoints, logs"
 )
+# Name -> what it includes. Some peers measure the first only.
+CLOCKS = {"seconds": "with the final evaluation", "train_seconds": "without the final evaluation"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
 Measurement = dict[str, Any]
@@ -33,16 +35,10 @@ def head(name: str, config: Config, num_images: int, flops: float) -> Measuremen
     if device not in PEAKS:
         dtype = "bfloat16" if half else "float32"
         peak = {"flops_per_second": measure_speed(dtype).flops, "is": f"the measured speed of a {dtype} matrix product"}
-    versions = {"python": platform.python_version(), "platform": backend.get_backend().platform_version}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "config_file": name,
         "machine": machine() | {"device": device},
-        "versions": versions | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
+        "versions": versions(),
         "timed": TIMED,
         "not_timed": NOT_TIMED,
         "num_images": num_images,
@@ -52,21 +48,40 @@ def head(name: str, config: Config, num_images: int, flops: float) -> Measuremen
     }
 
 
-def metrics(known: Measurement, ours: list[Measurement], script: str | None, theirs: list[Measurement]) -> Measurement:
+def versions() -> dict[str, str]:
+    """Return the versions of Python, XLA and the packages, and XLA_FLAGS."""
+    found = {"python": platform.python_version(), "platform": backend.get_backend().platform_version}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+
+
+def metrics(known: Measurement, ours: list[Measurement]) -> Measurement:
     """Return the metrics of all runs so far; `known` is the return value of `head`."""
     summary = _summary(ours)
     seconds = summary["seconds"]["mean"]
-    result = {
+    return {
         "ours": summary,
         "images_per_second": known["num_images"] / seconds,
         "flops_per_second": known["flops"] / seconds,
     }
-    if script is not None:
-        pairs = zip(ours, theirs, strict=True)
-        ratios = [mine["seconds"] / its["seconds"] for mine, its in pairs]
-        result["baseline"] = {"script": script} | _summary(theirs)
-        result["time_ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-        result["accuracy_difference"] = _difference(*([run["accuracy"] for run in runs] for runs in (ours, theirs)))
+
+
+def comparison(ours: list[Measurement], theirs: list[Measurement]) -> Measurement:
+    """Return the metrics of a peer's runs, and the ratios of both clocks and the difference of accuracy with ours.
+
+    Run n of `theirs` is compared with run n of `ours`; `ours` may have more runs.
+    """
+    pairs = list(zip(ours, theirs, strict=False))
+    result = _summary(theirs)
+    for name, clock in (("time_ratio", "seconds"), ("train_time_ratio", "train_seconds")):
+        ratios = [mine[clock] / its[clock] for mine, its in pairs if its.get(clock)]
+        if ratios:
+            result[name] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    result["accuracy_difference"] = _difference(*([run["accuracy"] for run in runs] for runs in (ours, theirs)))
     return result
 
 
@@ -84,7 +99,8 @@ def mean_of(values: list[float]) -> Measurement:
 
 
 def _summary(runs: list[Measurement]) -> Measurement:
-    return {"trials": list(runs)} | {name: mean_of([run[name] for run in runs]) for name in ("accuracy", "seconds")}
+    means = {name: [run[name] for run in runs if run.get(name)] for name in ("accuracy", *CLOCKS)}
+    return {"trials": list(runs)} | {name: mean_of(values) for name, values in means.items() if values}
 
 
 def _difference(ours: list[float], theirs: list[float]) -> Measurement:
@@ -113,26 +129,37 @@ def text(result: Measurement) -> str:
         f"  compilation  {times['cold']:.1f} s, {times['warm']:.1f} s with a warm cache",
         f"  process      {first:.1f} s from its start to the first accuracy, {result['process_seconds']:.1f} s total",
     ]
-    if "baseline" in result:
-        ratio, difference = result["time_ratio"], result["accuracy_difference"]
-        interval = ""
-        if difference["low"] is not None:
-            interval = f" ({100 * difference['low']:+.3f} to {100 * difference['high']:+.3f}, 95 % interval)"
-        lines += [
-            f"{result['baseline']['script']}, alternating with this project",
-            *_lines(result["baseline"]),
-            f"  ratio        {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}), ours / baseline's",
-            f"  difference   {100 * difference['mean']:+.3f} points of accuracy, ours - baseline's{interval}",
-        ]
+    for script, peer in result["peers"].items():
+        lines += [f"{script}, alternating with this project", *(_peer_lines(peer) if "trials" in peer else ())]
+        if "error" in peer:
+            lines.append(f"  failed       {peer['error']}")
     return "\n".join(lines)
+
+
+def _peer_lines(peer: Measurement) -> list[str]:
+    lines, difference, interval = _lines(peer), peer["accuracy_difference"], ""
+    for name, clock in (("time_ratio", "seconds"), ("train_time_ratio", "train_seconds")):
+        if name in peer:
+            ratio = peer[name]
+            spread = f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"
+            lines.append(f"  ratio        {spread}, ours / the peer's, {CLOCKS[clock]}")
+    if difference["low"] is not None:
+        interval = f" ({100 * difference['low']:+.3f} to {100 * difference['high']:+.3f}, 95 % interval)"
+    shown = f"{100 * difference['mean']:+.3f} points of accuracy, ours - the peer's{interval}"
+    return [*lines, f"  difference   {shown}"]
 
 
 def _lines(summary: Measurement) -> list[str]:
     lines = [f"  runs         {len(summary['trials'])}"]
-    for name, scale, unit in (("accuracy", 100, "%"), ("seconds", 1, "s")):
+    for name, what, scale, unit in (
+        ("accuracy", "", 100, "%"),
+        *((clock, f", {what}", 1, "s") for clock, what in CLOCKS.items()),
+    ):
+        if name not in summary:
+            continue
         mean, std, interval = (summary[name][key] for key in ("mean", "std", "interval"))
-        line = f"  {name:11}  {mean * scale:.3f} {unit}"
+        line = f"  {name.removeprefix('train_'):11}  {mean * scale:.3f} {unit}"
         if std is not None:
             line += f" ± {interval * scale:.3f} (95 % interval), standard deviation {std * scale:.3f}"
-        lines.append(line)
+        lines.append(line + what)
     return lines

@@ -1,0 +1,189 @@
+"""Measure everything on the accelerator of this machine, most valuable first, and write it to one JSON file.
+
+    python -m benchmarks.accelerator --budget 480
+    python -m benchmarks.accelerator --budget 480 --peer cifar10-airbench cifar10_speedrun.py --data cache/
+
+Each stage runs in its own process with its own time limit. The results file is rewritten after each run, so a killed
+campaign loses only the running stage; the same command then goes on with that stage. `--rehearse` runs every stage at
+toy size on the CPU.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+from benchmarks import campaign, rehearsal, sheets
+from benchmarks.arguments import at_least_one
+from benchmarks.speedrun import original_of
+from benchmarks.stages import STAGES, Settings
+from cifar_flax import files
+from cifar_flax.data import sources
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.errors import ConfigError, UserError, require
+
+RESULTS = Path(__file__).parent / "results"
+REPOSITORY = Path(__file__).parent.parent
+_STAGES_HELP = f"some of {', '.join(STAGES)} (default: all, in this order)"
+_END_SECONDS = 3.0  # to write the results and print the summary
+
+
+class Campaign:
+    """Run stages within a budget of seconds."""
+
+    def __init__(self, out: Path, budget: float, settings: Settings, log: IO[str]):
+        self._out, self._settings, self._log = out, settings, log
+        self._end = time.monotonic() + budget
+
+    def run(self, names: list[str]) -> list[str]:
+        """Run the stages that are not finished; return the names of those that failed."""
+        failed = []
+        for name in names:
+            stage, known = STAGES[name], campaign.read(self._out)["stages"].get(name, {})
+            left = self._end - time.monotonic() - _END_SECONDS
+            if known.get("status") == "done":
+                self._print(f"== {name}: finished before")
+            elif left < (1 if self._settings.rehearse else stage.least):
+                self._print(f"== {name}: not started: {left:.0f} s are left, and it needs {stage.least:.0f}")
+            elif not self._run_stage(name, min(stage.limit, left)):
+                failed.append(name)
+                self._print(f"== {name}: what to do: {stage.advice}")
+        return failed
+
+    def _run_stage(self, name: str, limit: float) -> bool:
+        self._print(f"== {name}: at most {limit:.0f} s")
+        campaign.update(self._out, name, status="running", result={}, error="")
+        settings = dataclasses.replace(self._settings, seconds=limit)
+        command = [sys.executable, "-u", "-m", "benchmarks.stages", name, str(self._out.absolute())]
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {STAGES[name].xla_flags}".strip()
+        if settings.rehearse and name == "devices":
+            flags += " --xla_force_host_platform_device_count=2"
+        start, last, is_late = time.monotonic(), "", threading.Event()
+        with subprocess.Popen(
+            [*command, json.dumps(dataclasses.asdict(settings))],
+            cwd=REPOSITORY,
+            env=os.environ | {"XLA_FLAGS": flags} | (rehearsal.ENVIRONMENT if settings.rehearse else {}),
+            stdin=subprocess.PIPE,  # closed when this process ends, however it ends; then the stage ends too
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that its children can be killed with it
+        ) as process:
+
+            def stop() -> None:
+                is_late.set()
+                os.killpg(process.pid, signal.SIGKILL)
+
+            timer = threading.Timer(limit, stop)
+            timer.start()
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    last = line.strip() or last
+                    self._print(line.rstrip())
+                process.wait()
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+            finally:
+                timer.cancel()
+        seconds = time.monotonic() - start
+        status = "timed out" if is_late.is_set() else "failed" if process.returncode else "done"
+        error = {"done": "", "failed": last, "timed out": f"did not end within {limit:.0f} s"}[status]
+        campaign.update(self._out, name, status=status, seconds=seconds, error=error)
+        self._print(f"== {name}: {status} after {seconds:.0f} s{error and f': {error}'}")
+        return status == "done"
+
+    def _print(self, line: str) -> None:
+        print(line, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=self._log, flush=True)
+
+
+def device_name() -> str:
+    """Return the kind of the first device as a part of a file's name, such as "nvidia_h100_80gb_hbm3".
+
+    Another process looks it up, since this one would keep the device's memory. Raise `UserError` if JAX finds no
+    device.
+    """
+    command = [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"JAX finds no device: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    return re.sub(r"\W+", "_", done.stdout.splitlines()[-1].lower())
+
+
+def data_cache(paths: list[Path]) -> str:
+    """Return the cache folder that `--data` names, or that its archives are unpacked to; "" without `--data`."""
+    for path in paths:
+        require(path.exists(), "--data", str(path), "no such file or folder")
+    if not paths:
+        return ""
+    if paths[0].is_dir():
+        require(len(paths) == 1, "--data", " ".join(map(str, paths)), "must be one folder, or archives")
+        cached = sources.cache_folder(DataConfig(cache_dir=str(paths[0])), "train")
+        found = cached is not None and cached.is_dir()
+        require(found, "--data", str(paths[0]), "contains no decoded cifar10, such as cifar10/3.0.2/train")
+        return str(paths[0].absolute())
+    sheets.unpack(paths, files.user_cache())
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=at_least_one, default=480, metavar="SECONDS", help="default: 480")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="NAME", help=_STAGES_HELP)
+    parser.add_argument(
+        "--peer", nargs="+", type=Path, default=[], metavar="PATH", help="checkouts of cifar10-airbench, or scripts"
+    )
+    parser.add_argument(
+        "--data", nargs="+", type=Path, default=[], metavar="PATH",
+        help="a folder of decoded data, or archives of benchmarks.sheets (default: TFDS)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/campaign_DEVICE.json)")
+    parser.add_argument("--rehearse", action="store_true", help="run every stage on the CPU, at toy size")
+    args = parser.parse_args()
+    try:
+        if args.rehearse:
+            out = args.out or Path(tempfile.mkdtemp(prefix="rehearsal_"), "campaign_rehearsal.json")
+            folder = out.absolute().parent
+            cache, peers = str(folder / "data"), rehearsal.write_peers(folder / "peers")
+            rehearsal.write_data(folder / "data")
+        else:
+            cache, peers = data_cache(args.data), [original_of(path, "airbench94") for path in args.peer]
+            out = args.out or RESULTS / f"campaign_{device_name()}.json"
+        require(not out.is_dir(), "--out", str(out), "is a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        settings = Settings(
+            seconds=0,
+            data_cache=cache,
+            peers=tuple(str(peer.absolute()) for peer in peers),
+            rehearse=args.rehearse,
+            results=str(out.absolute()),
+        )
+        with out.with_suffix(".log").open("a") as log:
+            failed = Campaign(out, args.budget, settings, log).run(args.stages)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the stage that was running", file=sys.stderr)
+        return 130
+    print(f"written: {out} and {out.with_suffix('.log').name}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

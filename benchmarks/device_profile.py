@@ -1,0 +1,84 @@
+"""The time of each operation of a training step on a device, from a trace of JAX's profiler."""
+
+import re
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cifar_flax.config import Config
+from cifar_flax.training.trainer import Trainer
+
+ROWS = 40  # operations in the result
+
+
+def profile(config: Config, calls: int = 5) -> dict[str, Any]:
+    """Return the milliseconds of a training step, and of its slowest operations, from a trace of one call.
+
+    `step_ms` is the median over `calls` calls without the profiler. `busy_ms` is the sum over all operations in the
+    trace, so the device idles for the rest of `step_ms` (or runs several operations at a time, if it is larger).
+    """
+    trainer = Trainer(config)
+    state, steps = trainer.initial_state, config.train.steps_per_call
+    program, split = trainer.program(state)
+    inputs = trainer.inputs(config.seed, 0)
+    times = []
+    for _ in range(1 + min(calls, len(trainer.calls(0, trainer.total_steps)) - 2)):  # the first one is a warm-up
+        arguments = next(inputs)
+        start = time.perf_counter()
+        state, _values = jax.block_until_ready(program(state, arguments, *split))
+        times.append((time.perf_counter() - start) / steps)
+    arguments = next(inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(program(state, arguments, *split))
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        seconds, count = operations(jax.profiler.ProfileData.from_file(str(path)))
+    (module,) = program.runtime_executable().hlo_modules()
+    sources = operation_sources(module.to_string())
+    return {
+        "step_ms": 1e3 * statistics.median(times[1:]),
+        "busy_ms": 1e3 * sum(seconds.values()) / steps,
+        "kernels_per_step": count / steps,
+        "operations": [
+            {"name": name, "source": sources.get(plain(name), ""), "ms": 1e3 * value / steps}
+            for name, value in seconds.most_common(ROWS)
+        ],
+    }
+
+
+def operations(trace: jax.profiler.ProfileData) -> tuple[Counter[str], int]:
+    """Return the seconds of each operation, and the number of executed operations.
+
+    An operation is named after its HLO instruction or, where the trace does not state it, after its kernel. On a
+    device, operations are the events of its streams; on a CPU, those that state an HLO instruction.
+    """
+    seconds: Counter[str] = Counter()
+    count = 0
+    planes = list(trace.planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:") and any(plane.lines)]
+    for plane in devices or planes:
+        for line in plane.lines:
+            if devices and not re.match(r"Stream|XLA Ops", line.name):
+                continue
+            for event in line.events:
+                name = dict(event.stats).get("hlo_op", event.name if devices else None)
+                if name:
+                    seconds[str(name)] += event.duration_ns / 1e9
+                    count += 1
+    return seconds, count
+
+
+def operation_sources(hlo: str) -> dict[str, str]:
+    """Return the JAX operation that each HLO instruction in the text `hlo` was lowered from, by its `plain` name."""
+    found = re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', hlo, re.MULTILINE)
+    return {plain(name): re.sub(r"^jit\(\w+\)/(while/body/)?(closed_call/)?", "", source) for name, source in found}
+
+
+def plain(name: str) -> str:
+    """Return the name of an HLO instruction as kernels spell it."""
+    return re.sub(r"\W", "_", name)

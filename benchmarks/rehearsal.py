@@ -1,0 +1,77 @@
+"""Toy sizes, toy data and fake peers for `benchmarks.accelerator --rehearse`."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cifar_flax.data import cache, sources
+from cifar_flax.data.sources import DataConfig
+
+_BATCH = 64
+_SPLITS = {"train": 4 * _BATCH, "test": 2 * _BATCH}  # images
+_RUN = (f"train.batch_size={_BATCH}", "train.epochs=4", f"eval.batch_size={_BATCH}", "train.steps_per_call=4")
+_AIRBENCH = ("model.widths=(4,4,4)", "train.log_every=4")
+_MUON = ("optim.dense.learning_rate=1.", "optim.biases.learning_rate=1.")  # the config's are for batches of 2,000
+_CNN = ("model.width=4", "model.hidden=16")
+# Config -> overrides.
+OVERRIDES = {
+    "airbench94": (*_RUN, *_AIRBENCH, *_MUON),
+    "airbench95": (*_RUN, *_AIRBENCH),
+    "airbench96": (*_RUN, *_AIRBENCH),
+    "resnet18": (*_RUN, "model.width=2"),
+    "default": (*_RUN, *_CNN),
+    "notebook": (*_RUN, *_CNN),
+}
+TRIALS = 2
+# Of all stages: the CPU, and programs that compile quickly.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+# Prints like the scripts of airbench. `{fails}` is the run in which it fails.
+_PEER = """
+import time
+
+def row(*cells):
+    print("".join(f"|  {{cell}}  " for cell in cells) + "|")
+
+def main(run):
+    if run == {fails}:
+        raise SystemExit("out of memory")
+    time.sleep(0.01)
+    row(run, 1, 0.9, 0.5, "", 0.01)
+    row("", "eval", 0.9, 0.5, 0.5, 0.02)
+
+row("run   ", "epoch", "train_acc", "val_acc", "tta_val_acc", "time_seconds")
+main("warmup")
+for run in range(200):
+    main(run)
+"""
+
+
+def write_peers(folder: Path) -> list[Path]:
+    """Write two fake peers, the first of which fails in its second run, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, fails in (("failing_peer.py", 1), ("fake_peer.py", -1)):
+        paths.append(folder / name)
+        paths[-1].write_text(_PEER.format(fails=fails))
+    return paths
+
+
+def write_data(folder: Path) -> None:
+    """Write a cache of random images with the names of CIFAR-10's splits, unless `folder` has one."""
+    rng = np.random.default_rng(0)
+    config = DataConfig(cache_dir=str(folder))
+    for split, count in _SPLITS.items():
+        target = sources.cache_folder(config, split, "0.0.0")
+        assert target is not None
+        if not target.exists():
+            images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+            labels = rng.integers(0, 10, count, np.int32)
+            cache.store(
+                target,
+                [(images, labels)],
+                num_examples=count,
+                image_shape=(32, 32, 3),
+                class_names=tuple("0123456789"),
+                dataset="cifar10/0.0.0",
+            )
