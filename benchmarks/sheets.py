@@ -48,8 +48,9 @@ def _encode(images: np.ndarray) -> bytes:
     """Return the uint8 `images`, of shape (n, height, width, 1 or 3), as a WebP image of n * height rows."""
     rgb = np.broadcast_to(images, (*images.shape[:3], 3))  # WebP stores gray images as RGB, too
     file = io.BytesIO()
-    strip = Image.fromarray(np.ascontiguousarray(rgb.reshape(-1, images.shape[2], 3)))
-    strip.save(file, "WEBP", lossless=True, quality=100, method=_METHOD, exact=True)
+    Image.fromarray(rgb.reshape(-1, images.shape[2], 3)).save(
+        file, "WEBP", lossless=True, quality=100, method=_METHOD, exact=True
+    )
     return file.getvalue()
 
 
@@ -80,7 +81,11 @@ def pack(config: DataConfig, parts: int, out: Path) -> list[Path]:
         size, allowed = max(images.shape[1:3]), f"images must be at most {_LARGEST_IMAGE} pixels high and wide"
         require(size <= _LARGEST_IMAGE, "data.image_size", size, allowed)
         strips |= split_into_strips(split, images)
-        data["splits"][split] = {"shape": images.shape, "labels": arrays.labels.tolist(), "sha256": sha256(images).hexdigest()}
+        data["splits"][split] = {
+            "shape": images.shape,
+            "labels": arrays.labels.tolist(),
+            "sha256": sha256(images).hexdigest(),
+        }
     require(parts <= len(strips), "--parts", parts, f"must be at most {len(strips)}, the number of strips")
     with ThreadPoolExecutor() as pool:  # Pillow encodes and decodes without Python's global lock
         encoded = list(zip(strips, pool.map(_encode, strips.values()), strict=True))
