@@ -43,6 +43,14 @@ def pytest_configure(config):
     jax.config.update("jax_disable_most_optimizations", not config.getoption("--default-optimizations"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Print the devices that `test_accelerator.py` ran on."""
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    properties = [entry for report in reports for entry in getattr(report, "user_properties", ())]
+    for devices in sorted({value for name, value in properties if name == "devices"}):
+        terminalreporter.write_line(f"accelerator tests ran on {devices}, jax {jax.__version__}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
     """Let all tests share one compilation cache."""
