@@ -1,5 +1,6 @@
 """Layers of the networks, with implementations that are fast on CPUs and on accelerators."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt8
 
 from cifar_flax.models.cpu import patches, winograd
 from cifar_flax.models.cpu.threefry import random_words
@@ -50,17 +51,45 @@ def _suits_patches(kernel: Array, padding: str, stride: int) -> bool:
     return padding == "VALID" and (kernel.shape[2] <= _MAX_PATCH_CHANNELS or stride > 1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[Array, "batch h_out w_out c"]:
     """Return the maximum over disjoint `window` x `window` squares. Drop rows and columns that fill no window.
 
-    Implemented as reshape and max, since the gradient of XLA's `reduce_window` is several times slower on a CPU. If a
-    window contains its maximum more than once, the gradient is divided equally among these elements.
+    For the gradient, only the place of the maximum is saved, as one byte. The gradient of `jnp.max` instead compares
+    `x` with its maximum again, and is NaN if the compiler computes `x` anew with another rounding. If a window contains
+    its maximum more than once, the first of these elements gets the whole gradient, as in PyTorch.
     """
-    batch, height, width, channels = x.shape
-    h_out, w_out = height // window, width // window
-    x = x[:, : h_out * window, : w_out * window]
-    x = x.reshape(batch, h_out, window, w_out * window, channels).max(axis=2)
-    return x.reshape(batch, h_out, w_out, window, channels).max(axis=3)
+    return _maximum(x, window)[0]
+
+
+def _maximum(x: Array, window: int) -> tuple[Array, UInt8[Array, "batch h_out w_out c"]]:
+    """Return the maximum of each window, and its place in the window, row by row."""
+    height, width = (size // window * window for size in x.shape[1:3])
+    best = x[:, :height:window, :width:window]
+    place = jnp.zeros(best.shape, jnp.uint8)
+    for number in range(1, window**2):
+        candidate = x[:, number // window : height : window, number % window : width : window]
+        is_better = (candidate > best) | jnp.isnan(candidate)
+        best, place = jnp.where(is_better, candidate, best), jnp.where(is_better, jnp.uint8(number), place)
+    return best, place
+
+
+def _max_pool_forward(x: Array, window: int) -> tuple[Array, tuple[Array, Array]]:
+    best, place = _maximum(x, window)
+    return best, (place, jnp.zeros((*x.shape[1:3], 0)))
+
+
+def _max_pool_backward(window: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
+    place, whole = saved
+    batch, h_out, w_out, c = dy.shape
+    number = jnp.arange(window**2, dtype=jnp.uint8).reshape(1, 1, window, 1, window, 1)
+    dx = jnp.where(place[:, :, None, :, None, :] == number, dy[:, :, None, :, None, :], jnp.zeros((), dy.dtype))
+    dx = dx.reshape(batch, h_out * window, w_out * window, c)
+    height, width = whole.shape[:2]
+    return (jnp.pad(dx, ((0, 0), (0, height - h_out * window), (0, width - w_out * window), (0, 0))),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 class Conv(nnx.Module):
