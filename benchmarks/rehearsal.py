@@ -9,8 +9,8 @@ from cifar_flax.data.sources import DataConfig
 
 _BATCH = 64
 _SPLITS = {"train": 4 * _BATCH, "test": 2 * _BATCH}  # images
-_RUN = (f"train.batch_size={_BATCH}", "train.epochs=4", f"eval.batch_size={_BATCH}", "train.steps_per_call=4")
-_AIRBENCH = ("model.widths=(4,4,4)", "train.log_every=4")
+_RUN = (f"train.batch_size={_BATCH}", "train.epochs=4", f"eval.batch_size={_BATCH}")
+_AIRBENCH = ("model.widths=(4,4,4)", "train.steps_per_call=4", "train.log_every=4")
 _MUON = ("optim.dense.learning_rate=1.", "optim.biases.learning_rate=1.")  # the config's are for batches of 2,000
 _CNN = ("model.width=4", "model.hidden=16")
 # Config -> overrides.
