@@ -32,25 +32,22 @@ _FORMAT = 1
 _MANIFEST = "manifest.json"
 _LARGEST_STRIP, _LARGEST_IMAGE = 16_383, 4096  # pixels; the limit of WebP, and that of Pillow for images of this height
 _LARGEST_ARCHIVE, _LARGEST_SPLIT = 2**30, 2**32  # bytes; a split is decoded in memory
-_IMAGES_PER_STRIP = 500
-# Errors that the content of a file may cause.
+# A damaged or made-up archive raises one of these.
 _FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, Image.DecompressionBombError)
 _METHOD = 4  # of WebP, 0 to 6: higher is slower and smaller; CIFAR-10 takes 99.3 MB with 4 and 100.5 MB with 2
 
 
 def split_into_strips(split: str, images: np.ndarray) -> dict[str, np.ndarray]:
     """Return a dict from name to images (a view) of each strip; its height is at most that of WebP."""
-    step = min(_IMAGES_PER_STRIP, _LARGEST_STRIP // images.shape[1])
+    step = min(500, _LARGEST_STRIP // images.shape[1])
     return {f"{split}_{i // step}.webp": images[i : i + step] for i in range(0, len(images), step)}
 
 
 def _encode(images: np.ndarray) -> bytes:
     """Return the uint8 `images`, of shape (n, height, width, 1 or 3), as a WebP image of n * height rows."""
     rgb = np.broadcast_to(images, (*images.shape[:3], 3))  # WebP stores gray images as RGB, too
-    file = io.BytesIO()
-    Image.fromarray(rgb.reshape(-1, images.shape[2], 3)).save(
-        file, "WEBP", lossless=True, quality=100, method=_METHOD, exact=True
-    )
+    strip, file = Image.fromarray(rgb.reshape(-1, images.shape[2], 3)), io.BytesIO()
+    strip.save(file, "WEBP", lossless=True, quality=100, method=_METHOD, exact=True)
     return file.getvalue()
 
 
@@ -77,9 +74,8 @@ def pack(config: DataConfig, parts: int, out: Path) -> list[Path]:
         "class_names": splits[config.train_split].class_names, "image_size": config.image_size,
     }  # fmt: skip
     for split, arrays in splits.items():
-        images = np.ascontiguousarray(arrays.images)
-        size, allowed = max(images.shape[1:3]), f"images must be at most {_LARGEST_IMAGE} pixels high and wide"
-        require(size <= _LARGEST_IMAGE, "data.image_size", size, allowed)
+        images, size = np.ascontiguousarray(arrays.images), max(arrays.images.shape[1:3])
+        require(size <= _LARGEST_IMAGE, "data.image_size", size, f"must be at most {_LARGEST_IMAGE}")
         strips |= split_into_strips(split, images)
         data["splits"][split] = {
             "shape": images.shape,
@@ -99,8 +95,7 @@ def pack(config: DataConfig, parts: int, out: Path) -> list[Path]:
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode="w") as archive:
             for name, content in ({_MANIFEST: sealed} | members).items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
+                (info := tarfile.TarInfo(name)).size = len(content)
                 archive.addfile(info, io.BytesIO(content))
         files.replace(path, file.getvalue())
     return paths
@@ -121,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             if sha256(content[name]).hexdigest() != checksum:
                 raise ValueError(f"{name} does not match its checksum")
     except (tarfile.TarError, *_FAULTS) as error:
-        raise UserError(f"ARCHIVE={str(path)!r}: cannot be read as written by pack ({one_line(error)})") from error
+        raise UserError(f"ARCHIVE={str(path)!r}: unreadable, or not written by pack ({one_line(error)})") from error
     return manifest, content
 
 
@@ -151,7 +146,7 @@ def unpack(paths: Sequence[Path], cache_dir: Path) -> list[Path]:
         for path in paths:
             manifest, its_strips = _read(path)
             data = data if parts else manifest["data"]
-            require(manifest["data"] == data, "ARCHIVE", str(path), f"holds other data than {paths[0]}")
+            require(data == manifest["data"], "ARCHIVE", str(path), f"holds other data than {paths[0]}")
             parts, strips = parts | {manifest["part"]}, strips | its_strips
         require(len(parts) == data["parts"], "ARCHIVE", sorted(parts), f"must be all {data['parts']} parts")
         name, _, version = data["dataset"].rpartition("/")
@@ -161,17 +156,16 @@ def unpack(paths: Sequence[Path], cache_dir: Path) -> list[Path]:
         for split, described in data["splits"].items():
             decoded[split] = _decode_split(split, described, strips)
     except _FAULTS as error:  # the seal does not prove that pack wrote it
-        raise UserError(f"ARCHIVE={str(paths[0])!r}: cannot be read as written by pack ({one_line(error)})") from error
+        raise UserError(f"ARCHIVE={str(paths[0])!r}: unreadable, or not written by pack ({one_line(error)})") from error
     folders = []
     for split, (images, labels) in decoded.items():
-        folder = sources.cache_folder(config, split, version)
+        folders.append(sources.cache_folder(config, split, version))
         stored = cache.store(
-            folder, [(images, labels)], num_examples=len(images), image_shape=images.shape[1:],
+            folders[-1], [(images, labels)], num_examples=len(images), image_shape=images.shape[1:],
             class_names=tuple(data["class_names"]), dataset=data["dataset"],
         )  # fmt: skip
         same = np.array_equal(stored.images, images) and np.array_equal(stored.labels, labels)
-        require(same, "--out", str(cache_dir), f"{folder} exists with other data")
-        folders.append(folder)
+        require(same, "--out", str(cache_dir), f"{folders[-1]} exists with other data")
     return folders
 
 
