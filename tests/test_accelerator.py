@@ -52,8 +52,8 @@ pytestmark = pytest.mark.accelerator
 
 REHEARSAL = os.environ.get("REHEARSE") == "1"
 CLOSE = 1e-5
-# Largest difference between accelerator and CPU: of the loss, and of the gradient, relative to its norm. In ResNet-18,
-# each ReLU whose input has another sign because of rounding changes the gradient by about 0.5 %.
+# Largest difference between accelerator and CPU: of the loss, and of the gradient, relative to its norm. The gradient
+# of ResNet-18 differs by 1 % (float32) and 24 % (bfloat16) between the two implementations of its layers on a CPU.
 PARITY = {
     ("cnn", "float32"): (1e-4, 1e-3),
     ("airbench", "float32"): (1e-4, 1e-3),
@@ -79,18 +79,18 @@ def optimizations(request):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def accelerator(compile_once, optimizations):
-    """Return the devices. Compile as users do, and never load a program: a repeated run compiles its own."""
+def accelerator(compile_once):
+    """Return the devices. Never load a compiled program: a repeated run compiles its own."""
     if jax.default_backend() == "cpu" and not REHEARSAL:
         pytest.skip("JAX finds no GPU or TPU. REHEARSE=1 runs these tests on the CPU")
-    optimizations(not REHEARSAL)
     with compilation.cache_writes_disabled():
         yield jax.devices()
 
 
 @pytest.fixture(autouse=True)
-def name_the_device(accelerator, record_property):
-    """Let `pytest_terminal_summary` print on which devices the tests ran."""
+def prepare_test(accelerator, optimizations, record_property):
+    """Compile as users do, except in a rehearsal; let `pytest_terminal_summary` print the devices."""
+    optimizations(not REHEARSAL)
     record_property("devices", f"{len(accelerator)} x {accelerator[0].device_kind} ({accelerator[0].platform})")
 
 
@@ -193,9 +193,8 @@ def test_streaming_and_resident_pipelines_yield_the_same_bytes():
 def test_loss_and_gradient_equal_those_of_the_cpu(accelerator, name, dtype, optimizations):
     """Compare float32 at the highest precision, and bfloat16 at the default one, with float32 on the CPU.
 
-    Without XLA's optimizations, gradients of max-pooling on the CPU are wrong: the compiler computes its input twice,
-    with different rounding, and the gradient looks for the maximum of the one in the other. ResNet-18 has no
-    max-pooling, and takes long to compile.
+    Without XLA's optimizations, the gradient of airbench on a CPU is wrong by 40 %; with them, it is right to 3e-6.
+    ResNet-18 takes long to compile and does not need them.
     """
     optimizations(name != "resnet18" or not REHEARSAL)
     state, (expected_loss, expected) = on_cpu(name)
