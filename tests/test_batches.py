@@ -1,4 +1,5 @@
 import itertools
+import threading
 import time
 
 import jax
@@ -155,6 +156,22 @@ def test_errors_of_the_source_are_raised_after_its_batches():
     assert [int(batch.index[0]) for batch in itertools.islice(batches, GROUP)] == list(range(GROUP))
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
+
+
+def test_closing_does_not_wait_for_the_thread():
+    """The garbage collector may close the iterator while another thread starts, which deadlocked in Python 3.12."""
+    closed, seen = threading.Event(), []
+
+    def source():
+        yield from evaluation_batches(make_arrays(GROUP), np.arange(GROUP, dtype=np.int32), 1)
+        seen.append(closed.wait(10))
+
+    batches = to_device(source())
+    next(batches)
+    batches.close()  # while the thread waits in `source`
+    assert not seen
+    closed.set()
+    wait_until(lambda: seen == [True])
 
 
 def test_time_spent_waiting_for_batches_is_measured(monkeypatch):

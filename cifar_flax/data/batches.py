@@ -86,11 +86,14 @@ def to_device(batches: Iterable[T], put: Callable[[T], T] = jax.device_put, grou
     first = executor.submit(fetch)
 
     def rest() -> Iterator[T]:
-        with executor:
+        try:
             following = first
             while fetched := following.result():
                 following = executor.submit(fetch)
                 yield from fetched
+        finally:
+            # Do not wait: the garbage collector may close this generator inside `Thread.start`, which would deadlock.
+            executor.shutdown(wait=False)
 
     return rest()
 
