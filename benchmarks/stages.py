@@ -193,7 +193,7 @@ def correctness(settings: Settings, save: Save) -> None:
     """Run the tests that need an accelerator."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-m", "accelerator", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-m", "accelerator", "-q", "tests/test_accelerator.py"]
         environment = os.environ | ({"REHEARSE": "1"} if settings.rehearse else {})
         done = subprocess.run([*command, f"--junitxml={report}"], cwd=REPOSITORY, env=environment)
         cases = ElementTree.parse(report).getroot().iter("testcase") if report.exists() else []
