@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -19,6 +20,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
+from cifar_flax import packages
 from cifar_flax.checkpoints import manager
 from cifar_flax.config import Config, EvalConfig, TrainConfig
 from cifar_flax.data.augment import AugmentConfig
@@ -31,6 +33,12 @@ from cifar_flax.training.state import TrainState
 from cifar_flax.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
+PREPARED = Path(os.environ.get("TFDS_DATA_DIR", "nowhere")).absolute()  # read before a fixture changes it
+
+
+def python_path(*folders):
+    """Return PYTHONPATH with `folders` before those that it has, which may hold the packages of this project."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def pytest_addoption(parser):
@@ -56,6 +64,16 @@ def compile_once(tmp_path_factory):
     """Let all tests share one compilation cache."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def tf():
+    """Return the module `tensorflow`, or skip the test if it is not installed."""
+    if not packages.installed("tensorflow"):
+        pytest.skip("TensorFlow is not installed")
+    from cifar_flax.data import tensorflow
+
+    return tensorflow.tf
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_flax.data import order, resident, streaming
+from cifar_flax.data import order, resident
 from cifar_flax.data.batches import GROUP, Batch, Indices, InputTimer, evaluation_indices, gather, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.runtime.devices import ParallelConfig, make_layout
 
 FIELDS = ("image", "label", "index", "epoch", "mask")
+
+
+@pytest.fixture
+def streaming(tf):
+    from cifar_flax.data import streaming
+
+    return streaming
 
 
 def make_arrays(size):
@@ -26,7 +33,7 @@ def make_arrays(size):
 @pytest.mark.parametrize(
     ("start", "steps_per_call", "drop_last"), [(0, 1, False), (3, 1, False), (3, 3, True), (6, 6, True)]
 )
-def test_pipelines_agree_byte_for_byte(start, steps_per_call, drop_last):
+def test_pipelines_agree_byte_for_byte(streaming, start, steps_per_call, drop_last):
     arrays = make_arrays(30)
     examples = np.arange(5, 30, dtype=np.int32)
     arguments = {"batch_size": 8, "seed": 7, "start": start, "stop": 12, "drop_last": drop_last}
@@ -50,7 +57,7 @@ def test_pipelines_agree_byte_for_byte(start, steps_per_call, drop_last):
 
 
 @pytest.mark.parametrize("rows", [slice(0, 4), slice(4, 8), slice(2, 3)])
-def test_a_host_reads_only_its_rows(rows):
+def test_a_host_reads_only_its_rows(streaming, rows):
     arrays, examples = make_arrays(30), np.arange(30, dtype=np.int32)
     arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 9, "drop_last": False}
     for whole, part in (
@@ -93,7 +100,7 @@ def test_batches_depend_on_neither_prefetching_nor_number_of_hosts(size, drop_la
 
 
 @pytest.mark.parametrize("depth", [1, 9])
-def test_streamed_batches_do_not_depend_on_the_prefetch_depth(monkeypatch, depth):
+def test_streamed_batches_do_not_depend_on_the_prefetch_depth(streaming, monkeypatch, depth):
     arrays, examples = make_arrays(30), np.arange(30, dtype=np.int32)
     arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 20}
     before = list(streaming.training_batches(arrays, examples, **arguments))

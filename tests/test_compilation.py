@@ -7,7 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python_path
 from jax.experimental.compilation_cache import compilation_cache
 
 from cifar_flax import files
@@ -38,7 +38,7 @@ def start(tmp_path, number):
     arguments = [f"--config.{field}" for field in TINY]
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM, "--config", QUICKSTART, f"--workdir=runs/{number}", *arguments],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
+        env=os.environ | {"PYTHONPATH": python_path(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -99,7 +99,7 @@ def test_training_and_evaluation_are_compiled_with_the_options(tiny_config, monk
 )
 def test_environment_variables_of_jax_take_precedence(tmp_path, variable, value, used):
     program = "import jax; from cifar_flax.runtime import compilation; compilation.enable_cache(); jax.jit(abs)(1.0)"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), variable: value}
+    environment = os.environ | {"PYTHONPATH": python_path(REPOSITORY), variable: value}
     subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True)
     written = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("*-cache")}
     assert written == ({used} if used else set())

@@ -12,9 +12,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY, assert_same_classes, make_tiny_config, widest_gap
+from conftest import PREPARED, REPOSITORY, assert_same_classes, make_tiny_config, python_path, widest_gap
 from safetensors.numpy import load_file
-from test_main import PREPARED
 
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
@@ -50,7 +49,7 @@ def run_script(script, folder, images, tmp_path):
     (fake / "__init__.py").write_text("raise SystemExit('imports cifar_flax')")
     np.save(tmp_path / "images.npy", images)
     command = [sys.executable, str(script), str(folder), str(tmp_path / "images.npy"), str(tmp_path / "found.npy")]
-    environment = os.environ | {"PYTHONPATH": str(fake.parent)}
+    environment = os.environ | {"PYTHONPATH": python_path(fake.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return np.load(tmp_path / "found.npy")

@@ -11,7 +11,6 @@ from PIL import Image
 
 from cifar_flax.data import images
 from cifar_flax.data.images import read_image
-from cifar_flax.data.tensorflow import tf
 from cifar_flax.errors import UserError
 
 SHAPE = (6, 8, 3)
@@ -98,7 +97,7 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(6, 8), (1, 1), (3, 40), (200, 151), (13, 5)])
-def test_other_sizes_are_resized_like_training_images(tmp_path, size):
+def test_other_sizes_are_resized_like_training_images(tf, tmp_path, size):
     pixels = RNG.integers(0, 256, (*size, 3), np.uint8)
     result = write(tmp_path / "a.png", Image.fromarray(pixels)).astype(int)
     expected = np.round(tf.image.resize(pixels, SHAPE[:2], antialias=True).numpy())

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python_path
 
 from cifar_flax.packages import OPTIONAL, PACKAGES
 
@@ -127,9 +127,13 @@ def test_tensorboard_events_do_not_import_pytorch(tmp_path):
         "from cifar_flax.telemetry.tensorboard import Events\n"
         "Events(Path('events')).close(); print('written'); import torch"
     )
-    path = f"{ROOT.parent}:{tmp_path}"
     run = [sys.executable, "-c", code]
     done = subprocess.run(
-        run, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, check=True
+        run,
+        env=os.environ | {"PYTHONPATH": python_path(REPOSITORY, tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines() == ["written", "torch imported"]

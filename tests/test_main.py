@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import fake_tfds  # noqa: F401  registers the datasets
 import pytest
-from conftest import REPOSITORY
+from conftest import PREPARED, REPOSITORY
 from processes import environment
 
 from cifar_flax import arguments, cli
@@ -19,8 +18,6 @@ from cifar_flax.runtime import signals
 
 DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
 CIFAR = str(REPOSITORY / "configs" / "default.py")
-
-PREPARED = Path(os.environ.get("TFDS_DATA_DIR", "nowhere")).absolute()  # read before a fixture changes it
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python_path
 from processes import environment
 
 from cifar_flax.data import cache
@@ -59,7 +59,7 @@ def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, "--config", str(tmp_path / "config.py"), "--workdir=run"],
-        env=environment(PYTHONPATH=str(REPOSITORY), **SETTINGS),
+        env=environment(PYTHONPATH=python_path(REPOSITORY), **SETTINGS),
         capture_output=True,
         text=True,
     )

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python_path
 
 from cifar_flax import packages
 from cifar_flax.errors import UserError
@@ -37,7 +37,7 @@ def start(folder, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "cifar_flax", *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": f"{folder / 'first'}:{REPOSITORY}"},
+        env=os.environ | {"PYTHONPATH": python_path(folder / "first", REPOSITORY)},
         capture_output=True,
         text=True,
     )

@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import FILES, REPOSITORY, assert_same_run, final_state, make_tiny_config, read_metrics
+from conftest import FILES, REPOSITORY, assert_same_run, final_state, make_tiny_config, python_path, read_metrics
 from killed import MOMENTS
 from processes import CONFIG, environment
 from stops import saved, stop_at, stopped
@@ -61,7 +61,7 @@ def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(folder, capsys):
     """A limit of the file size simulates a full disk."""
     arguments = (*ARGUMENTS, "--config.model.hidden=64", "--workdir=run")
     command = [sys.executable, "-c", LIMITED, *arguments]
-    variables = environment(PYTHONPATH=str(REPOSITORY))
+    variables = environment(PYTHONPATH=python_path(REPOSITORY))
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

@@ -10,7 +10,6 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from cifar_flax.data.tensorflow import tf
 from cifar_flax.telemetry.metrics_log import MetricsWriter
 from cifar_flax.telemetry.progress import Progress
 from cifar_flax.telemetry.tensorboard import write_evaluation_events
@@ -94,17 +93,22 @@ def test_lines_are_flushed_at_once(tmp_path):
     writer.close()
 
 
-def events(folder):
-    """Return the values in the event files of `folder`, by tag and step."""
-    values = {}
-    for path in sorted(folder.glob("events*")):
-        for raw in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-            event = Event.FromString(raw)
-            values |= {(value.tag, event.step): value for value in event.summary.value}
-    return values
+@pytest.fixture
+def events(tf):
+    """Return a function that returns the values in the event files of a folder, by tag and step."""
+
+    def events(folder):
+        values = {}
+        for path in sorted(folder.glob("events*")):
+            for raw in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+                event = Event.FromString(raw)
+                values |= {(value.tag, event.step): value for value in event.summary.value}
+        return values
+
+    return events
 
 
-def test_tensorboard_has_all_metrics(tmp_path):
+def test_tensorboard_has_all_metrics(events, tmp_path):
     write(tmp_path, [1, 2])
     seen = events(tmp_path / "tensorboard")
     assert seen[("train/loss", 2)].simple_value == 0.5
@@ -112,7 +116,7 @@ def test_tensorboard_has_all_metrics(tmp_path):
     assert scalars == {"train/epoch", "train/loss", "train/accuracy", "train/skipped_steps"}
 
 
-def test_tensorboard_has_the_settings(tmp_path):
+def test_tensorboard_has_the_settings(events, tmp_path):
     settings = {"seed": 3, "optim.name": "adamw", "deterministic": False, "eval.tta_below": None, "betas": (0.9, 0.99)}
     MetricsWriter(tmp_path, 0, settings=settings).close()
     values = {tag: value.metadata.plugin_data for (tag, _), value in events(tmp_path / "tensorboard").items()}
@@ -125,7 +129,7 @@ def test_tensorboard_has_the_settings(tmp_path):
     assert {info.name for info in experiment.hparam_infos} == settings.keys()
 
 
-def test_tensorboard_has_the_latest_evaluation_and_its_plot(tmp_path):
+def test_tensorboard_has_the_latest_evaluation_and_its_plot(events, tmp_path):
     figures = {"top5_accuracy": 1.0, "loss": 0.25, "expected_calibration_error": 0.125, "split": "test"}
     for step, size in ((5, (3, 4)), (7, (8, 6))):
         Image.new("RGBA", size, "red").save(tmp_path / "matrix.png")
