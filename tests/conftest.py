@@ -36,6 +36,9 @@ REPOSITORY = Path(__file__).parent.parent
 PREPARED = Path(os.environ.get("TFDS_DATA_DIR", "nowhere")).absolute()  # read before a fixture changes it
 
 
+needs_tensorflow = pytest.mark.skipif(not packages.installed("tensorflow"), reason="TensorFlow is not installed")
+
+
 def python_path(*folders):
     """Return PYTHONPATH with `folders` before those that it has, which may hold the packages of this project."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import NOT_TIMES, final_state, make_tiny_config, read_metrics
+from conftest import NOT_TIMES, final_state, make_tiny_config, needs_tensorflow, read_metrics
 
 from cifar_flax.data.batches import GROUP, Batch, Indices
 from cifar_flax.errors import UserError
@@ -53,6 +53,7 @@ def test_the_loop_disallows_implicit_transfers(tiny_config):
         run_calls(call, trainer.initial_state, inputs, range(1, 2), lambda step, values: None)
 
 
+@needs_tensorflow
 def test_one_call_of_many_steps_equals_many_calls_of_one_step(tiny_config, tmp_path):
     """Train 33 steps by `tf.data`, by calls of one step, and by one call that loops on the device."""
     tiny_config.data.drop_last = True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, python_path
+from conftest import REPOSITORY, needs_tensorflow, python_path
 from processes import environment
 
 from cifar_flax.data import cache
@@ -44,6 +44,7 @@ sys.exit(cli.main())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc of Linux")
+@needs_tensorflow
 def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
     """A leak of the images (6 MB per epoch) would exceed the limit well before the twelfth epoch."""
     rng = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, python_path
+from conftest import REPOSITORY, needs_tensorflow, python_path
 
 from cifar_flax import packages
 from cifar_flax.errors import UserError
@@ -105,7 +105,7 @@ def test_a_run_works_without_broken_optional_packages(tmp_path):
     [
         ("sklearn", "scikit-learn", ("--config=quickstart",)),
         ("tensorflow", "tensorflow", ("--config=quickstart", "--config.data.pipeline=streaming")),
-        ("tensorflow_datasets", "tensorflow-datasets", ("--config=resnet18",)),
+        pytest.param("tensorflow_datasets", "tensorflow-datasets", ("--config=resnet18",), marks=needs_tensorflow),
     ],
 )
 def test_a_broken_package_that_the_config_needs_is_reported_in_one_line(tmp_path, module, name, arguments):

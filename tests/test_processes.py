@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import FILES, assert_same_counts
+from conftest import FILES, assert_same_counts, needs_tensorflow
 from processes import CONFIG, assert_same_run, end, free_port, reference, run, start, start_all, wait_for_checkpoint
 
 from cifar_flax.arguments import parse
@@ -69,7 +69,7 @@ def test_two_processes_resume_a_killed_run_of_four(folder):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--config.parallel.backend=jit", "--config.data.pipeline=streaming"),
+        pytest.param(("--config.parallel.backend=jit", "--config.data.pipeline=streaming"), marks=needs_tensorflow),
         ("--config.train.sync_batchnorm=False", "--config.data.drop_last=True", "--config.train.steps_per_call=11"),
     ],
     ids=["jit, streaming", "batch statistics per device, loops"],
