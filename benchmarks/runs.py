@@ -70,12 +70,12 @@ def metrics(known: Measurement, ours: list[Measurement]) -> Measurement:
     }
 
 
-def comparison(ours: list[Measurement], theirs: list[Measurement]) -> Measurement:
-    """Return the metrics of a peer's runs, and the ratios of both clocks and the difference of accuracy with ours.
+def comparison(ours: list[Measurement], pairs: list[tuple[Measurement, Measurement]]) -> Measurement:
+    """Return the metrics of a peer's runs, the ratios of both clocks, and the difference of the accuracies.
 
-    Run n of `theirs` is compared with run n of `ours`; `ours` may have more runs.
+    `ours` are all runs of this project; `pairs` are (one of ours, one of the peer's) run one after the other.
     """
-    pairs = list(zip(ours, theirs, strict=False))
+    theirs = [its for _, its in pairs]
     result = _summary(theirs)
     for name, clock in (("time_ratio", "seconds"), ("train_time_ratio", "train_seconds")):
         ratios = [mine[clock] / its[clock] for mine, its in pairs if its.get(clock)]

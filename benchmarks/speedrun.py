@@ -21,6 +21,7 @@ import functools
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -113,6 +114,8 @@ def compile_seconds(run: Speedrun) -> Measurement:
             seconds[cache] = time.perf_counter() - start
         jax.config.update("jax_compilation_cache_dir", kept)
         compilation_cache.reset_cache()
+        if kept:
+            shutil.copytree(folder, kept, dirs_exist_ok=True)  # for the next process
     return seconds
 
 
@@ -124,44 +127,66 @@ def measure(
     save: Callable[[Measurement], None],
     seconds: float = math.inf,
 ) -> Measurement:
-    """Measure `trials` seeds, alternating with the scripts `peers`; print each run and pass the results to `save`.
+    """Measure `trials` seeds; print each run and pass the results so far to `save`.
 
-    Start no run that might not end within `seconds`. A peer that fails is reported, and the others go on.
+    With `peers`, scripts, measure `trials` more seeds afterwards, alternating with them: first this project alone,
+    since a script may take minutes to start. A peer that fails is reported, and the others go on. Start no run that
+    might not end within `seconds`.
     """
-    begin, longest = time.perf_counter(), 0.0
+    begin = time.perf_counter()
     compiled = Speedrun(config)
     result = runs.head(name, config, compiled.num_images, compiled.flops())
     result |= {"compile_seconds": compile_seconds(compiled), "peers": {}}
     times = result["compile_seconds"]
     print(f"compiled in {times['cold']:.1f} s, with a warm cache in {times['warm']:.1f} s", flush=True)
+    if jax.default_backend() != "cpu":
+        compiled.run(config.seed)
+    ours: list[Measurement] = []
+
+    def run_ours() -> Measurement:
+        ours.append(compiled.run(config.seed + len(ours)))
+        print(f"seed {ours[-1]['seed']}: {runs.shown(ours[-1])}", flush=True)
+        result.setdefault("seconds_to_first_accuracy", time.perf_counter() - STARTED)
+        result.update(runs.metrics(result, ours))
+        save(result)
+        return ours[-1]
+
+    left = Deadline(begin + seconds)
+    while len(ours) < trials and left.allows_another():
+        run_ours()
     with ExitStack() as stack:
         running = _start_peers(peers, config, stack, result["peers"])
-        if jax.default_backend() != "cpu":
-            compiled.run(config.seed)
-        ours: list[Measurement] = []
-        theirs: dict[str, list[Measurement]] = {peer: [] for peer in running}
-        for seed in range(config.seed, config.seed + trials):
-            start = time.perf_counter()
-            if ours and start - begin + longest > seconds:
-                break
-            ours.append(compiled.run(seed))
-            print(f"seed {seed}: {runs.shown(ours[-1])}", flush=True)
-            result.setdefault("seconds_to_first_accuracy", time.perf_counter() - STARTED)
+        pairs: dict[str, list[tuple[Measurement, Measurement]]] = {peer: [] for peer in running}
+        left = Deadline(begin + seconds)
+        while running and len(ours) < 2 * trials and left.allows_another():
+            mine = run_ours()
             for peer, script in list(running.items()):
                 try:
-                    theirs[peer].append(script.run())
-                    print(f"{peer}: {runs.shown(theirs[peer][-1])}", flush=True)
+                    pairs[peer].append((mine, script.run()))
+                    print(f"{peer}: {runs.shown(pairs[peer][-1][1])}", flush=True)
                 except ChildProcessError as error:
                     _report_failure(result["peers"], peer, error)
                     del running[peer]
-                if theirs[peer]:
-                    result["peers"].setdefault(peer, {}).update(runs.comparison(ours, theirs[peer]))
-            result |= runs.metrics(result, ours)
+                if pairs[peer]:
+                    result["peers"].setdefault(peer, {}).update(runs.comparison(ours, pairs[peer]))
             save(result)
-            longest = max(longest, time.perf_counter() - start)
     result["process_seconds"] = time.perf_counter() - STARTED
     save(result)
     return result
+
+
+class Deadline:
+    """Whether there is time for another round; the first one is always allowed."""
+
+    def __init__(self, end: float):
+        self._end, self._longest, self._last = end, 0.0, math.nan
+
+    def allows_another(self) -> bool:
+        now = time.perf_counter()
+        if not math.isnan(self._last):
+            self._longest = max(self._longest, now - self._last)
+        first, self._last = math.isnan(self._last), now
+        return first or now + self._longest <= self._end
 
 
 def _start_peers(
@@ -171,12 +196,16 @@ def _start_peers(
     splits = {split: sources.load(config.data, split) for split in ("train", "test")} if peers else {}
     running = {}
     for path in peers:
+        start = time.perf_counter()
         try:
             script = stack.enter_context(original.start(path, splits))
             script.run()
-            running[path.name] = script
         except ChildProcessError as error:
             _report_failure(results, path.name, error)
+            continue
+        running[path.name] = script
+        results[path.name] = {"start_seconds": time.perf_counter() - start}
+        print(f"{path.name}: started in {results[path.name]['start_seconds']:.0f} s", flush=True)
     return running
 
 

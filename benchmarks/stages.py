@@ -33,6 +33,7 @@ from cifar_flax.runtime import compilation
 REPOSITORY = Path(__file__).parent.parent
 VARIANT_TRIALS = 10
 MAX_ACCURACY_LOSS = 0.0015  # of a variant that may win
+_WORKERS = 4  # processes that run the tests
 _MARGIN = 5.0  # seconds between the last run of a stage and the stage's time limit
 
 Save = Callable[[Any], None]
@@ -193,9 +194,13 @@ def correctness(settings: Settings, save: Save) -> None:
     """Run the tests that need an accelerator."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-m", "accelerator", "-q", "tests/test_accelerator.py"]
-        environment = os.environ | ({"REHEARSE": "1"} if settings.rehearse else {})
-        done = subprocess.run([*command, f"--junitxml={report}"], cwd=REPOSITORY, env=environment)
+        command = [sys.executable, "-m", "pytest", "-m", "accelerator", "-v", "tests/test_accelerator.py"]
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share the device
+        if settings.rehearse:
+            os.environ["REHEARSE"] = "1"
+        elif jax.default_backend() == "gpu":  # only one process at a time can use a TPU
+            command += ["-n", str(_WORKERS)]
+        done = subprocess.run([*command, f"--junitxml={report}"], cwd=REPOSITORY)
         cases = ElementTree.parse(report).getroot().iter("testcase") if report.exists() else []
         outcomes = {case.get("name", ""): next((child.tag for child in case), "passed") for case in cases}
     save({"exit_code": done.returncode, "tests": outcomes})
