@@ -26,20 +26,27 @@ _H100 = Path(__file__).parent / "chips" / "h100_sxm.txtpb"
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """One device, as jax counts them. Speeds are from the vendors' data sheets."""
+    """One device, as jax counts them."""
 
-    flops: float  # dense bfloat16 operations per second
-    bandwidth: float  # bytes per second of the main memory
+    kind: str  # jax's `device_kind`
+    bandwidth: float  # bytes per second of the main memory, from the vendor's data sheet
     clock: float | None = None  # of a TPU: cycles per second, by which XLA's estimates become times
+
+    @property
+    def flops(self) -> float:
+        """Return the dense bfloat16 operations per second."""
+        from benchmarks.hardware import PEAKS
+
+        return PEAKS[self.kind]
 
 
 CHIPS = {
-    "h100": Chip(989e12, 3.35e12),
-    "v4": Chip(275e12, 1.23e12, 1.05e9),
-    "v5e": Chip(197e12, 819e9, 1.5e9),
-    "v5p": Chip(459e12, 2.765e12, 1.75e9),
-    "v6e": Chip(918e12, 1.64e12, 1.75e9),
-    "tpu7x": Chip(1153.5e12, 3.69e12),  # half a chip
+    "h100": Chip("NVIDIA H100 80GB HBM3", 3.35e12),
+    "v4": Chip("TPU v4", 1.23e12, 1.05e9),
+    "v5e": Chip("TPU v5 lite", 819e9, 1.5e9),
+    "v5p": Chip("TPU v5", 2.765e12, 1.75e9),
+    "v6e": Chip("TPU v6 lite", 1.64e12, 1.75e9),
+    "tpu7x": Chip("TPU7x", 3.69e12),
 }
 
 
