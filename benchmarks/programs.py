@@ -17,7 +17,7 @@ from cifar_flax.training import averaging, evaluator, steps
 from cifar_flax.training.setup import setup
 
 # CIFAR-10 without its images; the statistics are constants of the programs, whose values do not matter.
-CIFAR10 = DatasetInfo(
+DATASET = DatasetInfo(
     name="cifar10",
     image_shape=(32, 32, 3),
     class_names=tuple("0123456789"),
@@ -44,8 +44,8 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
 
     Raise `ConfigError` if the config does not fit the devices.
     """
-    task, init = setup(config, CIFAR10, devices)
-    layout, shape = task.layout, CIFAR10.image_shape
+    task, init = setup(config, DATASET, devices)
+    layout, shape = task.layout, DATASET.image_shape
     layout.require_divides("train.batch_size", config.train.batch_size)
     options = compilation.options(layout.platform, deterministic=layout.deterministic) | options
     state = jax.eval_shape(lambda: init(0, None))
@@ -72,7 +72,7 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
         settings = {"batch_axis": 1, "donate": True}
     else:
         step, inputs, settings = steps.train_step, empty_batch(size, shape), {"donate": True}
-    yield build("train", count, functools.partial(step, task), state, inputs, *split(CIFAR10.num_examples), **settings)
+    yield build("train", count, functools.partial(step, task), state, inputs, *split(DATASET.num_examples), **settings)
     weights = averaging.evaluated(task.averaging, (state.params, state.batch_stats), state.average)
     size = layout.round_up(config.eval.batch_size)
     inputs = empty_indices(size) if resident else empty_batch(size, shape)
