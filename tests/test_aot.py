@@ -19,14 +19,16 @@ from cifar_flax.training.trainer import Trainer
 
 # A small airbench network with six BatchNorm layers, like that of airbench94.
 SMALL = """
-from cifar_flax.config import AirbenchConfig, AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+from cifar_flax.config import (
+    AirbenchConfig, AugmentConfig, Config, DataConfig, EvalConfig, GroupConfig, OptimConfig, TrainConfig
+)
 
 def get_config():
     return Config(
         data=DataConfig(name="cifar10", pipeline="resident", drop_last=True),
         augment=AugmentConfig(flip="alternating", crop_padding=2),
         model=AirbenchConfig(dtype="auto", widths=(32, 64, 64)),
-        optim=OptimConfig(name="muon", learning_rate=0.24, momentum=0.6),
+        optim=OptimConfig(name="muon", learning_rate=0.24, dense=GroupConfig(learning_rate=0.5)),
         train=TrainConfig(batch_size=512, epochs=2, steps_per_call=4, log_every=4),
         eval=EvalConfig(batch_size=512, tta="mirror"),
     )
@@ -156,7 +158,8 @@ def test_programs_for_one_device(target, compile_for, tmp_path):
         assert f"| {name} | {program} |" in printed
     for program in ("train", "eval", "final"):
         assert set(rows["small", program]["dtypes"]) == {"bf16 x bf16 -> bf16"}
-    assert rows["small", "final"]["gflop"] == pytest.approx(2 * rows["small", "eval"]["gflop"], rel=1e-6)  # two views
+    # The final evaluation has two TTA views.
+    assert rows["small", "final"]["gflop"] == pytest.approx(2 * rows["small", "eval"]["gflop"], rel=1e-6)
     (tmp_path / "small.py").write_text(SMALL)
     for name, path in (("default", DEFAULT), ("small", str(tmp_path / "small.py"))):
         kernels, memory = BOUNDS[target, name]
