@@ -118,16 +118,22 @@ def row(config: str, program: "Program", target: Target) -> tuple[Row, list[Line
     ), [Line(source, *(line[key] / steps for key in ("count", "time", "bytes"))) for source, line in ranked]
 
 
+def milliseconds_at_bounds(gflop: float, hbm_bytes: float, chip: Chip) -> tuple[float, float]:
+    """Return the times of the matrix units at the bfloat16 peak, and of the memory at its bandwidth."""
+    return gflop * 1e12 / chip.flops, hbm_bytes * 1e3 / chip.bandwidth
+
+
 def cells(row: Row, chip: Chip) -> tuple[str, ...]:
+    arithmetic, memory = milliseconds_at_bounds(row.gflop, row.hbm_bytes, chip)
     kinds = {name.split(" ")[0] for name in row.dtypes}
     return (
         row.config,
         row.program,
         f"{row.compile_seconds:.0f}",
         f"{row.gflop:,.1f}",
-        f"{row.gflop / chip.flops * 1e12:.2f}",
+        f"{arithmetic:.2f}",
         f"{row.hbm_bytes / 1e6:,.0f}",
-        f"{row.hbm_bytes / chip.bandwidth * 1e3:.2f}",
+        f"{memory:.2f}",
         "unknown" if row.estimate_ms is None else f"{row.estimate_ms:.2f}",
         f"{row.temp_bytes / 2**20:,.0f}",
         str(row.kernels),

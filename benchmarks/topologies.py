@@ -81,9 +81,12 @@ def _tpu(name: str, **options: Any) -> Target:
 _TARGETS = [
     *[Target(f"h100:{count}", {"platform": "cuda", "topology": f"1x1x{count}"}) for count in (1, 2, 4, 8)],
     # A topology that is smaller than a host, or of one host instead of two, needs the number of its chips.
-    *[_tpu(f"{kind}:1x1", chips_per_host_bounds=[1, 1, 1]) for kind in ("v5e", "v6e")],
-    *[_tpu(f"{kind}:2x2") for kind in ("v5e", "v6e")],
-    *[_tpu(f"{kind}:2x4", chips_per_host_bounds=[2, 4, 1]) for kind in ("v5e", "v6e")],
+    _tpu("v5e:1x1", chips_per_host_bounds=[1, 1, 1]),
+    _tpu("v5e:2x2"),
+    _tpu("v5e:2x4", chips_per_host_bounds=[2, 4, 1]),
+    _tpu("v6e:1x1", chips_per_host_bounds=[1, 1, 1]),
+    _tpu("v6e:2x2"),
+    _tpu("v6e:2x4", chips_per_host_bounds=[2, 4, 1]),
     _tpu("v5p:2x2x1"),
     _tpu("v4:2x2x1", chip_config_name="megacore"),  # otherwise each chip is two devices
     _tpu("tpu7x:2x2x1"),
