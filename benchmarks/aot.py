@@ -160,9 +160,11 @@ def print_largest(rows: dict[str, list[Line]]) -> None:
 def save(path: Path, row: Row) -> None:
     """Write `row` to the list in `path`, in the place of the row of the same program."""
     rows = json.loads(path.read_text()) if path.exists() else []
-    rows = [old for old in rows if (old["config"], old["program"]) != (row.config, row.program)]
+    places = {(old["config"], old["program"]): place for place, old in enumerate(rows)}
+    place = places.get((row.config, row.program), len(rows))
+    rows[place : place + 1] = [asdict(row)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*rows, asdict(row)], indent=1) + "\n")
+    path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def compile_all(target: Target, paths: Sequence[str], output: Path) -> bool:

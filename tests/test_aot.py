@@ -104,7 +104,7 @@ def test_results_of_a_program_replace_earlier_ones(tmp_path):
     for number, config in enumerate("aba"):
         aot.save(tmp_path / "results" / "aot.json", dataclasses.replace(row, config=config, kernels=number))
     rows = json.loads((tmp_path / "results" / "aot.json").read_text())
-    assert [(row["config"], row["kernels"]) for row in rows] == [("b", 1), ("a", 2)]
+    assert [(row["config"], row["kernels"]) for row in rows] == [("a", 2), ("b", 1)]
 
 
 @pytest.fixture
