@@ -81,7 +81,7 @@ def _operation(module: Module, computation: Computation, instruction: Instructio
     if not frame and (callee := module.computations.get(instruction.called("calls") or "")):
         frames = (re.search(r"stack_frame_id=(\d+)", one.attributes) for one in reversed(callee.values()))
         frame = next(filter(None, frames), None)
-    estimate = re.search(r'"(?:estimated_cycles|exec_time_us)":"?([\d.]+)', instruction.attributes)
+    estimate = re.search(r'"(?:estimated_cycles|exec_time_us)":"?([\d.]+(?:e[+-]?\d+)?)', instruction.attributes)
     result, opcode = shapes(instruction.shape), instruction.opcode
     scalar = opcode not in ("fusion", "custom-call") and all(math.prod(shape.dims) <= 1 for shape in result)
     moves = opcode.startswith(("copy", "slice-start", *_COLLECTIVES))

@@ -76,7 +76,7 @@ StackFrames
 dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward", metadata={stack_frame_id=2}
   %activations = bf16[1,4,4,16]{3,2,1,0} get-tuple-element(%conv), index=0
   %row.2 = f32[64]{0} reduce(%activations, %one), dimensions={0}, to_apply=%add, metadata={stack_frame_id=3}, \
-backend_config={"reification_cost":[{"exec_time_us":1.5,"name":""}]}
+backend_config={"reification_cost":[{"exec_time_us":1.5e-02,"name":""}]}
   %updated.2 = f32[5,64]{1,0} fusion(%results.2, %row.2, %step.2), kind=kLoop, calls=%update_row
   %next = s32[] add(%step.2, %one)
   ROOT %state.3 = (s32[], f32[5,64]{1,0}, u8[1000,64]{1,0}) tuple(%next, %updated.2, %split.2)
@@ -143,7 +143,7 @@ def test_sources_are_lines_of_the_package(found):
 
 
 def test_estimates_of_the_compiler(found):
-    assert found["row.2"].estimate == 1.5
+    assert found["row.2"].estimate == 1.5e-2
     assert found["conv"].estimate is None
 
 
