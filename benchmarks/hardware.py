@@ -23,6 +23,7 @@ PEAKS = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,  # per device, which is half a chip
 }
 
 

@@ -22,6 +22,7 @@ import jax
 from jax._src.lib import xla_client
 from jaxlib import _hlo
 
+from benchmarks import hlo
 from benchmarks.arguments import at_least_one
 from benchmarks.hardware import Speed, measure_speed, median_seconds
 from cifar_flax import arguments
@@ -68,26 +69,21 @@ class Step:
 def operations(compiled: jax.stages.Compiled, run: Callable[[], Any], traces: int) -> list[Operation]:
     """Return the instructions of `compiled`, which `run` runs once, slowest first; times are medians of `traces`."""
     (module,) = compiled.runtime_executable().hlo_modules()
-    functions, entry = module.to_string().split("\nENTRY ")
-    lines: dict[str, str] = {}
-    shapes: dict[str, str] = {}
-    operands: dict[str, list[str]] = {}
-    producers: dict[str, list[str]] = {}  # like `operands`, but looking through aliases
+    functions = module.to_string().split("\nENTRY ")[0]
+    entry = hlo.parse(module.to_string()).entry
+    producers: dict[str, list[str]] = {}  # the operands of each instruction, looking through aliases
     aliases: set[str] = set()
-    for line in entry.splitlines()[1:]:
-        if match := re.match(r"\s+(?:ROOT )?%(\S+) = (.+?) ([a-z-]+)\((.*)", line):
-            name, shape, opcode, rest = match.groups()
-            lines[name], shapes[name] = line, shape
-            operands[name] = list(dict.fromkeys(other for other in re.findall(r"%([\w.-]+)", rest) if other in lines))
-            known = ((producers[other] if other in aliases else [other]) for other in operands[name])
-            producers[name] = [producer for group in known for producer in group]
-            if opcode in ("bitcast", "tuple", "get-tuple-element", "opt-barrier"):
-                aliases.add(name)
+    for name, instruction in entry.items():
+        known = ((producers[other] if other in aliases else [other]) for other in instruction.operands)
+        producers[name] = [producer for group in known for producer in group]
+        if instruction.opcode in ("bitcast", "tuple", "get-tuple-element", "opt-barrier"):
+            aliases.add(name)
     found = []
     for name, seconds in _operation_seconds(run, traces, producers).items():
-        if name in lines and seconds > 0:
-            cost = _cost(functions, lines[name], {operand: shapes[operand] for operand in operands[name]})
-            source = re.search(r'op_name="([^"]*)"', lines[name])
+        if name in entry and seconds > 0:
+            line = entry[name].line
+            cost = _cost(functions, line, {operand: entry[operand].shape for operand in entry[name].operands})
+            source = re.search(r'op_name="([^"]*)"', line)
             found.append(
                 Operation(
                     name=name,

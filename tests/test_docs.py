@@ -5,6 +5,7 @@ import re
 import pytest
 from conftest import REPOSITORY
 
+from benchmarks import aot_table
 from docs import settings
 
 PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "benchmarks/*.md") for path in REPOSITORY.glob(pattern))
@@ -39,6 +40,11 @@ def test_tests_named_in_the_reliability_page_exist():
                 code = (REPOSITORY / "tests" / name).read_text()
             else:
                 assert re.search(rf"^def test_{name}\(", code, re.MULTILINE), name
+
+
+def test_table_of_compiled_programs_is_up_to_date():
+    """If this fails after a run of `benchmarks.aot`, run `python -m benchmarks.aot_table`."""
+    assert aot_table.render() in aot_table.PAGE.read_text()
 
 
 def test_readme_has_at_most_1200_words():

@@ -1,0 +1,82 @@
+"""Compile the training and evaluation programs of a config, for devices that may be absent."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from benchmarks.matrix_flops import matrix_flops
+from cifar_flax.config import Config
+from cifar_flax.data.batches import empty_batch, empty_indices
+from cifar_flax.data.info import DatasetInfo
+from cifar_flax.runtime import compilation
+from cifar_flax.training import averaging, evaluator, steps
+from cifar_flax.training.setup import setup
+
+# CIFAR-10 without its images; the statistics are constants of the programs, whose values do not matter.
+DATASET = DatasetInfo(
+    name="cifar10",
+    image_shape=(32, 32, 3),
+    class_names=tuple("0123456789"),
+    num_examples=50_000,
+    mean=(0.0,) * 3,
+    std=(255.0,) * 3,
+)
+TEST_EXAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled program of a config."""
+
+    name: str  # train | eval | final (with the TTA of the final evaluation)
+    steps: int  # training steps or evaluation batches that one call runs
+    flops: float  # of convolutions and matrix products, per step and device
+    seconds: float  # to compile
+    compiled: jax.stages.Compiled
+
+
+def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, Any]) -> Iterator[Program]:
+    """Yield the programs that a run with `config` on `devices` calls, compiled with XLA's compiler `options`.
+
+    Raise `ConfigError` if the config does not fit the devices.
+    """
+    task, init = setup(config, DATASET, devices)
+    layout, shape = task.layout, DATASET.image_shape
+    layout.require_divides("train.batch_size", config.train.batch_size)
+    options = compilation.options(layout.platform, deterministic=layout.deterministic) | options
+    state = jax.eval_shape(lambda: init(0, None))
+    resident = config.data.pipeline == "resident"
+
+    def split(size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Return the arguments of a program that are in device memory: a split, or nothing."""
+        arrays = jax.ShapeDtypeStruct((size, *shape), "uint8"), jax.ShapeDtypeStruct((size,), "int32")
+        return arrays if resident else ()
+
+    def build(
+        name: str, count: int, step: Callable[..., Any], state: Any, inputs: Any, *shared: Any, **settings: Any
+    ) -> Program:
+        function = layout.parallelize(step, shared=len(shared), **settings)
+        traced = function.trace(state, inputs, *shared)
+        flops = matrix_flops(traced.jaxpr) / count
+        start = time.perf_counter()
+        compiled = traced.lower().compile(compiler_options=options)
+        return Program(name, count, flops, time.perf_counter() - start, compiled)
+
+    size, count = config.train.batch_size, config.train.steps_per_call
+    if resident:
+        step, inputs = steps.train_steps, empty_indices(count, size)
+        settings = {"batch_axis": 1, "donate": True}
+    else:
+        step, inputs, settings = steps.train_step, empty_batch(size, shape), {"donate": True}
+    yield build("train", count, functools.partial(step, task), state, inputs, *split(DATASET.num_examples), **settings)
+    weights = averaging.evaluated(task.averaging, (state.params, state.batch_stats), state.average)
+    size = layout.round_up(config.eval.batch_size)
+    inputs = empty_indices(size) if resident else empty_batch(size, shape)
+    for name, tta in (("eval", "none"), ("final", config.eval.tta)):
+        if name == "eval" or tta != "none":
+            step = evaluator.on_inputs(functools.partial(steps.eval_step, task, tta=tta))
+            yield build(name, 1, step, weights, inputs, *split(TEST_EXAMPLES))
