@@ -32,6 +32,8 @@ def export(config: Config, workdir: Path, output: Path) -> None:
     exists.
     """
     require(not output.exists(), "--output", str(output), "exists already; choose another folder")
+    packages.require(("safetensors", "flatbuffers"), "--mode=export")
+    packages.load("flatbuffers")  # for jax.export
     save = packages.load("safetensors").save
     run = restore(config, workdir)
     with files.new_folder(output) as folder:
