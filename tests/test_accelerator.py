@@ -7,14 +7,20 @@ tolerance, products are in float32 precision and results agree to `CLOSE`. Rando
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, assert_same_classes, assert_same_counts, make_tiny_config, read_metrics
+from conftest import (
+    REPOSITORY,
+    assert_same_classes,
+    assert_same_counts,
+    make_tiny_config,
+    needs_tensorflow,
+    read_metrics,
+)
 from device_steps import (
     BATCH,
     IMAGES,
@@ -55,12 +61,13 @@ REHEARSAL = os.environ.get("REHEARSE") == "1"
 CLOSE = 1e-5
 # Largest difference between accelerator and CPU: of the loss, and of the gradient, relative to its norm. The gradients
 # of the two implementations of the layers differ on a CPU by 4e-7 (cnn), 3e-4 (airbench) and 1 % (resnet18) in float32.
+# In bfloat16, they differ from float32 by 4 %, 11 % and 24 %: equal values are common, and the first gets the gradient.
 PARITY = {
     ("cnn", "float32"): (1e-5, 1e-4),
     ("airbench", "float32"): (1e-5, 1e-3),
     ("resnet18", "float32"): (1e-5, 0.03),
     ("cnn", "bfloat16"): (0.02, 0.1),
-    ("airbench", "bfloat16"): (0.02, 0.1),
+    ("airbench", "bfloat16"): (0.02, 0.2),
     ("resnet18", "bfloat16"): (0.02, 0.4),
 }
 MEMORY = 3 * 2**30  # bytes for a step of configs/airbench94.py
@@ -191,7 +198,7 @@ def test_augmented_bytes_and_random_bits_equal_those_of_the_cpu(accelerator):
     assert 0.65 < kept.mean() < 0.75
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("tensorflow"), reason="needs TensorFlow")
+@needs_tensorflow
 def test_streaming_and_resident_pipelines_yield_the_same_bytes():
     config = make_tiny_config()
     streaming = dataclasses.replace(config, data=DataConfig(name="digits", pipeline="streaming"))
