@@ -65,13 +65,16 @@ class Campaign:
         settings = dataclasses.replace(self._settings, seconds=limit)
         command = [sys.executable, "-u", "-m", "benchmarks.stages", name, str(self._out.absolute())]
         flags = f"{os.environ.get('XLA_FLAGS', '')} {STAGES[name].xla_flags}".strip()
-        if settings.rehearse and name == "devices":
-            flags += " --xla_force_host_platform_device_count=2"
+        environment = {}
+        if settings.rehearse:
+            environment = rehearsal.environment(self._out.absolute().parent)
+            if name == "devices":
+                flags += " --xla_force_host_platform_device_count=2"
         start, last, is_late = time.monotonic(), "", threading.Event()
         with subprocess.Popen(
             [*command, json.dumps(dataclasses.asdict(settings))],
             cwd=REPOSITORY,
-            env=os.environ | {"XLA_FLAGS": flags} | (rehearsal.ENVIRONMENT if settings.rehearse else {}),
+            env=os.environ | {"XLA_FLAGS": flags} | environment,
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends; then the stage ends too
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

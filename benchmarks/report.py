@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import campaign
-from benchmarks.runs import CLOCKS
+from benchmarks.runs import CLOCKS, compilation
 from cifar_flax.errors import UserError
 
 OPERATIONS = 15  # rows of the profile
@@ -53,7 +53,7 @@ def readme_rows(results: Result) -> Iterator[str]:
 
 def header(result: Result) -> Iterator[str]:
     """Yield the lines that state a measurement in the docstring of a config."""
-    versions, ours, times = result["versions"], result["ours"], result["compile_seconds"]
+    versions, ours = result["versions"], result["ours"]
     mean, std = (ours["accuracy"][key] for key in ("mean", "std"))
     spread = "" if std is None else f"; standard deviation {100 * std:.2f}"
     yield f"Hardware: one {device(result)}; Python {versions['python']}, jax {versions['jax']}"
@@ -61,7 +61,7 @@ def header(result: Result) -> Iterator[str]:
     yield f"Operations: {operations(result)}"
     yield (
         f"Time:     {ours['seconds']['mean']:.3f} s, {ours['train_seconds']['mean']:.3f} s without the final "
-        f"evaluation; compilation {times['cold']:.1f} s, {times['warm']:.1f} s with a warm cache"
+        f"evaluation; compilation {compilation(result)}"
     )
 
 
@@ -106,14 +106,14 @@ def _table_of_runs(results: Result) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for name, result in measured(results).items():
         ours = result["ours"]
-        rate, times = result["flops_per_second"], result["compile_seconds"]
+        rate = result["flops_per_second"]
         cells = (
             f"{name}{' with ' + result['variant'] if 'variant' in result else ''}",
             str(len(ours["trials"])),
             _interval(ours["accuracy"], 100, 2, " %"),
             *(_interval(ours[clock], 1, 3, "") for clock in CLOCKS),
             f"{rate / 1e12:,.0f} TFLOP/s, {rate / result['peak']['flops_per_second']:.1%}",
-            f"{times['cold']:.1f} s, warm {times['warm']:.1f} s",
+            compilation(result),
         )
         yield f"| {' | '.join(cells)} |"
 

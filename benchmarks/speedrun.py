@@ -125,19 +125,23 @@ def measure(
     peers: Sequence[Path],
     save: Callable[[Measurement], None],
     seconds: float = math.inf,
+    time_compilation: bool = True,
 ) -> Measurement:
     """Measure `trials` seeds; print each run and pass the results so far to `save`.
 
     Then start each of `peers`, scripts, and measure up to `trials` more seeds alternating with it. This project comes
     first since a script may take minutes to start. A peer that fails is reported, and the others go on. Start no run
-    that might not end within `seconds`.
+    that might not end within `seconds`. `time_compilation` compiles everything twice to measure it.
     """
     begin = time.perf_counter()
     compiled = Speedrun(config)
     result = runs.head(name, config, compiled.num_images, compiled.flops())
-    result |= {"compile_seconds": compile_seconds(compiled), "peers": {}}
-    times = result["compile_seconds"]
-    print(f"compiled in {times['cold']:.1f} s, with a warm cache in {times['warm']:.1f} s", flush=True)
+    result |= {"compile_seconds": {}, "peers": {}}
+    if time_compilation:
+        result["compile_seconds"] = compile_seconds(compiled)
+        print(f"compiled in {runs.compilation(result)}", flush=True)
+    else:
+        compiled.compile()
     if jax.default_backend() != "cpu":
         compiled.run(config.seed)
     ours: list[Measurement] = []
