@@ -47,6 +47,7 @@ PACKAGES = {
     "tqdm": Package("tqdm", "4.66", "the progress bar"),
     "pillow": Package("PIL.Image", "10.1", "--mode=predict"),
     "safetensors": Package("safetensors.numpy", "0.5", "--mode=export"),
+    "flatbuffers": Package("flatbuffers", "24.3.25", "--mode=export"),  # jax.export imports it without declaring it
 }
 # Distributions that provide the module `tensorflow`.
 _TENSORFLOWS = ("tensorflow", "tensorflow-cpu", "tensorflow-macos", "tf-nightly")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cifar_flax.config import Config, TrainConfig
+from cifar_flax.config import Config, DataConfig, TrainConfig
+from cifar_flax.data import cache, sources
 from cifar_flax.data.augment import AugmentConfig, Context, Examples
 from cifar_flax.data.augment.cutout import cutout
 from cifar_flax.data.augment.flip_crop import flip_and_crop
@@ -31,12 +32,24 @@ NETWORKS = {
 }
 
 
-def make_images():
+def make_images(size=SIZE, seed=0):
     """Return random images of CIFAR-10's shape, brighter in higher classes."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 10, SIZE).astype(np.int32)
-    images = rng.integers(0, 160, (SIZE, 32, 32, 3)) + 9 * labels[:, None, None, None]
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, size).astype(np.int32)
+    images = rng.integers(0, 160, (size, 32, 32, 3)) + 9 * labels[:, None, None, None]
     return Arrays(images.astype(np.uint8), labels, tuple("0123456789"), "noise")
+
+
+def store_images(folder, **sizes):
+    """Write a cache of such images under the name of CIFAR-10; `sizes` are the numbers of images of its splits."""
+    config = DataConfig(name="cifar10", pipeline="resident", cache_dir=str(folder), drop_last=True)
+    for seed, (split, size) in enumerate(sizes.items()):
+        images = make_images(size, seed)
+        cache.store(
+            sources.cache_folder(config, split, "0.0.0"), [(images.images, images.labels)],
+            num_examples=size, image_shape=(32, 32, 3), class_names=images.class_names, dataset="cifar10/0.0.0",
+        )  # fmt: skip
+    return config
 
 
 IMAGES = make_images()

@@ -165,6 +165,27 @@ def test_platforms_compute_the_same_network():
     np.testing.assert_allclose(*outputs, rtol=1e-3, atol=1e-4)
 
 
+def test_gradient_does_not_depend_on_the_optimizations_of_the_compiler(request):
+    """Without optimizations, XLA may compute the input of a max-pool twice, with different roundings."""
+    model = build(platform="cuda", widths=(8, 16, 16))
+    images = jax.random.normal(jax.random.key(0), (64, 32, 32, 3))
+    model.fit(images)
+    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    weight, keys = jax.random.normal(jax.random.key(1), (64, 10)), jax.random.split(jax.random.key(2), 64)
+
+    def gradient(disabled):
+        def loss(params):
+            return jnp.sum(weight * nnx.merge(graphdef, params, statistics)(images, keys))
+
+        jax.config.update("jax_disable_most_optimizations", disabled)
+        return np.concatenate([x.ravel() for x in jax.tree.leaves(jax.jit(jax.grad(loss))(params))])
+
+    default = request.config.getoption("--default-optimizations")
+    request.addfinalizer(lambda: jax.config.update("jax_disable_most_optimizations", not default))
+    found, expected = gradient(True), gradient(False)
+    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype_applies_to_activations_only(dtype):
     model = build(dtype=dtype, widths=(4, 4, 4))

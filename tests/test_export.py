@@ -27,6 +27,7 @@ from cifar_flax.training import evaluator
 from cifar_flax.training.averaging import AveragingConfig
 from cifar_flax.training.optimizers import OptimConfig
 
+TOLERANCE = 1e-5  # in float32 on a CPU
 INDEPENDENT = REPOSITORY / "tests" / "independent.py"
 RECIPES = {
     "cnn": {},
@@ -105,12 +106,12 @@ def test_programs_agree_with_evaluation(trained_runs, name, tmp_path, capsys):
     images, expected = probabilities(run)
     found = run_script(run_program.__file__, output, images, tmp_path)
     assert_same_classes(found, expected)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
     if "below" in str(RECIPES[name]):
         return  # the independent program applies TTA to all images or to none
     found = run_script(INDEPENDENT, output, images, tmp_path)
     assert_same_classes(found, expected)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_one_program_serves_all_batch_sizes_and_platforms(folder, straight):
     assert str(program.in_avals[0]).startswith("uint8[batch,32,32,3]")
     images, expected = probabilities(straight[0])
     for count in (1, 2, 7):
-        np.testing.assert_allclose(program.call(images[:count]), expected[:count], rtol=0, atol=export.TOLERANCE)
+        np.testing.assert_allclose(program.call(images[:count]), expected[:count], rtol=0, atol=TOLERANCE)
 
 
 def test_all_files_have_the_same_permissions(folder):
@@ -162,6 +163,49 @@ def test_a_program_that_disagrees_is_not_written(straight, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "platform", "allowed"),
+    [
+        ("float32", "cpu", 1e-5), ("auto", "cpu", 1e-5), ("bfloat16", "cpu", 2**-5), ("float16", "cpu", 2**-8),
+        ("float32", "gpu", 2**-8), ("auto", "gpu", 2**-5), ("float16", "gpu", 2**-8), ("auto", "tpu", 2**-5),
+    ],
+)  # fmt: skip
+def test_the_allowed_difference_follows_from_platform_and_dtype(dtype, platform, allowed):
+    assert export.tolerance(dtype, platform) == allowed
+
+
+def test_near_ties_may_change_their_class():
+    expected = np.array([[0.5, 0.4, 0.1], [0.45, 0.44, 0.11], [0.2, 0.3, 0.5]])
+    assert export.changed_classes(expected, expected, 0.02) == (0, 0)
+    assert export.changed_classes(expected[:, [1, 0, 2]], expected, 0.02) == (1, 1)
+    assert export.changed_classes(expected[:, [1, 0, 2]], expected, 0.2) == (0, 2)
+    assert export.changed_classes(expected[:, [1, 0, 2]], expected, 1e-5) == (2, 0)
+
+
+@pytest.mark.parametrize(("dtype", "difference", "passes"), [
+    ("float32", 9e-6, True), ("float32", 2e-5, False), ("bfloat16", 0.02, True), ("bfloat16", 0.04, False),
+])  # fmt: skip
+def test_export_allows_the_difference_of_the_dtype(straight, tmp_path, monkeypatch, dtype, difference, passes):
+    """A program whose largest probability differs agrees in all classes."""
+    config = saved_config(straight[0])
+    config.model.dtype = dtype
+    trained = restore(config, straight[0])
+    arrays = sources.load(config.data, config.data.eval_split)
+    expected = evaluator.final_evaluator(config, trained.task, arrays)(trained.state).probabilities
+    found = expected + np.float32(difference) * np.eye(10, dtype=np.float32)[expected.argmax(axis=1)]
+    monkeypatch.setattr(program, "run_in_new_process", lambda folder, images: found)
+    if not passes:
+        with pytest.raises(
+            UserError, match=rf"another class .*\b0 of 355\b.*allowed: {export.tolerance(dtype, 'cpu'):.2g}"
+        ):
+            export.export(config, straight[0], tmp_path / "export")
+        return
+    export.export(config, straight[0], tmp_path / "export")
+    checked = json.loads((tmp_path / "export" / "config.json").read_text())["checked"]
+    assert checked["allowed_difference_of_probabilities"] == export.tolerance(dtype, "cpu")
+    assert checked["largest_difference_of_probabilities"] == pytest.approx(difference, rel=0.02)
+
+
 def test_existing_folders_are_not_overwritten(straight, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(ConfigError, match=r"^--output=.*exists"):
@@ -183,4 +227,4 @@ def test_all_test_images_of_cifar10(tmp_path):
     for script in (run_program.__file__, INDEPENDENT):
         found = run_script(script, tmp_path / "export", images, tmp_path)
         assert_same_classes(found, expected)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)

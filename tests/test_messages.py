@@ -135,7 +135,7 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.optim.name=muon", 2, "optim.weight_decay=0.02: does not apply to muon"),
     (f"--config {DIGITS} --config.optim.biases.learning_rate=x", 2, "optim.biases.learning_rate='x': must be a finite"),
     (f"--config {DIGITS} --config.optim.biases.momentum=0.5", 2, "optim.biases.momentum=0.5: does not apply to adamw"),
-    (f"--config {DIGITS} --config.model.dtype=float16", 2, "model.dtype='float16': must be one of float32"),
+    (f"--config {DIGITS} --config.model.dtype=float64", 2, "model.dtype='float64': must be one of float32"),
     (f"--config {CIFAR} --config.data.archive={{tmp}}/no.tar.gz", 2, "data.archive='{tmp}/no.tar.gz'"),
     (f"--config {DIGITS} --config.profile.steps=(0,5)", 2, "profile.steps=(0, 5): must be (first, last) with 1"),
     (f"--config {DIGITS} --config.profile.steps=(9,5)", 2, "profile.steps=(9, 5): must be (first, last) with 1"),

@@ -120,5 +120,5 @@ def test_logits_of_another_shape_or_type_are_refused(monkeypatch, tiny_config, c
 def test_configs_of_networks_share_the_dtype():
     for config, _ in models.MODELS.values():
         assert issubclass(config, ModelConfig)
-        with pytest.raises(UserError, match=r"model\.dtype='float16'"):
-            config(dtype="float16").validate()
+        with pytest.raises(UserError, match=r"model\.dtype='float64'"):
+            config(dtype="float64").validate()

@@ -120,6 +120,7 @@ def test_a_broken_package_that_the_config_needs_is_reported_in_one_line(tmp_path
     [
         ("PIL", "pillow", ("--mode=predict", "image.png")),
         ("safetensors", "safetensors", ("--mode=export", "--output=exported")),
+        ("flatbuffers", "flatbuffers", ("--mode=export", "--output=exported")),
     ],
 )
 def test_a_broken_package_that_a_mode_needs_is_reported_in_one_line(straight, tmp_path, module, name, arguments):

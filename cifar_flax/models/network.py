@@ -22,9 +22,7 @@ class ModelConfig:
     """The settings that all networks have."""
 
     name: str  # key of the network in models.MODELS; set by the config file, not by a flag
-    dtype: str = (
-        "float32"  # dtype of activations: float32 | bfloat16 | float16 | auto; parameters and BatchNorm: float32
-    )
+    dtype: str = "float32"  # of activations: float32 | bfloat16 | float16 | auto; parameters and BatchNorm: float32
 
     def validate(self) -> None:
         """Raise `ConfigError` at the first field that is not allowed. Subclasses call this one first."""
