@@ -54,10 +54,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def write_peers(folder: Path) -> list[Path]:
-    """Write two fake peers, the first of which fails in its second run, and return their paths."""
+    """Write two fake peers, the first of which fails in its second counted run, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, fails in (("failing_peer.py", 1), ("fake_peer.py", -1)):
+    for name, fails in (("failing_peer.py", 2), ("fake_peer.py", -1)):
         paths.append(folder / name)
         paths[-1].write_text(_PEER.format(fails=fails))
     return paths

@@ -162,7 +162,7 @@ def test_peers_alternate_with_this_project_after_it_has_run_alone(tmp_path, monk
     assert start(monkeypatch, "--trials=3", "--peer", "failing.py", "script.py", "--out=out.json") == 1
     result = json.loads((tmp_path / "out.json").read_text())
     ours = result["ours"]["trials"]
-    assert [trial["seed"] for trial in ours] == list(range(7))
+    assert [trial["seed"] for trial in ours] == list(range(8))  # two while the first peer ran
     assert all(0 < trial["train_seconds"] < trial["seconds"] for trial in ours)
     peers = result["peers"]
     assert list(peers) == ["failing.py", "script.py"]
@@ -173,15 +173,15 @@ def test_peers_alternate_with_this_project_after_it_has_run_alone(tmp_path, monk
     expected = [{"accuracy": 0.1 * (run + 1), "seconds": 2.0**run, "train_seconds": 1.0} for run in (1, 2, 3)]
     assert peer["trials"] == [pytest.approx(trial) for trial in expected]
     for name, clock in (("time_ratio", "seconds"), ("train_time_ratio", "train_seconds")):
-        ratios = [mine[clock] / trial[clock] for mine, trial in zip(ours[4:], peer["trials"], strict=True)]
+        ratios = [mine[clock] / trial[clock] for mine, trial in zip(ours[5:], peer["trials"], strict=True)]
         assert peer[name] == {"median": np.median(ratios), "min": min(ratios), "max": max(ratios)}
     mean, difference = np.mean([trial["accuracy"] for trial in ours]), peer["accuracy_difference"]
     assert difference["mean"] == pytest.approx(mean - 0.3)
     assert difference["low"] < difference["mean"] < difference["high"]
     out, errors = capsys.readouterr()
     turns = [line.split(":")[0] for line in out.splitlines() if re.match(r"seed|script.py: .*%", line)]
-    assert turns == [f"seed {seed}" for seed in range(4)] + [
-        turn for seed in (4, 5, 6) for turn in (f"seed {seed}", "script.py")
+    assert turns == [f"seed {seed}" for seed in range(5)] + [
+        turn for seed in (5, 6, 7) for turn in (f"seed {seed}", "script.py")
     ]
     assert "ours / the peer's" in out
     assert errors.splitlines()[-1].startswith("error: ")
