@@ -4,7 +4,7 @@
     python -m benchmarks.accelerator --budget 480 --peer cifar10-airbench cifar10_speedrun.py --data cache/
 
 Each stage runs in its own process with its own time limit. The results file is rewritten after each run, so a killed
-campaign loses only the running stage; the same command then goes on with that stage. `--rehearse` runs every stage at
+campaign loses only the running stage; the same command then continues with that stage. `--rehearse` runs every stage at
 toy size on the CPU.
 """
 
@@ -182,7 +182,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the stage that was running", file=sys.stderr)
+        print("interrupted; the same command continues with the stage that was running", file=sys.stderr)
         return 130
     print(f"written: {out} and {out.with_suffix('.log').name}")
     return 1 if failed else 0
