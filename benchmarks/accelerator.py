@@ -24,15 +24,15 @@ from typing import IO
 
 from benchmarks import campaign, rehearsal, sheets
 from benchmarks.arguments import at_least_one
+from benchmarks.campaign import REPOSITORY, Settings
 from benchmarks.speedrun import original_of
-from benchmarks.stages import STAGES, Settings
+from benchmarks.stages import STAGES
 from cifar_flax import files
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError, require
 
 RESULTS = Path(__file__).parent / "results"
-REPOSITORY = Path(__file__).parent.parent
 _STAGES_HELP = f"some of {', '.join(STAGES)} (default: all, in this order)"
 _END_SECONDS = 3.0  # to write the results and print the summary
 
@@ -163,7 +163,10 @@ def main() -> int:
             rehearsal.write_data(folder / "data")
         else:
             cache, peers = data_cache(args.data), [original_of(path, "airbench94") for path in args.peer]
-            out = args.out or RESULTS / f"campaign_{device_name()}.json"
+            name = device_name()
+            if name == "cpu":
+                raise UserError("JAX finds no GPU or TPU; --rehearse runs every stage on the CPU")
+            out = args.out or RESULTS / f"campaign_{name}.json"
         require(not out.is_dir(), "--out", str(out), "is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         settings = Settings(

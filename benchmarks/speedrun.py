@@ -130,8 +130,8 @@ def measure(
     """Measure `trials` seeds; print each run and pass the results so far to `save`.
 
     Then start each of `peers`, scripts, and measure up to `trials` more seeds alternating with it. This project comes
-    first since a script may take minutes to start. A peer that fails is reported, and the others still run. Start no run
-    that might not end within `seconds`. `time_compilation` compiles everything twice to measure it.
+    first since a script may take minutes to start. A peer that fails is reported, and the others still run. Start no
+    run that might not end within `seconds`. `time_compilation` compiles everything twice to measure it.
     """
     begin = time.perf_counter()
     compiled = Speedrun(config)

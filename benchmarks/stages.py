@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -19,18 +20,15 @@ from xml.etree import ElementTree
 
 import jax
 
-from benchmarks import campaign, hardware, rehearsal, runs
+from benchmarks import campaign, hardware, runs
+from benchmarks.campaign import REPOSITORY, Settings
 from benchmarks.device_profile import profile
 from benchmarks.speedrun import Speedrun, measure
 from benchmarks.variants import VARIANTS
-from cifar_flax import arguments
-from cifar_flax.config import Config
 from cifar_flax.errors import UserError
 from cifar_flax.files import read_json
-from cifar_flax.packages import has_module
 from cifar_flax.runtime import compilation
 
-REPOSITORY = Path(__file__).parent.parent
 VARIANT_TRIALS = 10
 MAX_ACCURACY_LOSS = 0.0015  # of a variant that may win
 _WORKERS = 4  # processes that run the tests
@@ -39,37 +37,11 @@ _MARGIN = 5.0  # seconds between the last run of a stage and the stage's time li
 Save = Callable[[Any], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The arguments of a stage."""
-
-    seconds: float  # time limit
-    data_cache: str = ""  # folder of the decoded data; "": the config's
-    peers: tuple[str, ...] = ()  # scripts
-    rehearse: bool = False
-    results: str = ""  # the campaign's JSON file, to read the results of earlier stages from
-
-    def config(self, name: str, *overrides: str) -> Config:
-        """Return the config `name` with `overrides`; without TensorFlow, its data is kept in device memory."""
-        if not has_module("tensorflow"):
-            overrides = (*overrides, "data.pipeline=resident")
-        return arguments.parse(self.command_line(name, *overrides)).config
-
-    def command_line(self, name: str, *overrides: str) -> list[str]:
-        """Return the arguments of `main.py` for the config `name`."""
-        toy = rehearsal.OVERRIDES[name] if self.rehearse else ()
-        fields = (*overrides, *toy, *([f"data.cache_dir={self.data_cache}"] if self.data_cache else ()))
-        return ["--config", str(REPOSITORY / "configs" / f"{name}.py"), *(f"--config.{field}" for field in fields)]
-
-    def trials(self, count: int) -> int:
-        return rehearsal.TRIALS if self.rehearse else count
-
-
 def machine(settings: Settings, save: Save) -> None:
     """Describe the devices, and measure the speed of a matrix product and of a copy in device memory."""
     device = jax.devices()[0]
     smi = "nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm --format=csv,noheader"
-    found = subprocess.run(smi.split(), capture_output=True, text=True) if device.platform == "gpu" else None
+    found = subprocess.run(smi.split(), capture_output=True, text=True) if shutil.which("nvidia-smi") else None
     size = 256 if settings.rehearse else 8192
     save(
         {

@@ -15,8 +15,9 @@ import pytest
 from conftest import REPOSITORY
 
 from benchmarks import accelerator, campaign, device_profile, rehearsal, report, stages
+from benchmarks.campaign import Settings
 from benchmarks.speedrun import Deadline
-from benchmarks.stages import STAGES, Settings
+from benchmarks.stages import STAGES
 from benchmarks.variants import VARIANTS, reduce_window_pool
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.models import layers
@@ -67,6 +68,7 @@ def test_no_stage_starts_without_time(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "field", "keyword"),
     [
+        ([], "JAX finds no GPU or TPU", "--rehearse"),
         (["--data", "nowhere"], "--data='nowhere'", "no such"),
         (["--data", ".", "--out", "x.json"], "--data='.'", "cifar10"),
         (["--data", ".", "."], "--data='. .'", "one folder"),
@@ -76,6 +78,7 @@ def test_no_stage_starts_without_time(tmp_path, monkeypatch, capsys):
 )
 def test_invalid_arguments_print_one_line(tmp_path, monkeypatch, capsys, arguments, field, keyword):
     (tmp_path / "other.json").write_text("[]")
+    monkeypatch.setattr(accelerator, "device_name", lambda: "cpu")
     assert start(monkeypatch, *arguments) != 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
