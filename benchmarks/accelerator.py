@@ -4,7 +4,7 @@
     python -m benchmarks.accelerator --budget 480 --peer cifar10-airbench cifar10_speedrun.py --data cache/
 
 Each stage runs in its own process with its own time limit. The results file is rewritten after each run, so a killed
-campaign loses only the running stage; the same command then goes on with that stage. `--rehearse` runs every stage at
+campaign loses only the running stage; the same command then continues with that stage. `--rehearse` runs every stage at
 toy size on the CPU.
 """
 
@@ -24,15 +24,15 @@ from typing import IO
 
 from benchmarks import campaign, rehearsal, sheets
 from benchmarks.arguments import at_least_one
+from benchmarks.campaign import REPOSITORY, Settings
 from benchmarks.speedrun import original_of
-from benchmarks.stages import STAGES, Settings
+from benchmarks.stages import STAGES
 from cifar_flax import files
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError, require
 
 RESULTS = Path(__file__).parent / "results"
-REPOSITORY = Path(__file__).parent.parent
 _STAGES_HELP = f"some of {', '.join(STAGES)} (default: all, in this order)"
 _END_SECONDS = 3.0  # to write the results and print the summary
 
@@ -65,13 +65,16 @@ class Campaign:
         settings = dataclasses.replace(self._settings, seconds=limit)
         command = [sys.executable, "-u", "-m", "benchmarks.stages", name, str(self._out.absolute())]
         flags = f"{os.environ.get('XLA_FLAGS', '')} {STAGES[name].xla_flags}".strip()
-        if settings.rehearse and name == "devices":
-            flags += " --xla_force_host_platform_device_count=2"
+        environment = {}
+        if settings.rehearse:
+            environment = rehearsal.environment(self._out.absolute().parent)
+            if name == "devices":
+                flags += " --xla_force_host_platform_device_count=2"
         start, last, is_late = time.monotonic(), "", threading.Event()
         with subprocess.Popen(
             [*command, json.dumps(dataclasses.asdict(settings))],
             cwd=REPOSITORY,
-            env=os.environ | {"XLA_FLAGS": flags} | (rehearsal.ENVIRONMENT if settings.rehearse else {}),
+            env=os.environ | {"XLA_FLAGS": flags} | environment,
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends; then the stage ends too
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -160,7 +163,10 @@ def main() -> int:
             rehearsal.write_data(folder / "data")
         else:
             cache, peers = data_cache(args.data), [original_of(path, "airbench94") for path in args.peer]
-            out = args.out or RESULTS / f"campaign_{device_name()}.json"
+            name = device_name()
+            if name == "cpu":
+                raise UserError("JAX finds no GPU or TPU; --rehearse runs every stage on the CPU")
+            out = args.out or RESULTS / f"campaign_{name}.json"
         require(not out.is_dir(), "--out", str(out), "is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         settings = Settings(
@@ -179,7 +185,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the stage that was running", file=sys.stderr)
+        print("interrupted; the same command continues with the stage that was running", file=sys.stderr)
         return 130
     print(f"written: {out} and {out.with_suffix('.log').name}")
     return 1 if failed else 0

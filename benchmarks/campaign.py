@@ -1,15 +1,50 @@
-"""The results file of `benchmarks.accelerator`: one JSON object for all stages, rewritten after each result.
+"""The settings of the stages of `benchmarks.accelerator`, and its results file.
+
+The results file is one JSON object for all stages, rewritten after each result:
 
     {"stages": {NAME: {"status": "running" | "done" | "failed" | "timed out", "seconds": S, "result": {...}}}}
 
 `result` is what the stage has measured so far; a failed stage also has an "error".
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import rehearsal
+from cifar_flax import arguments
+from cifar_flax.config import Config
 from cifar_flax.errors import UserError
 from cifar_flax.files import read_json, write_json
+from cifar_flax.packages import has_module
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The arguments of a stage."""
+
+    seconds: float  # time limit
+    data_cache: str = ""  # folder of the decoded data; "": the config's
+    peers: tuple[str, ...] = ()  # scripts
+    rehearse: bool = False
+    results: str = ""  # the campaign's JSON file, to read the results of earlier stages from
+
+    def config(self, name: str, *overrides: str) -> Config:
+        """Return the config `name` with `overrides`; without TensorFlow, its data is kept in device memory."""
+        if not has_module("tensorflow"):
+            overrides = (*overrides, "data.pipeline=resident")
+        return arguments.parse(self.command_line(name, *overrides)).config
+
+    def command_line(self, name: str, *overrides: str) -> list[str]:
+        """Return the arguments of `main.py` for the config `name`."""
+        toy = rehearsal.OVERRIDES[name] if self.rehearse else ()
+        fields = (*overrides, *toy, *([f"data.cache_dir={self.data_cache}"] if self.data_cache else ()))
+        return ["--config", str(REPOSITORY / "configs" / f"{name}.py"), *(f"--config.{field}" for field in fields)]
+
+    def trials(self, count: int) -> int:
+        return rehearsal.TRIALS if self.rehearse else count
 
 
 def read(path: Path) -> dict[str, Any]:

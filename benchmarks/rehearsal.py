@@ -7,10 +7,10 @@ import numpy as np
 from cifar_flax.data import cache, sources
 from cifar_flax.data.sources import DataConfig
 
-_BATCH = 64
-_SPLITS = {"train": 4 * _BATCH, "test": 2 * _BATCH}  # images
+_BATCH = 32
+_SPLITS = {"train": 2 * _BATCH, "test": _BATCH}  # images
 _RUN = (f"train.batch_size={_BATCH}", "train.epochs=4", f"eval.batch_size={_BATCH}")
-_AIRBENCH = ("model.widths=(4,4,4)", "train.steps_per_call=4", "train.log_every=4")
+_AIRBENCH = ("model.widths=(4,4,4)", "train.steps_per_call=2", "train.log_every=2")
 _MUON = ("optim.dense.learning_rate=1.", "optim.biases.learning_rate=1.")  # the config's are for batches of 2,000
 _CNN = ("model.width=4", "model.hidden=16")
 # Config -> overrides.
@@ -23,9 +23,6 @@ OVERRIDES = {
     "notebook": (*_RUN, *_CNN),
 }
 TRIALS = 2
-# Of all stages: the CPU, and programs that compile quickly.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
 # Prints like the scripts of airbench. `{fails}` is the run in which it fails.
 _PEER = """
 import time
@@ -47,11 +44,20 @@ for run in range(200):
 """
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment variables of all stages: the CPU, and programs that compile quickly, and once."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    }
+
+
 def write_peers(folder: Path) -> list[Path]:
-    """Write two fake peers, the first of which fails in its second run, and return their paths."""
+    """Write two fake peers, the first of which fails in its second counted run, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, fails in (("failing_peer.py", 1), ("fake_peer.py", -1)):
+    for name, fails in (("failing_peer.py", 2), ("fake_peer.py", -1)):
         paths.append(folder / name)
         paths[-1].write_text(_PEER.format(fails=fails))
     return paths

@@ -21,7 +21,7 @@ NOT_TIMED = (
     "accelerators and of a peer). Disabled: evaluations between epochs, checkpoints, logs"
 )
 # Name -> what it includes. Some peers measure the first only.
-CLOCKS = {"seconds": "with the final evaluation", "train_seconds": "without the final evaluation"}
+CLOCKS = {"seconds": "with the final evaluation", "train_seconds": "without it"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
 Measurement = dict[str, Any]
@@ -115,8 +115,13 @@ def shown(run: Measurement) -> str:
     return f"{run['accuracy']:.2%} in {run['seconds']:.3f} s"
 
 
+def compilation(result: Measurement) -> str:
+    times = result["compile_seconds"]
+    return f"{times['cold']:.1f} s, {times['warm']:.1f} s with a warm cache" if times else "not measured"
+
+
 def text(result: Measurement) -> str:
-    times, peak, rate = result["compile_seconds"], result["peak"], result["flops_per_second"]
+    peak, rate = result["peak"], result["flops_per_second"]
     fraction, first = rate / peak["flops_per_second"], result["seconds_to_first_accuracy"]
     lines = [
         f"{result['config_file']} on {result['machine']['device']}",
@@ -126,7 +131,7 @@ def text(result: Measurement) -> str:
         f"  rate         {result['images_per_second']:,.0f} training images/s over the whole timed part",
         f"  operations   {result['flops'] / 1e15:.3f} PFLOP per run, {rate / 1e12:,.3f} TFLOP/s",
         f"               {fraction:.1%} of {peak['is']}",
-        f"  compilation  {times['cold']:.1f} s, {times['warm']:.1f} s with a warm cache",
+        f"  compilation  {compilation(result)}",
         f"  process      {first:.1f} s from its start to the first accuracy, {result['process_seconds']:.1f} s total",
     ]
     for script, peer in result["peers"].items():
@@ -153,7 +158,7 @@ def _lines(summary: Measurement) -> list[str]:
     lines = [f"  runs         {len(summary['trials'])}"]
     for name, what, scale, unit in (
         ("accuracy", "", 100, "%"),
-        *((clock, f", {what}", 1, "s") for clock, what in CLOCKS.items()),
+        *((clock, f" {what}", 1, "s") for clock, what in CLOCKS.items()),
     ):
         if name not in summary:
             continue

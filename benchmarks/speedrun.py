@@ -25,7 +25,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -126,19 +125,23 @@ def measure(
     peers: Sequence[Path],
     save: Callable[[Measurement], None],
     seconds: float = math.inf,
+    time_compilation: bool = True,
 ) -> Measurement:
     """Measure `trials` seeds; print each run and pass the results so far to `save`.
 
-    With `peers`, scripts, measure `trials` more seeds afterwards, alternating with them: first this project alone,
-    since a script may take minutes to start. A peer that fails is reported, and the others go on. Start no run that
-    might not end within `seconds`.
+    Then start each of `peers`, scripts, and measure up to `trials` more seeds alternating with it. This project comes
+    first since a script may take minutes to start. A peer that fails is reported, and the others still run. Start no
+    run that might not end within `seconds`. `time_compilation` compiles everything twice to measure it.
     """
     begin = time.perf_counter()
     compiled = Speedrun(config)
     result = runs.head(name, config, compiled.num_images, compiled.flops())
-    result |= {"compile_seconds": compile_seconds(compiled), "peers": {}}
-    times = result["compile_seconds"]
-    print(f"compiled in {times['cold']:.1f} s, with a warm cache in {times['warm']:.1f} s", flush=True)
+    result |= {"compile_seconds": {}, "peers": {}}
+    if time_compilation:
+        result["compile_seconds"] = compile_seconds(compiled)
+        print(f"compiled in {runs.compilation(result)}", flush=True)
+    else:
+        compiled.compile()
     if jax.default_backend() != "cpu":
         compiled.run(config.seed)
     ours: list[Measurement] = []
@@ -151,25 +154,29 @@ def measure(
         save(result)
         return ours[-1]
 
-    left = Deadline(begin + seconds)
-    while len(ours) < trials and left.allows_another():
+    deadline = Deadline(begin + seconds)
+    while len(ours) < trials and deadline.allows_another():
         run_ours()
-    with ExitStack() as stack:
-        running = _start_peers(peers, config, stack, result["peers"])
-        pairs: dict[str, list[tuple[Measurement, Measurement]]] = {peer: [] for peer in running}
-        left = Deadline(begin + seconds)
-        while running and len(ours) < 2 * trials and left.allows_another():
-            mine = run_ours()
-            for peer, script in list(running.items()):
-                try:
-                    pairs[peer].append((mine, script.run()))
-                    print(f"{peer}: {runs.shown(pairs[peer][-1][1])}", flush=True)
-                except ChildProcessError as error:
-                    _report_failure(result["peers"], peer, error)
-                    del running[peer]
-                if pairs[peer]:
-                    result["peers"].setdefault(peer, {}).update(runs.comparison(ours, pairs[peer]))
-            save(result)
+    splits = {split: sources.load(config.data, split) for split in ("train", "test")} if peers else {}
+    for path in peers:
+        pairs: list[tuple[Measurement, Measurement]] = []
+        known = result["peers"][path.name] = {}
+        start = time.perf_counter()
+        try:
+            with original.start(path, splits) as script:
+                script.run()
+                known["start_seconds"] = time.perf_counter() - start
+                print(f"{path.name}: started in {known['start_seconds']:.0f} s", flush=True)
+                deadline = Deadline(begin + seconds)
+                while len(pairs) < trials and deadline.allows_another():
+                    mine = run_ours()
+                    pairs.append((mine, script.run()))
+                    print(f"{path.name}: {runs.shown(pairs[-1][1])}", flush=True)
+                    known.update(runs.comparison(ours, pairs))
+                    save(result)
+        except ChildProcessError as error:
+            known["error"] = str(error)
+            print(f"{path.name} failed: {error}", flush=True)
     result["process_seconds"] = time.perf_counter() - STARTED
     save(result)
     return result
@@ -187,31 +194,6 @@ class Deadline:
             self._longest = max(self._longest, now - self._last)
         first, self._last = math.isnan(self._last), now
         return first or now + self._longest <= self._end
-
-
-def _start_peers(
-    peers: Sequence[Path], config: Config, stack: ExitStack, results: dict[str, Measurement]
-) -> dict[str, original.Baseline]:
-    """Start the scripts one after the other, since some choose kernels by timing them."""
-    splits = {split: sources.load(config.data, split) for split in ("train", "test")} if peers else {}
-    running = {}
-    for path in peers:
-        start = time.perf_counter()
-        try:
-            script = stack.enter_context(original.start(path, splits))
-            script.run()
-        except ChildProcessError as error:
-            _report_failure(results, path.name, error)
-            continue
-        running[path.name] = script
-        results[path.name] = {"start_seconds": time.perf_counter() - start}
-        print(f"{path.name}: started in {results[path.name]['start_seconds']:.0f} s", flush=True)
-    return running
-
-
-def _report_failure(results: dict[str, Measurement], peer: str, error: ChildProcessError) -> None:
-    results.setdefault(peer, {})["error"] = str(error)
-    print(f"{peer} failed: {error}", flush=True)
 
 
 def original_of(path: Path, config_name: str) -> Path:

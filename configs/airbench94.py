@@ -6,6 +6,11 @@ Accuracy: 93.91 % on the test split with six TTA views (mean of seeds 0, 1, 2; s
           0.10); the original reports 94.01 % (n=200, float16)
 Time:     23 min 1 s (seed 1), including compilation and evaluations; the original takes 2.59 s on an NVIDIA A100
 
+Hardware: one NVIDIA H200; Python 3.12.3, jax 0.11.2; bfloat16
+Accuracy: 93.99 % (mean of n=20; standard deviation 0.16)
+Operations: 0.298 PFLOP
+Time:     1.207 s, 1.157 s without the final evaluation; compilation 32.2 s, 2.7 s with a warm cache
+
 Source: `airbench94_muon.py` of the repository KellerJordan/cifar10-airbench. The original sums the loss over
 the batch, whereas this project averages it: SGD's learning rates are multiplied by the batch size, and its weight
 decays are divided by it.

@@ -61,7 +61,7 @@ REHEARSAL = os.environ.get("REHEARSE") == "1"
 CLOSE = 1e-5
 # Largest difference between accelerator and CPU: of the loss, and of the gradient, relative to its norm. The gradients
 # of the two implementations of the layers differ on a CPU by 4e-7 (cnn), 3e-4 (airbench) and 1 % (resnet18) in float32.
-# In bfloat16, they differ from float32 by 4 %, 11 % and 24 %: equal values are common, and the first gets the gradient.
+# In bfloat16 they differ from float32 by 4, 11 and 24 %.
 PARITY = {
     ("cnn", "float32"): (1e-5, 1e-4),
     ("airbench", "float32"): (1e-5, 1e-3),

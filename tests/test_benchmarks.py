@@ -64,6 +64,7 @@ def test_runners_read_the_written_workload(tmp_path):
 
 
 def test_keras_networks_have_our_number_of_parameters():
+    pytest.importorskip("keras")
     from benchmarks.baselines import keras_
 
     def trained(model):

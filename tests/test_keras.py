@@ -25,7 +25,7 @@ def test_training_steps_equal_keras():
     epsilon is negligibly small because Keras adds it before the bias correction, as in Kingma and Ba 2015, end of
     section 2, and optax after it, as in their algorithm 1.
     """
-    import keras
+    keras = pytest.importorskip("keras")
 
     from benchmarks import keras_notebook
 

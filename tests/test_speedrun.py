@@ -1,18 +1,18 @@
 """Test the speedrun benchmark: metrics, timing rules, result files, and runs alternating with a PyTorch script."""
 
 import json
+import re
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import report, speedrun
+from benchmarks import runs, speedrun
 from benchmarks.baselines import original
 from cifar_flax import arguments
 from cifar_flax.data import sources
@@ -64,7 +64,7 @@ def start(monkeypatch, *arguments):
 def own_results(tmp_path, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # do not restart the process to change this variable
     monkeypatch.setattr(speedrun, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(speedrun, "compile_seconds", lambda runner: {"cold": 2.0, "warm": 1.0})
+    monkeypatch.setattr(speedrun, "compile_seconds", lambda run: run.compile() or {"cold": 2.0, "warm": 1.0})
 
 
 COMPILE_SECONDS = speedrun.compile_seconds
@@ -97,7 +97,7 @@ def test_each_seed_is_a_separate_run(tmp_path, monkeypatch, capsys):
     forward = forward_flops(CNNConfig(width=4, hidden=16), (32, 32, 3), 10)
     assert result["flops"] == forward * (3 * images + 2 * 355)  # two TTA views of each test image
     assert set(result["compile_seconds"]) == {"cold", "warm"}
-    _, (no_hits, misses), (hits, no_misses) = counted  # first for the trials, then with a cold and a warm cache
+    (no_hits, misses), (hits, no_misses) = counted  # with a cold and a warm cache
     assert no_hits == no_misses == 0 < misses == hits
     assert 0 < result["seconds_to_first_accuracy"] < result["process_seconds"]
     assert {"cpu", "cores", "date", "device"} == set(result["machine"])
@@ -105,7 +105,7 @@ def test_each_seed_is_a_separate_run(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     for seed in (5, 6, 7):
         assert f"seed {seed}: " in out
-    for part in (report.TIMED, report.NOT_TIMED, "95 %", "TFLOP/s", "warm cache", "first accuracy"):
+    for part in (runs.TIMED, runs.NOT_TIMED, "95 %", "TFLOP/s", "warm cache", "first accuracy"):
         assert part in out
 
 
@@ -123,6 +123,7 @@ def test_a_run_equals_training_with_main(tmp_path, monkeypatch):
 def test_the_clock_covers_a_whole_run_without_compilation(monkeypatch):
     """Timing starts before shuffling and initialization, and ends after the evaluation; nothing compiles meanwhile."""
     compiled_run = speedrun.Speedrun(speedrun.arguments.parse(["--config", DIGITS, *TINY]).config)
+    compiled_run.compile()
     events, clock = [], speedrun.time.perf_counter
 
     def watch(owner, name, event):
@@ -145,38 +146,49 @@ def test_the_clock_covers_a_whole_run_without_compilation(monkeypatch):
 
 def test_intervals_use_the_t_distribution():
     """For the four values 1, 2, 3, 4: t is 3.182 for three degrees of freedom."""
-    metrics = report.mean_of([1.0, 2.0, 3.0, 4.0])
+    metrics = runs.mean_of([1.0, 2.0, 3.0, 4.0])
     assert metrics["mean"] == 2.5
     assert metrics["std"] == pytest.approx(1.2910, abs=1e-4)
     assert metrics["interval"] == pytest.approx(3.1824 * 1.2910 / 2, abs=1e-3)
-    assert report.mean_of([3.0]) == {"mean": 3.0, "std": None, "interval": None}
+    assert runs.mean_of([3.0]) == {"mean": 3.0, "std": None, "interval": None}
 
 
-def test_baseline_runs_alternate_with_ours(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("torch")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    assert start(monkeypatch, "--trials=3", f"--baseline={script}", "--out=out.json") == 0
+@pytest.mark.usefixtures("torch_is_installed")
+def test_peers_alternate_with_this_project_after_it_has_run_alone(tmp_path, monkeypatch, capsys):
+    script = SCRIPT.replace('torch.load("cifar10/test.pt")', "dict(classes=0, images=range(355), labels=0)")
+    script = script.replace("import torch\n", "").replace("torch.tensor", "").partition('    print("Mean')[0]
+    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "failing.py").write_text(script.replace("def main(run):", "def main(run):\n    assert run != 2"))
+    assert start(monkeypatch, "--trials=3", "--peer", "failing.py", "script.py", "--out=out.json") == 1
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["baseline"]["script"] == "script.py"
-    baseline = [(trial["accuracy"], trial["seconds"]) for trial in result["baseline"]["trials"]]
-    assert baseline == [(0.2, 2.0), (0.3, 4.0), (0.4, 8.0)]  # the first run is a warm-up
-    pairs = zip(result["ours"]["trials"], baseline, strict=True)
-    ratios = [trial["seconds"] / seconds for trial, (_, seconds) in pairs]
-    assert result["time_ratio"] == {"median": np.median(ratios), "min": min(ratios), "max": max(ratios)}
-    mean = np.mean([trial["accuracy"] for trial in result["ours"]["trials"]])
-    difference = result["accuracy_difference"]
+    ours = result["ours"]["trials"]
+    assert [trial["seed"] for trial in ours] == list(range(8))  # two while the first peer ran
+    assert all(0 < trial["train_seconds"] < trial["seconds"] for trial in ours)
+    peers = result["peers"]
+    assert list(peers) == ["failing.py", "script.py"]
+    assert "exit code 1" in peers["failing.py"]["error"]
+    assert len(peers["failing.py"]["trials"]) == 1  # its results before it failed are kept
+    peer = peers["script.py"]
+    # The first runs are the script's warm-up and one that is not counted.
+    expected = [{"accuracy": 0.1 * (run + 1), "seconds": 2.0**run, "train_seconds": 1.0} for run in (1, 2, 3)]
+    assert peer["trials"] == [pytest.approx(trial) for trial in expected]
+    for name, clock in (("time_ratio", "seconds"), ("train_time_ratio", "train_seconds")):
+        ratios = [mine[clock] / trial[clock] for mine, trial in zip(ours[5:], peer["trials"], strict=True)]
+        assert peer[name] == {"median": np.median(ratios), "min": min(ratios), "max": max(ratios)}
+    mean, difference = np.mean([trial["accuracy"] for trial in ours]), peer["accuracy_difference"]
     assert difference["mean"] == pytest.approx(mean - 0.3)
     assert difference["low"] < difference["mean"] < difference["high"]
-    assert "torch" in result["versions"]
-    out = capsys.readouterr().out
-    turns = [line.split(":")[0] for line in out.splitlines() if line.startswith(("seed", "script.py:"))]
-    assert turns == ["seed 0", "script.py", "seed 1", "script.py", "seed 2", "script.py"]
-    assert "ours / baseline's" in out
+    out, errors = capsys.readouterr()
+    turns = [line.split(":")[0] for line in out.splitlines() if re.match(r"seed|script.py: .*%", line)]
+    assert turns == [f"seed {seed}" for seed in range(5)] + [
+        turn for seed in (5, 6, 7) for turn in (f"seed {seed}", "script.py")
+    ]
+    assert "ours / the peer's" in out
+    assert errors.splitlines()[-1].startswith("error: ")
 
 
-def test_a_baseline_runs_only_when_asked(tmp_path, monkeypatch):
-    """Run the baseline's process with a fake torch, which writes no data."""
+def test_a_peer_runs_only_when_asked(tmp_path, monkeypatch):
+    """Run the peer's process with a fake torch, which writes no data."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     script = tmp_path / "script.py"
@@ -190,12 +202,13 @@ def test_a_baseline_runs_only_when_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
     splits = {split: sources.load(DataConfig(name="digits"), split) for split in ("train", "test")}
     counts = []
-    with original.start(script, splits) as baseline:
+    with original.start(script, splits) as peer:
         (folder,) = Path(tempfile.gettempdir()).glob("*/cifar10")
         for run in range(3):
             time.sleep(0.2)
             counts.append(len((folder.parent / "runs").read_text()) - 1)  # without the warm-up
-            assert baseline.run() == {"accuracy": pytest.approx(0.1 * (run + 1)), "seconds": 2.0**run}
+            expected = {"accuracy": pytest.approx(0.1 * (run + 1)), "seconds": 2.0**run, "train_seconds": 1.0}
+            assert peer.run() == expected
     assert counts == [0, 1, 2]
 
 
@@ -215,14 +228,13 @@ FAKE_TORCH = "load = save = tensor = lambda *arguments, **settings: None\nint64 
         ),
     ],
 )
-def test_a_failing_baseline_is_reported_in_one_line(
+def test_a_failing_peer_is_reported_in_one_line(
     tmp_path, monkeypatch, capsys, torch_is_installed, torch, script, reason
 ):
     (tmp_path / "torch.py").write_text(torch)
     (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
-    monkeypatch.setattr(speedrun, "Speedrun", lambda config: SimpleNamespace(num_images=1, flops=lambda: 1.0))
-    assert start(monkeypatch, "--trials=1", f"--baseline={tmp_path / 'script.py'}") == 1
+    assert start(monkeypatch, "--trials=1", f"--peer={tmp_path / 'script.py'}") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path / 'script.py'} ")
     assert reason in line
@@ -250,8 +262,8 @@ def torch_is_installed(monkeypatch):
 @pytest.mark.parametrize(
     ("argument", "field", "keyword"),
     [
-        ("--baseline=nowhere.py", "--baseline='nowhere.py'", "no such file"),
-        ("--baseline=.", "--baseline='.'", "airbench94, airbench95, airbench96"),
+        ("--peer=nowhere.py", "--peer='nowhere.py'", "no such file"),
+        ("--peer=.", "--peer='.'", "airbench94, airbench95, airbench96"),
         ("--config.seed=x", "seed='x'", "must be"),
         ("--config.seed=4294967290", "--trials=10", "4294967295"),
         ("--out=/", "--out='/'", "folder"),
@@ -274,7 +286,7 @@ def test_baseline_of_a_config_is_found_in_a_checkout(tmp_path, monkeypatch, torc
 
 def test_a_baseline_needs_torch(monkeypatch, capsys):
     monkeypatch.setattr(speedrun, "has_module", lambda name: False)
-    assert start(monkeypatch, "--baseline=script.py") == 2
+    assert start(monkeypatch, "--peer=script.py") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --baseline='script.py': ")
+    assert line.startswith("error: --peer='script.py': ")
     assert "PyTorch" in line

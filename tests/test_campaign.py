@@ -1,0 +1,230 @@
+"""Test benchmarks.accelerator: stages, time limits, resumption after a kill, the results file and the report."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from benchmarks import accelerator, campaign, device_profile, rehearsal, report, stages
+from benchmarks.campaign import Settings
+from benchmarks.speedrun import Deadline
+from benchmarks.stages import STAGES
+from benchmarks.variants import VARIANTS, reduce_window_pool
+from cifar_flax.errors import ConfigError, UserError
+from cifar_flax.models import layers
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "campaign_nvidia_h200.json"
+
+
+def start(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["accelerator.py", *arguments])
+    return accelerator.main()
+
+
+def read_stages(path):
+    return json.loads(path.read_text())["stages"] if path.exists() else {}
+
+
+def test_a_finished_stage_is_not_run_again(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+    arguments = ["--rehearse", "--out", str(out), "--stages", "machine"]
+    assert start(monkeypatch, *arguments) == 0
+    (stage,) = read_stages(out).values()
+    assert stage["status"] == "done"
+    assert stage["result"]["speed"]["bfloat16"]["flops"] > 0
+    assert stage["result"]["devices"] == ["cpu"]
+    assert start(monkeypatch, *arguments) == 0
+    assert "machine: finished before" in capsys.readouterr().out
+    assert read_stages(out) == {"machine": stage}
+    assert "machine: finished before" in out.with_suffix(".log").read_text()
+
+
+def test_a_stage_that_exceeds_its_limit_is_killed_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+    monkeypatch.setitem(STAGES, "process", dataclasses.replace(STAGES["process"], limit=0.05))
+    assert start(monkeypatch, "--rehearse", "--out", str(out), "--stages", "process", "machine") == 1
+    found = read_stages(out)
+    assert (found["process"]["status"], found["machine"]["status"]) == ("timed out", "done")
+    assert f"what to do: {STAGES['process'].advice}" in capsys.readouterr().out
+
+
+def test_no_stage_starts_without_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "_END_SECONDS", 100.0)
+    out = tmp_path / "results.json"
+    assert start(monkeypatch, "--rehearse", "--budget=100", "--out", str(out), "--stages", "machine") == 0
+    assert "not started" in capsys.readouterr().out
+    assert not read_stages(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "keyword"),
+    [
+        ([], "JAX finds no GPU or TPU", "--rehearse"),
+        (["--data", "nowhere"], "--data='nowhere'", "no such"),
+        (["--data", ".", "--out", "x.json"], "--data='.'", "cifar10"),
+        (["--data", ".", "."], "--data='. .'", "one folder"),
+        (["--rehearse", "--out", "/"], "--out='/'", "folder"),
+        (["--rehearse", "--out", "other.json"], "--out='other.json'", "results file"),
+    ],
+)
+def test_invalid_arguments_print_one_line(tmp_path, monkeypatch, capsys, arguments, field, keyword):
+    (tmp_path / "other.json").write_text("[]")
+    monkeypatch.setattr(accelerator, "device_name", lambda: "cpu")
+    assert start(monkeypatch, *arguments) != 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert field in line
+    assert keyword in line
+
+
+def test_deadline_allows_no_round_that_would_end_late(monkeypatch):
+    now = iter([0.0, 3.0, 8.0, 10.1])  # rounds of 3, 5 and 2.1 seconds
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    deadline = Deadline(15.0)
+    assert [deadline.allows_another() for _ in range(4)] == [True, True, True, False]
+
+
+def make_results(**seconds_and_accuracy):
+    def ours(seconds, accuracy):
+        return {"result": {"ours": {"seconds": {"mean": seconds}, "accuracy": {"mean": accuracy}}}}
+
+    return {"stages": {name: ours(*values) for name, values in seconds_and_accuracy.items()}}
+
+
+@pytest.mark.parametrize(
+    ("variants", "best"),
+    [
+        ({}, None),
+        ({"variant_float16": (2.1, 0.95)}, None),
+        ({"variant_float16": (1.5, 0.9392), "variant_one_call": (1.7, 0.94)}, "float16"),
+        ({"variant_float16": (1.5, 0.9380), "variant_one_call": (1.7, 0.94)}, "one_call"),
+    ],
+)
+def test_the_winner_is_the_fastest_variant_that_is_as_accurate(variants, best):
+    assert stages.best_variant(make_results(airbench94=(2.0, 0.94), **variants)) == best
+
+
+def test_every_variant_is_a_valid_config():
+    for chosen in VARIANTS.values():
+        config = Settings(seconds=1).config("airbench94", *chosen.overrides)
+        steps = int(config.train.epochs * (50_000 // config.train.batch_size))
+        assert steps % config.train.steps_per_call == 0
+
+
+def test_pooling_variant_equals_max_pool():
+    x = jax.random.normal(jax.random.key(0), (3, 7, 8, 5))
+    weight = jax.random.normal(jax.random.key(1), (3, 3, 4, 5))
+    results = [
+        (pool(x), jax.jit(jax.grad(lambda x, pool=pool: jnp.sum(pool(x) * weight)))(x))
+        for pool in (layers.max_pool, reduce_window_pool)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_operations_of_a_trace_are_traced_back_to_jax(tmp_path):
+    function = jax.jit(lambda x: jnp.sin(x) @ x)
+    x = jnp.ones((64, 64))
+    compiled = function.lower(x).compile()
+    jax.block_until_ready(compiled(x))
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready(compiled(x))
+    (path,) = tmp_path.rglob("*.xplane.pb")
+    seconds, count = device_profile.operations(jax.profiler.ProfileData.from_file(str(path)))
+    assert count >= len(seconds) > 0
+    assert all(value >= 0 for value in seconds.values())
+    (module,) = compiled.runtime_executable().hlo_modules()
+    sources = device_profile.operation_sources(module.to_string())
+    assert any("sin" in sources.get(device_profile.plain(name), "") for name in seconds)
+
+
+def test_report_shows_the_measured_figures():
+    results = campaign.read(RESULTS)
+    text = report.text(results)
+    ours = results["stages"]["airbench94"]["result"]["ours"]
+    assert f"Accuracy: {ours['accuracy']['mean']:.2%} (mean of n={len(ours['trials'])}" in text
+    assert f"| {ours['seconds']['mean']:.2f} s |" in text
+    assert "Operations: 0.298 PFLOP" in text
+    for name, stage in results["stages"].items():
+        assert f"| {name} | {stage['status']}" in text
+    headings = ("# Rows for README.md", "# Page")
+    assert all(heading in report.text({"stages": {}}) for heading in headings)
+
+
+def run_rehearsal(out, names):
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--rehearse", "--budget", "1200", "--out", str(out)]
+    with out.with_suffix(".txt").open("a") as printed:
+        return subprocess.Popen([*command, "--stages", *names], cwd=REPOSITORY, stdout=printed, stderr=printed)
+
+
+def wait_until_running(process, out, names):
+    """Wait until one of the stages runs, and return its name; None if the campaign ended instead."""
+    while process.poll() is None:
+        running = [name for name, stage in read_stages(out).items() if stage["status"] == "running"]
+        if set(running) & set(names):
+            return running[0]
+        time.sleep(0.05)
+    return None
+
+
+def processes_of(out):
+    """Return the ids of the processes whose command line names `out`."""
+    found = []
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{number}/cmdline") as file:
+                found += [int(number)] * (str(out) in file.read())
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for the processes in /proc")
+def test_a_campaign_killed_in_every_stage_measures_everything(tmp_path, request):
+    """The first fake peer fails in its second counted run; the results of the others are whole."""
+    out, names = tmp_path / "results.json", list(STAGES)
+    if request.config.getoption("--reduced"):
+        names = ["machine", "airbench94", "winner", "profile"]
+    left = set(names)
+    while left:
+        before = read_stages(out)
+        process = run_rehearsal(out, names)
+        killed = wait_until_running(process, out, left)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        left -= {killed} if killed else left
+        deadline = time.monotonic() + 60
+        while processes_of(out):  # the stage and its children end with the campaign
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        done = {name: stage for name, stage in before.items() if stage["status"] == "done"}
+        assert done.items() <= read_stages(out).items()
+    process = run_rehearsal(out, names)
+    assert process.wait() == 0, out.with_suffix(".txt").read_text()[-3000:]
+    found = read_stages(out)
+    assert {name: stage["status"] for name, stage in found.items()} == dict.fromkeys(names, "done")
+    peers = found["airbench94"]["result"]["peers"]
+    assert "out of memory" in out.with_suffix(".log").read_text()
+    assert (len(peers["failing_peer.py"]["trials"]), "error" in peers["failing_peer.py"]) == (1, True)
+    assert (len(peers["fake_peer.py"]["trials"]), "error" in peers["fake_peer.py"]) == (rehearsal.TRIALS, False)
+    assert len(found["airbench94"]["result"]["ours"]["trials"]) == 3 * rehearsal.TRIALS  # alone, and with each peer
+    assert found["profile"]["result"]["operations"]
+    if "correctness" in found:
+        assert set(found["correctness"]["result"]["tests"].values()) <= {"passed", "skipped"}
+    assert str(report.text(campaign.read(out)))
+
+
+def test_results_file_of_another_program_is_kept(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"stages": 1}')
+    with pytest.raises((UserError, ConfigError), match="results file"):
+        campaign.read(path)
