@@ -56,7 +56,7 @@ def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[
     """Return the maximum over disjoint `window` x `window` squares. Drop rows and columns that fill no window.
 
     For the gradient, only the place of the maximum is saved, as one byte. The gradient of `jnp.max` instead compares
-    `x` with its maximum again, and is NaN if the compiler computes `x` a second time with another rounding. If a window contains
+    `x` with its maximum again, and is NaN if the compiler recomputes `x` with another rounding. If a window contains
     its maximum more than once, the first of these elements gets the whole gradient, as in PyTorch.
     """
     return _maximum(x, window)[0]
