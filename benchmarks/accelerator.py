@@ -9,6 +9,7 @@ toy size on the CPU.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,13 +20,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 from benchmarks import campaign, rehearsal, sheets
 from benchmarks.arguments import at_least_one
 from benchmarks.campaign import REPOSITORY, Settings
-from benchmarks.speedrun import original_of
+from benchmarks.speedrun import scripts_of
 from benchmarks.stages import STAGES
 from cifar_flax import files
 from cifar_flax.data import sources
@@ -38,43 +40,41 @@ _END_SECONDS = 3.0  # to write the results and print the summary
 
 
 class Campaign:
-    """Run stages within a budget of seconds."""
+    """Run stages until `end`, in seconds of `time.time`."""
 
-    def __init__(self, out: Path, budget: float, settings: Settings, log: IO[str]):
-        self._out, self._settings, self._log = out, settings, log
-        self._end = time.monotonic() + budget
+    def __init__(self, out: Path, end: float, settings: Settings, log: IO[str]):
+        self._out, self._end, self._settings, self._log = out, end, settings, log
 
-    def run(self, names: list[str]) -> list[str]:
-        """Run the stages that are not finished; return the names of those that failed."""
-        failed = []
+    def run(self, names: list[str]) -> dict[str, str]:
+        """Run the stages that are not finished; return the status of each stage that was started or finished."""
+        found = {}
         for name in names:
             stage, known = STAGES[name], campaign.read(self._out)["stages"].get(name, {})
-            left = self._end - time.monotonic() - _END_SECONDS
-            if known.get("status") == "done":
+            left = self._end - time.time() - _END_SECONDS
+            if known.get("status") == "done" and (not stage.has_peers or known.get("peers") == self._peers()):
+                found[name] = "done"
                 self._print(f"== {name}: finished before")
             elif left < (1 if self._settings.rehearse else stage.least):
                 self._print(f"== {name}: not started: {left:.0f} s are left, and it needs {stage.least:.0f}")
-            elif not self._run_stage(name, min(stage.limit, left)):
-                failed.append(name)
-                self._print(f"== {name}: what to do: {stage.advice}")
-        return failed
+            else:
+                found[name] = self._run_stage(name, min(stage.limit, left))
+                if found[name] != "done":
+                    self._print(f"== {name}: what to do: {stage.advice}")
+        return found
 
-    def _run_stage(self, name: str, limit: float) -> bool:
+    def _run_stage(self, name: str, limit: float) -> str:
         self._print(f"== {name}: at most {limit:.0f} s")
-        campaign.update(self._out, name, status="running", result={}, error="")
-        settings = dataclasses.replace(self._settings, seconds=limit)
-        command = [sys.executable, "-u", "-m", "benchmarks.stages", name, str(self._out.absolute())]
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {STAGES[name].xla_flags}".strip()
-        environment = {}
-        if settings.rehearse:
-            environment = rehearsal.environment(self._out.absolute().parent)
-            if name == "devices":
-                flags += " --xla_force_host_platform_device_count=2"
-        start, last, is_late = time.monotonic(), "", threading.Event()
+        # An earlier result stays until there is a new one.
+        campaign.update(self._out, name, status="running", seconds=0, error="", peers=self._peers())
+        start, last = time.monotonic(), [""]
+        settings = dataclasses.replace(self._settings, end=time.time() + limit)
         with subprocess.Popen(
-            [*command, json.dumps(dataclasses.asdict(settings))],
+            [
+                *(sys.executable, "-u", "-m", "benchmarks.stages"),
+                *(name, str(self._out.absolute()), json.dumps(dataclasses.asdict(settings))),
+            ],
             cwd=REPOSITORY,
-            env=os.environ | {"XLA_FLAGS": flags} | environment,
+            env=os.environ | self._environment(name),
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends; then the stage ends too
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -82,30 +82,39 @@ class Campaign:
             errors="replace",
             start_new_session=True,  # so that its children can be killed with it
         ) as process:
-
-            def stop() -> None:
-                is_late.set()
-                os.killpg(process.pid, signal.SIGKILL)
-
-            timer = threading.Timer(limit, stop)
-            timer.start()
+            reader = threading.Thread(target=self._read, args=(process.stdout, last))
+            reader.start()
             try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    last = line.strip() or last
-                    self._print(line.rstrip())
-                process.wait()
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
+                exit_code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                exit_code = None
             finally:
-                timer.cancel()
+                with contextlib.suppress(ProcessLookupError):  # the stage and its children have ended
+                    os.killpg(process.pid, signal.SIGKILL)
+            reader.join()
+        status = {0: "done", None: "timed out"}.get(exit_code, "failed")
+        error = {"done": "", "failed": last[0], "timed out": f"did not end within {limit:.0f} s"}[status]
         seconds = time.monotonic() - start
-        status = "timed out" if is_late.is_set() else "failed" if process.returncode else "done"
-        error = {"done": "", "failed": last, "timed out": f"did not end within {limit:.0f} s"}[status]
         campaign.update(self._out, name, status=status, seconds=seconds, error=error)
         self._print(f"== {name}: {status} after {seconds:.0f} s{error and f': {error}'}")
-        return status == "done"
+        return status
+
+    def _peers(self) -> list[str]:
+        return [Path(peer).name for peer in self._settings.peers]
+
+    def _environment(self, name: str) -> dict[str, str]:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {STAGES[name].xla_flags}".strip()
+        if not self._settings.rehearse:
+            return {"XLA_FLAGS": flags}
+        if name == "devices":
+            flags += " --xla_force_host_platform_device_count=2"
+        return {"XLA_FLAGS": flags} | rehearsal.environment(self._out.absolute().parent)
+
+    def _read(self, lines: Iterable[str], last: list[str]) -> None:
+        """Print and log `lines`; keep the last one that is not empty in `last`."""
+        for line in lines:
+            last[0] = line.strip() or last[0]
+            self._print(line.rstrip())
 
     def _print(self, line: str) -> None:
         print(line, flush=True)
@@ -142,6 +151,7 @@ def data_cache(paths: list[Path]) -> str:
 
 
 def main() -> int:
+    begin = time.time()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=at_least_one, default=480, metavar="SECONDS", help="default: 480")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="NAME", help=_STAGES_HELP)
@@ -156,39 +166,53 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="run every stage on the CPU, at toy size")
     args = parser.parse_args()
     try:
-        if args.rehearse:
-            out = args.out or Path(tempfile.mkdtemp(prefix="rehearsal_"), "campaign_rehearsal.json")
-            folder = out.absolute().parent
-            cache, peers = str(folder / "data"), rehearsal.write_peers(folder / "peers")
-            rehearsal.write_data(folder / "data")
-        else:
-            cache, peers = data_cache(args.data), [original_of(path, "airbench94") for path in args.peer]
-            name = device_name()
-            if name == "cpu":
-                raise UserError("JAX finds no GPU or TPU; --rehearse runs every stage on the CPU")
-            out = args.out or RESULTS / f"campaign_{name}.json"
-        require(not out.is_dir(), "--out", str(out), "is a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        settings = Settings(
-            seconds=0,
-            data_cache=cache,
-            peers=tuple(str(peer.absolute()) for peer in peers),
-            rehearse=args.rehearse,
-            results=str(out.absolute()),
-        )
-        with out.with_suffix(".log").open("a") as log:
-            failed = Campaign(out, args.budget, settings, log).run(args.stages)
+        found = measure(args, begin)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BlockingIOError:
+        print(f"error: --out={str(args.out)!r}: another campaign is writing to it", file=sys.stderr)
+        return 1
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues with the stage that was running", file=sys.stderr)
         return 130
+    if not found:
+        print(f"error: --budget={args.budget}: no stage was started; each needs more time", file=sys.stderr)
+    return 0 if found and set(found.values()) == {"done"} else 1
+
+
+def measure(args: argparse.Namespace, begin: float) -> dict[str, str]:
+    """Run the stages for the parsed arguments `args` until `args.budget` seconds after `begin`; return each status."""
+    if args.rehearse:
+        name, out = "cpu", args.out or Path(tempfile.mkdtemp(prefix="rehearsal_"), "campaign_rehearsal.json")
+    else:
+        cache, peers = data_cache(args.data), scripts_of(args.peer, "airbench94")
+        name = device_name()
+        if name == "cpu":
+            raise UserError("JAX finds no GPU or TPU; --rehearse runs every stage on the CPU")
+        out = args.out or RESULTS / f"campaign_{name}.json"
+    require(not out.is_dir(), "--out", str(out), "is a folder")
+    campaign.read(out)  # raises an error before anything is written
+    folder = out.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.rehearse:
+        cache, peers = str(folder / "data"), rehearsal.write_peers(folder / "peers")
+        rehearsal.write_data(folder / "data")
+    settings = Settings(
+        end=0,
+        data_cache=cache,
+        peers=tuple(str(peer.absolute()) for peer in peers),
+        rehearse=args.rehearse,
+        results=str(out.absolute()),
+    )
+    with files.locked(out.with_suffix(".lock"), wait=False), out.with_suffix(".log").open("a") as log:
+        campaign.claim(out, device=name, rehearsal=args.rehearse)
+        found = Campaign(out, begin + args.budget, settings, log).run(args.stages)
     print(f"written: {out} and {out.with_suffix('.log').name}")
-    return 1 if failed else 0
+    return found
 
 
 if __name__ == "__main__":

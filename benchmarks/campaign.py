@@ -7,6 +7,7 @@ The results file is one JSON object for all stages, rewritten after each result:
 `result` is what the stage has measured so far; a failed stage also has an "error".
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ REPOSITORY = Path(__file__).parent.parent
 class Settings:
     """The arguments of a stage."""
 
-    seconds: float  # time limit
+    end: float  # time limit, in seconds since the epoch
     data_cache: str = ""  # folder of the decoded data; "": the config's
     peers: tuple[str, ...] = ()  # scripts
     rehearse: bool = False
@@ -43,6 +44,9 @@ class Settings:
         fields = (*overrides, *toy, *([f"data.cache_dir={self.data_cache}"] if self.data_cache else ()))
         return ["--config", str(REPOSITORY / "configs" / f"{name}.py"), *(f"--config.{field}" for field in fields)]
 
+    def seconds_left(self) -> float:
+        return self.end - time.time()
+
     def trials(self, count: int) -> int:
         return rehearsal.TRIALS if self.rehearse else count
 
@@ -54,10 +58,25 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {"stages": {}}
-    found = read_json(path)
-    if not isinstance(found, dict) or not isinstance(found.get("stages"), dict):
-        raise UserError(f"--out={str(path)!r}: is not a results file of benchmarks.accelerator")
+    try:
+        found = read_json(path)
+        stages = found["stages"]
+        assert all("status" in stage for stage in stages.values())
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"--out={str(path)!r}: is not a results file of benchmarks.accelerator") from error
     return found
+
+
+def claim(path: Path, **measured: Any) -> None:
+    """Write what is measured (the device, whether in a rehearsal) to `path`.
+
+    Raise `UserError` if `path` has results of something else, which the new ones would be mixed with.
+    """
+    results = read(path)
+    known = {name: results.get(name, value) for name, value in measured.items()}
+    if known != measured:
+        raise UserError(f"--out={str(path)!r}: has results of {known}, not of {measured}; choose another file")
+    write_json(path, measured | results)
 
 
 def update(path: Path, stage: str, **fields: Any) -> None:

@@ -58,7 +58,8 @@ def operations(trace: jax.profiler.ProfileData) -> tuple[Counter[str], int]:
     """Return the seconds of each operation, and the number of executed operations.
 
     An operation is named after its HLO instruction or, where the trace does not state it, after its kernel. On a
-    device, operations are the events of its streams; on a CPU, those that state an HLO instruction.
+    device, operations are the events of its streams; on a CPU, those that state an HLO instruction. The time of an
+    operation inside another one, such as a loop, counts for the inner one only.
     """
     seconds: Counter[str] = Counter()
     count = 0
@@ -68,12 +69,27 @@ def operations(trace: jax.profiler.ProfileData) -> tuple[Counter[str], int]:
         for line in plane.lines:
             if devices and not re.match(r"Stream|XLA Ops", line.name):
                 continue
+            events = []
             for event in line.events:
-                name = dict(event.stats).get("hlo_op", event.name if devices else None)
-                if name:
-                    seconds[str(name)] += event.duration_ns / 1e9
-                    count += 1
+                if name := dict(event.stats).get("hlo_op", event.name if devices else None):
+                    events.append((event.start_ns, event.start_ns + event.duration_ns, str(name)))
+            seconds.update(own_seconds(events))
+            count += len(events)
     return seconds, count
+
+
+def own_seconds(events: list[tuple[float, float, str]]) -> Counter[str]:
+    """Return the seconds of each name in `events`, (start, end, name) in ns, without those of events inside it."""
+    seconds: Counter[str] = Counter()
+    around: list[tuple[float, str]] = []  # (end, name) of the events that contain the current one
+    for start, end, name in sorted(events, key=lambda event: (event[0], -event[1])):
+        while around and around[-1][0] <= start:
+            around.pop()
+        if around:
+            seconds[around[-1][1]] -= (min(end, around[-1][0]) - start) / 1e9
+        seconds[name] += (end - start) / 1e9
+        around.append((end, name))
+    return seconds
 
 
 def operation_sources(hlo: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,14 +50,15 @@ def head(name: str, config: Config, num_images: int, flops: float) -> Measuremen
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, XLA and the packages, and XLA_FLAGS."""
+    """Return the versions of Python, XLA and the packages, XLA_FLAGS and other settings of XLA."""
     found = {"python": platform.python_version(), "platform": backend.get_backend().platform_version}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    settings = {name: value for name, value in os.environ.items() if name.startswith("XLA_PYTHON")}
+    return found | settings | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
 
 
 def metrics(known: Measurement, ours: list[Measurement]) -> Measurement:
@@ -70,13 +72,13 @@ def metrics(known: Measurement, ours: list[Measurement]) -> Measurement:
     }
 
 
-def comparison(ours: list[Measurement], pairs: list[tuple[Measurement, Measurement]]) -> Measurement:
+def comparison(pairs: list[tuple[Measurement, Measurement]]) -> Measurement:
     """Return the metrics of a peer's runs, the ratios of both clocks, and the difference of the accuracies.
 
-    `ours` are all runs of this project; `pairs` are (one of ours, one of the peer's) run one after the other.
+    `pairs` are (one of this project's runs, the peer's run after it).
     """
-    theirs = [its for _, its in pairs]
-    result = _summary(theirs)
+    ours, theirs = zip(*pairs, strict=True)
+    result = _summary(theirs) | {"ours": list(ours)}
     for name, clock in (("time_ratio", "seconds"), ("train_time_ratio", "train_seconds")):
         ratios = [mine[clock] / its[clock] for mine, its in pairs if its.get(clock)]
         if ratios:
@@ -98,7 +100,7 @@ def mean_of(values: list[float]) -> Measurement:
     return {"mean": mean, "std": std, "interval": interval}
 
 
-def _summary(runs: list[Measurement]) -> Measurement:
+def _summary(runs: Sequence[Measurement]) -> Measurement:
     means = {name: [run[name] for run in runs if run.get(name)] for name in ("accuracy", *CLOCKS)}
     return {"trials": list(runs)} | {name: mean_of(values) for name, values in means.items() if values}
 
@@ -106,7 +108,7 @@ def _summary(runs: list[Measurement]) -> Measurement:
 def _difference(ours: list[float], theirs: list[float]) -> Measurement:
     """Return the difference of the means with its 95 % confidence interval (Welch's t)."""
     low = high = None
-    if len(ours) > 1 and np.ptp(ours) + np.ptp(theirs) > 0:
+    if min(len(ours), len(theirs)) > 1 and np.ptp(ours) + np.ptp(theirs) > 0:
         low, high = map(float, scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95))
     return {"mean": statistics.fmean(ours) - statistics.fmean(theirs), "low": low, "high": high}
 
@@ -122,7 +124,7 @@ def compilation(result: Measurement) -> str:
 
 def text(result: Measurement) -> str:
     peak, rate = result["peak"], result["flops_per_second"]
-    fraction, first = rate / peak["flops_per_second"], result["seconds_to_first_accuracy"]
+    fraction = rate / peak["flops_per_second"]
     lines = [
         f"{result['config_file']} on {result['machine']['device']}",
         f"  timed        {result['timed']}",
@@ -132,8 +134,10 @@ def text(result: Measurement) -> str:
         f"  operations   {result['flops'] / 1e15:.3f} PFLOP per run, {rate / 1e12:,.3f} TFLOP/s",
         f"               {fraction:.1%} of {peak['is']}",
         f"  compilation  {compilation(result)}",
-        f"  process      {first:.1f} s from its start to the first accuracy, {result['process_seconds']:.1f} s total",
     ]
+    if "process_seconds" in result:
+        first, total = result["seconds_to_first_accuracy"], result["process_seconds"]
+        lines.append(f"  process      {first:.1f} s from its start to the first accuracy, {total:.1f} s total")
     for script, peer in result["peers"].items():
         lines += [f"{script}, alternating with this project", *(_peer_lines(peer) if "trials" in peer else ())]
         if "error" in peer:

@@ -18,12 +18,14 @@ if __name__ == "__main__":
 
 import argparse
 import functools
+import itertools
 import math
 import os
 import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -124,14 +126,17 @@ def measure(
     trials: int,
     peers: Sequence[Path],
     save: Callable[[Measurement], None],
+    *,
     seconds: float = math.inf,
     time_compilation: bool = True,
+    started: float | None = None,
 ) -> Measurement:
     """Measure `trials` seeds; print each run and pass the results so far to `save`.
 
     Then start each of `peers`, scripts, and measure up to `trials` more seeds alternating with it. This project comes
     first since a script may take minutes to start. A peer that fails is reported, and the others still run. Start no
-    run that might not end within `seconds`. `time_compilation` compiles everything twice to measure it.
+    run that might not end within `seconds`. `time_compilation` compiles everything twice to measure it. With `started`,
+    the start of the process, the results include its duration.
     """
     begin = time.perf_counter()
     compiled = Speedrun(config)
@@ -144,26 +149,30 @@ def measure(
         compiled.compile()
     if jax.default_backend() != "cpu":
         compiled.run(config.seed)
-    ours: list[Measurement] = []
+    seeds = itertools.count(config.seed)
 
     def run_ours() -> Measurement:
-        ours.append(compiled.run(config.seed + len(ours)))
-        print(f"seed {ours[-1]['seed']}: {runs.shown(ours[-1])}", flush=True)
-        result.setdefault("seconds_to_first_accuracy", time.perf_counter() - STARTED)
-        result.update(runs.metrics(result, ours))
-        save(result)
-        return ours[-1]
+        run = compiled.run(next(seeds))
+        print(f"seed {run['seed']}: {runs.shown(run)}", flush=True)
+        return run
 
+    ours: list[Measurement] = []
     deadline = Deadline(begin + seconds)
     while len(ours) < trials and deadline.allows_another():
-        run_ours()
+        ours.append(run_ours())
+        if started is not None:
+            result.setdefault("seconds_to_first_accuracy", time.perf_counter() - started)
+        result |= runs.metrics(result, ours)
+        save(result)
     splits = {split: sources.load(config.data, split) for split in ("train", "test")} if peers else {}
     for path in peers:
-        pairs: list[tuple[Measurement, Measurement]] = []
         known = result["peers"][path.name] = {}
+        save(result)
+        pairs: list[tuple[Measurement, Measurement]] = []
         start = time.perf_counter()
+        left = min(max(begin + seconds - start, 0.0), threading.TIMEOUT_MAX)
         try:
-            with original.start(path, splits) as script:
+            with original.start(path, splits, left) as script:
                 script.run()
                 known["start_seconds"] = time.perf_counter() - start
                 print(f"{path.name}: started in {known['start_seconds']:.0f} s", flush=True)
@@ -172,12 +181,13 @@ def measure(
                     mine = run_ours()
                     pairs.append((mine, script.run()))
                     print(f"{path.name}: {runs.shown(pairs[-1][1])}", flush=True)
-                    known.update(runs.comparison(ours, pairs))
+                    known.update(runs.comparison(pairs))
                     save(result)
         except ChildProcessError as error:
             known["error"] = str(error)
             print(f"{path.name} failed: {error}", flush=True)
-    result["process_seconds"] = time.perf_counter() - STARTED
+    if started is not None:
+        result["process_seconds"] = time.perf_counter() - started
     save(result)
     return result
 
@@ -196,15 +206,24 @@ class Deadline:
         return first or now + self._longest <= self._end
 
 
-def original_of(path: Path, config_name: str) -> Path:
-    """Return the script to compare the config with. Raise `ConfigError` if PyTorch or the script is missing."""
+def scripts_of(paths: Sequence[Path], config_name: str) -> list[Path]:
+    """Return the scripts that `--peer` names. Raise `ConfigError` if PyTorch or a script is missing."""
+    scripts = [_script_of(path, config_name) for path in paths]
+    names = [script.name for script in scripts]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    require(twice is None, "--peer", twice, "there are two scripts of this name; rename one")
+    if scripts:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # all processes share the GPU's memory
+    return scripts
+
+
+def _script_of(path: Path, config_name: str) -> Path:
     require(has_module("torch"), "--peer", str(path), "requires PyTorch, which is not installed")
     if path.is_dir():
         known = f"a folder works only with {', '.join(ORIGINALS)}; pass the path of a script"
         require(config_name in ORIGINALS, "--peer", str(path), known)
         path = path / ORIGINALS[config_name]
     require(path.is_file(), "--peer", str(path), "no such file")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both processes share the GPU's memory
     return path
 
 
@@ -221,7 +240,7 @@ def main() -> int:
     try:
         config = arguments.parse(["--config", args.config, *overrides]).config
         require(config.seed + args.trials <= 2**32, "--trials", args.trials, f"seeds must be at most {2**32 - 1}")
-        peers = [original_of(path, Path(args.config).stem) for path in args.peer]
+        peers = scripts_of(args.peer, Path(args.config).stem)
         fraction = config.data.validation_fraction
         fits = not peers or fraction == 0
         require(fits, "data.validation_fraction", fraction, "must be 0 with --peer, which trains on all images")
@@ -229,7 +248,8 @@ def main() -> int:
         out = args.out or RESULTS / f"speedrun_{Path(args.config).stem}_{device}.json"
         require(not out.is_dir(), "--out", str(out), "is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = measure(config, args.config, args.trials, peers, functools.partial(write_json, out))
+        save = functools.partial(write_json, out)
+        result = measure(config, args.config, args.trials, peers, save, started=STARTED)
         print(runs.text(result))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

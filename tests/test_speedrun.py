@@ -17,6 +17,7 @@ from benchmarks.baselines import original
 from cifar_flax import arguments
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
+from cifar_flax.errors import ConfigError
 from cifar_flax.models import CNNConfig
 from cifar_flax.models.summary import forward_flops
 
@@ -162,20 +163,22 @@ def test_peers_alternate_with_this_project_after_it_has_run_alone(tmp_path, monk
     assert start(monkeypatch, "--trials=3", "--peer", "failing.py", "script.py", "--out=out.json") == 1
     result = json.loads((tmp_path / "out.json").read_text())
     ours = result["ours"]["trials"]
-    assert [trial["seed"] for trial in ours] == list(range(8))  # two while the first peer ran
+    assert [trial["seed"] for trial in ours] == [0, 1, 2]
     assert all(0 < trial["train_seconds"] < trial["seconds"] for trial in ours)
     peers = result["peers"]
     assert list(peers) == ["failing.py", "script.py"]
     assert "exit code 1" in peers["failing.py"]["error"]
     assert len(peers["failing.py"]["trials"]) == 1  # its results before it failed are kept
+    assert peers["failing.py"]["accuracy_difference"]["low"] is None
     peer = peers["script.py"]
     # The first runs are the script's warm-up and one that is not counted.
     expected = [{"accuracy": 0.1 * (run + 1), "seconds": 2.0**run, "train_seconds": 1.0} for run in (1, 2, 3)]
     assert peer["trials"] == [pytest.approx(trial) for trial in expected]
     for name, clock in (("time_ratio", "seconds"), ("train_time_ratio", "train_seconds")):
-        ratios = [mine[clock] / trial[clock] for mine, trial in zip(ours[5:], peer["trials"], strict=True)]
+        ratios = [mine[clock] / trial[clock] for mine, trial in zip(peer["ours"], peer["trials"], strict=True)]
         assert peer[name] == {"median": np.median(ratios), "min": min(ratios), "max": max(ratios)}
-    mean, difference = np.mean([trial["accuracy"] for trial in ours]), peer["accuracy_difference"]
+    assert [trial["seed"] for trial in peer["ours"]] == [5, 6, 7]  # two more while the first peer ran
+    mean, difference = np.mean([trial["accuracy"] for trial in peer["ours"]]), peer["accuracy_difference"]
     assert difference["mean"] == pytest.approx(mean - 0.3)
     assert difference["low"] < difference["mean"] < difference["high"]
     out, errors = capsys.readouterr()
@@ -236,7 +239,7 @@ def test_a_failing_peer_is_reported_in_one_line(
     monkeypatch.setattr(original, "REPOSITORY", f"{REPOSITORY}:{tmp_path}")
     assert start(monkeypatch, "--trials=1", f"--peer={tmp_path / 'script.py'}") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'script.py'} ")
+    assert line.startswith("error: script.py ")
     assert reason in line
 
 
@@ -276,15 +279,25 @@ def test_invalid_arguments_print_one_line(monkeypatch, capsys, torch_is_installe
     assert keyword in line
 
 
-def test_baseline_of_a_config_is_found_in_a_checkout(tmp_path, monkeypatch, torch_is_installed):
+def test_script_of_a_config_is_found_in_a_checkout(tmp_path, monkeypatch, torch_is_installed):
     monkeypatch.setattr("os.environ", {})
     for name, script in speedrun.ORIGINALS.items():
         (tmp_path / script).parent.mkdir(exist_ok=True)
         (tmp_path / script).touch()
-        assert speedrun.original_of(tmp_path, name) == tmp_path / script
+        assert speedrun.scripts_of([tmp_path], name) == [tmp_path / script]
 
 
-def test_a_baseline_needs_torch(monkeypatch, capsys):
+def test_scripts_have_different_names(tmp_path, torch_is_installed):
+    """The results name each script."""
+    (tmp_path / "other").mkdir()
+    paths = [tmp_path / "script.py", tmp_path / "other" / "script.py"]
+    for path in paths:
+        path.touch()
+    with pytest.raises(ConfigError, match=r"--peer='script.py'"):
+        speedrun.scripts_of(paths, "default")
+
+
+def test_a_peer_needs_torch(monkeypatch, capsys):
     monkeypatch.setattr(speedrun, "has_module", lambda name: False)
     assert start(monkeypatch, "--peer=script.py") == 2
     (line,) = capsys.readouterr().err.splitlines()

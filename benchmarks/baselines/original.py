@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ class Baseline:
         self._columns = _cells(heads[0]) if heads else []
         self._time = next((name for name in self._columns if name.endswith("time_seconds")), None)
         if self._time is None:
-            raise ChildProcessError(f"{script} printed no table with columns tta_val_acc and time_seconds")
+            raise ChildProcessError(f"{script.name} printed no table with columns tta_val_acc and time_seconds")
 
     def run(self) -> dict[str, Any]:
         """Run one more trial; return the accuracy (with test-time augmentation) and seconds that the script prints.
@@ -47,7 +48,7 @@ class Baseline:
         rows = [dict(zip(self._columns, _cells(line), strict=False)) for line in printed]
         results = [row for row in rows if row.get("tta_val_acc") and row.get(self._time)]
         if not results:
-            raise ChildProcessError(f"{self._script} printed no accuracy: {''.join(printed[-3:])!r}")
+            raise ChildProcessError(f"{self._script.name} printed no accuracy: {''.join(printed[-3:])!r}")
         before = [row[self._time] for row in rows[: rows.index(results[-1])] if row.get(self._time)]
         measured = {"accuracy": float(results[-1]["tta_val_acc"]), "seconds": float(results[-1][self._time])}
         return measured | ({"train_seconds": float(before[-1])} if before else {})
@@ -61,12 +62,15 @@ class Baseline:
                 return lines
             lines.append(line)
         last = lines[-1].strip() if lines else "nothing"
-        raise ChildProcessError(f"{self._script} ended with exit code {self._process.wait()}; last line: {last}")
+        raise ChildProcessError(f"{self._script.name} ended with exit code {self._process.wait()}; last line: {last}")
 
 
 @contextmanager
-def start(script: Path, splits: dict[str, Any]) -> Iterator[Baseline]:
-    """Start `script` on `splits`, the "train" and "test" arrays loaded by `cifar_flax.data.sources`."""
+def start(script: Path, splits: dict[str, Any], seconds: float = threading.TIMEOUT_MAX) -> Iterator[Baseline]:
+    """Start `script` on `splits`, the "train" and "test" arrays loaded by `cifar_flax.data.sources`.
+
+    Kill it after `seconds`, since a script may take minutes to compile; then `run` raises `ChildProcessError`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name, arrays in splits.items():
             np.savez(Path(folder, name), images=arrays.images, labels=arrays.labels, classes=arrays.class_names)
@@ -78,9 +82,12 @@ def start(script: Path, splits: dict[str, Any]) -> Iterator[Baseline]:
             stdout=subprocess.PIPE,
             text=True,
         ) as process:
+            timer = threading.Timer(seconds, process.kill)
+            timer.start()
             try:
                 yield Baseline(script, process)
             finally:
+                timer.cancel()
                 process.kill()
 
 
