@@ -203,7 +203,7 @@ def test_small_images_are_refused():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("widths", (0, 1, 1)), ("depth", 4), ("dtype", "float16"), ("norm_decay", 1.0), ("init", "adam")],
+    [("widths", (0, 1, 1)), ("depth", 4), ("dtype", "float64"), ("norm_decay", 1.0), ("init", "adam")],
     ids=lambda value: str(value),
 )
 def test_invalid_settings_are_refused(field, value):
