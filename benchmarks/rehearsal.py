@@ -23,6 +23,8 @@ OVERRIDES = {
     "notebook": (*_RUN, *_CNN),
 }
 TRIALS = 2
+TESTS = "bits or evaluation"  # of tests/test_accelerator.py
+SEVERAL_DEVICES = ("default",)  # configs
 # Prints like the scripts of airbench. `{fails}` is the run in which it fails.
 _PEER = """
 import time

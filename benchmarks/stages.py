@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 import jax
 
-from benchmarks import campaign, hardware, runs
+from benchmarks import campaign, hardware, rehearsal, runs
 from benchmarks.campaign import REPOSITORY, Settings
 from benchmarks.device_profile import profile
 from benchmarks.speedrun import Speedrun, measure
@@ -191,6 +191,7 @@ def correctness(settings: Settings, save: Save) -> None:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share the device
         if settings.rehearse:
             os.environ["REHEARSE"] = "1"
+            command += ["-k", rehearsal.TESTS]
         elif shutil.which("nvidia-smi"):  # only one process at a time can use a TPU, so this one must not ask JAX
             command += ["-n", str(_WORKERS)]
         done = subprocess.run([*command, f"--junitxml={report}"], cwd=REPOSITORY)
@@ -216,7 +217,7 @@ def several_devices(settings: Settings, save: Save) -> None:
         print("skipped: there is one device")
         return
     result = []
-    for name in ("airbench94", "resnet18"):
+    for name in rehearsal.SEVERAL_DEVICES if settings.rehearse else ("airbench94", "resnet18"):
         for number in (2**power for power in range(count.bit_length()) if 2**power <= count):
             for backend in ("jit", "shard_map", "pmap") if number > 1 else ("jit",):
                 config = settings.config(name, f"parallel.backend={backend}")

@@ -55,20 +55,29 @@ def stablehlo(run: RestoredRun) -> bytes:
     return bytes(jax.export.export(jax.jit(probabilities), platforms=PLATFORMS)(shape).serialize())
 
 
-def run_in_new_process(folder: Path, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n classes"]:
-    """Run the program in `folder` on `images` in a new process and return its probabilities.
+def run_in_new_process(
+    folder: Path, images: UInt8[np.ndarray, "n h w c"], platform: str
+) -> tuple[Float[np.ndarray, "n classes"], str]:
+    """Run the program in `folder` on `images` in a new process; return its probabilities and the platform it used.
 
-    Raise `UserError` if the process fails.
+    `platform` is that of this process. Raise `UserError` if the new process fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
         inputs, outputs = Path(temporary) / "images.npy", Path(temporary) / "probabilities.npy"
         np.save(inputs, images, allow_pickle=False)
         # -P: do not import modules from the script's folder.
         command = [sys.executable, "-P", run_program.__file__, str(folder), str(inputs), str(outputs)]
-        leave_memory = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        done = subprocess.run(command, env=leave_memory, capture_output=True, text=True)
+        environment = os.environ | variables_beside(platform)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no error message"])[-1]
             raise UserError(f"the program is not exported: another process cannot run it ({reason})")
         probabilities: np.ndarray = np.load(outputs, allow_pickle=False)
-        return probabilities
+        return probabilities, done.stdout.split()[-1]
+
+
+def variables_beside(platform: str) -> dict[str, str]:
+    """Return environment variables for a process that uses JAX while this process uses the devices of `platform`."""
+    if platform == "tpu":
+        return {"JAX_PLATFORMS": "cpu"}  # only one process can use a TPU
+    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # this process may hold most of a GPU's memory

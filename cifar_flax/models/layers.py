@@ -56,8 +56,9 @@ def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[
     """Return the maximum over disjoint `window` x `window` squares. Drop rows and columns that fill no window.
 
     For the gradient, only the place of the maximum is saved, as one byte. The gradient of `jnp.max` instead compares
-    `x` with its maximum again, and is NaN if the compiler recomputes `x` with another rounding. If a window contains
-    its maximum more than once, the first of these elements gets the whole gradient, as in PyTorch.
+    `x` with its maximum again, and is NaN if the compiler computes `x` a second time with another rounding. If a window
+    contains its maximum more than once, the first of these elements gets the whole gradient, as in PyTorch.
+    Forward-mode differentiation (`jax.jvp`) is not supported.
     """
     return _maximum(x, window)[0]
 
@@ -76,6 +77,7 @@ def _maximum(x: Array, window: int) -> tuple[Array, UInt8[Array, "batch h_out w_
 
 def _max_pool_forward(x: Array, window: int) -> tuple[Array, tuple[Array, Array]]:
     best, place = _maximum(x, window)
+    # Only arrays can be saved for the gradient: an empty one carries the height and width of `x`.
     return best, (place, jnp.zeros((*x.shape[1:3], 0)))
 
 

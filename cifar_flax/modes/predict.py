@@ -1,5 +1,6 @@
 """--mode=predict: classify image files; print a table, or write a .csv, .json or .jsonl file."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -105,7 +106,7 @@ def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Predict
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, without_pillow_warnings():
+    with _thread_pool() as pool, without_pillow_warnings():
         for start in range(0, len(found), model.batch_size):
             batch = found[start : start + model.batch_size]
             contents = list(pool.map(read, batch))
@@ -116,6 +117,19 @@ def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Predict
                     yield dataclasses.replace(one, error=str(content))
                 else:
                     yield dataclasses.replace(one, probabilities=next(rows))
+
+
+@contextlib.contextmanager
+def _thread_pool() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool with one thread per CPU core. Do not wait for its threads at the end.
+
+    The garbage collector may close a suspended generator inside `Thread.start`, where a wait would deadlock.
+    """
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _name(file: Prediction) -> str:
