@@ -123,7 +123,7 @@ def best_variant(results: dict[str, Any]) -> str | None:
     """Return the name of the fastest variant whose accuracy is that of the config as it is, or None.
 
     `results` are the stages of a results file. A variant is faster if the 95 % intervals of the seconds are apart.
-    Raise `UserError` if the config or all variants have not been measured to the end.
+    Raise `UserError` unless the config and at least one variant have been measured to the end.
     """
     done = {name: stage["result"]["ours"] for name, stage in results.items() if is_measured(stage)}
     variants = {name: done[f"variant_{name}"] for name in VARIANTS if f"variant_{name}" in done}
