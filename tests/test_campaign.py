@@ -180,6 +180,21 @@ def test_report_shows_the_measured_figures():
     assert all(heading in report.text({"stages": {}}) for heading in headings)
 
 
+def test_a_stage_ends_with_the_campaign_and_its_children_with_it():
+    """The end of the campaign closes the stage's standard input."""
+    program = (
+        "import subprocess, time; from benchmarks import stages; stages.follow_parent()\n"
+        "child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); child.wait()"
+    )
+    command = [sys.executable, "-c", program]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, start_new_session=True) as stage:
+        assert int(stage.stdout.readline()) > 0
+        stage.stdin.close()
+        assert stage.wait(60) == -signal.SIGKILL
+        assert stage.stdout.read() == b""  # returns once the child, which holds the pipe too, has ended
+
+
 def run_rehearsal(out, names):
     command = [sys.executable, "-m", "benchmarks.accelerator", "--rehearse", "--budget", "1200", "--out", str(out)]
     with out.with_suffix(".txt").open("a") as printed:
