@@ -1,5 +1,6 @@
 """Test benchmarks.accelerator: stages, time limits, resumption after a kill, the results file and the report."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -189,10 +190,14 @@ def test_a_stage_ends_with_the_campaign_and_its_children_with_it():
     command = [sys.executable, "-c", program]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, start_new_session=True) as stage:
-        assert int(stage.stdout.readline()) > 0
-        stage.stdin.close()
-        assert stage.wait(60) == -signal.SIGKILL
-        assert stage.stdout.read() == b""  # returns once the child, which holds the pipe too, has ended
+        try:
+            assert int(stage.stdout.readline()) > 0
+            stage.stdin.close()
+            assert stage.wait(60) == -signal.SIGKILL
+            assert stage.stdout.read() == b""  # returns once the child, which holds the pipe too, has ended
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(stage.pid, signal.SIGKILL)
 
 
 def run_rehearsal(out, names):
