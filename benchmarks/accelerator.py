@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="run every stage on the CPU, at toy size")
     args = parser.parse_args()
     try:
-        found = measure(args, begin)
+        found = run_campaign(args, begin)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -184,7 +184,7 @@ def main() -> int:
     return 0 if found and set(found.values()) == {"done"} else 1
 
 
-def measure(args: argparse.Namespace, begin: float) -> dict[str, str]:
+def run_campaign(args: argparse.Namespace, begin: float) -> dict[str, str]:
     """Run the stages for the parsed arguments `args` until `args.budget` seconds after `begin`; return each status."""
     if args.rehearse:
         name, out = "cpu", args.out or Path(tempfile.mkdtemp(prefix="rehearsal_"), "campaign_rehearsal.json")

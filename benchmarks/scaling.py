@@ -22,10 +22,10 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.hardware import PEAKS
+from benchmarks.programs import DATASET
 from cifar_flax import arguments, models
 from cifar_flax.data import sources
 from cifar_flax.data.batches import empty_batch
-from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError
 from cifar_flax.runtime import allocator
 from cifar_flax.training import steps
@@ -71,11 +71,8 @@ class Cost:
 def cost(name: str) -> Cost:
     """Return the cost of a step with the accelerator kernels; `tests/many_devices.py` checks the byte counts."""
     config = arguments.parse(["--config", f"configs/{name}.py"]).config
-    shape, names = (32, 32, 3), tuple("0123456789")
-    info = DatasetInfo(
-        name="", image_shape=shape, class_names=names, num_examples=50_000, mean=(0.0,) * 3, std=(255.0,) * 3
-    )
-    task, init = setup(config, info, jax.devices()[:1], platform="cuda")
+    shape = DATASET.image_shape
+    task, init = setup(config, DATASET, jax.devices()[:1], platform="cuda")
     state = jax.eval_shape(lambda: init(0, None))
     size = config.train.batch_size
     step = task.layout.parallelize(functools.partial(steps.train_step, task), shared=0)

@@ -193,7 +193,10 @@ def measure(
 
 
 class Deadline:
-    """Whether there is time for another round; the first one is always allowed."""
+    """Allow rounds of work that end before a time, if they take as long as the longest one so far.
+
+    The first round is always allowed.
+    """
 
     def __init__(self, end: float):
         self._end, self._longest, self._last = end, 0.0, math.nan

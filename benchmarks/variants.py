@@ -1,4 +1,4 @@
-"""Variants of airbench94 that only a measurement on the device can decide between."""
+"""Variants of airbench94: changes whose effect on the speed only a measurement on the device shows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from cifar_flax.training import steps
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What differs from the config as it is."""
+    """A changed setting, compiler flag or function; everything else is as in the config file."""
 
-    overrides: tuple[str, ...] = ()  # command-line flags
-    xla_flags: str = ""
-    patch: Callable[[], None] = lambda: None  # replaces functions of this process
+    overrides: tuple[str, ...] = ()  # fields of the config, such as "train.batch_size=1536"
+    xla_flags: str = ""  # added to XLA_FLAGS before JAX starts
+    patch: Callable[[], None] = lambda: None  # replaces functions of the network or the evaluation
 
 
 def reduce_window_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[Array, "batch h w c"]:
@@ -50,11 +50,11 @@ _WHOLE_RUN = ("eval.every_epochs=8", "checkpoint.every_epochs=8", "train.steps_p
 # In the order in which the campaign measures them.
 VARIANTS = {
     "float16": Variant(overrides=("model.dtype=float16",)),
-    "one_graph": Variant(xla_flags="--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE"),
-    "reduce_window_pool": Variant(patch=_use_pool(reduce_window_pool)),
-    "one_call": Variant(overrides=_WHOLE_RUN),
-    "batch_1536": Variant(overrides=("train.batch_size=1536", "train.steps_per_call=32", "train.log_every=32")),
-    "no_triton_gemm": Variant(xla_flags="--xla_gpu_enable_triton_gemm=false"),
-    "views_as_one_batch": Variant(patch=_views_as_one_batch),
     "nchw": Variant(xla_flags="--xla_gpu_force_conv_nchw=true"),
+    "batch_1536": Variant(overrides=("train.batch_size=1536", "train.steps_per_call=32", "train.log_every=32")),
+    "one_graph": Variant(xla_flags="--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE"),  # a CUDA graph per call
+    "one_call": Variant(overrides=_WHOLE_RUN),
+    "no_triton_gemm": Variant(xla_flags="--xla_gpu_enable_triton_gemm=false"),
+    "reduce_window_pool": Variant(patch=_use_pool(reduce_window_pool)),
+    "views_as_one_batch": Variant(patch=_views_as_one_batch),
 }

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from benchmarks.stages import STAGES
 from benchmarks.variants import VARIANTS, reduce_window_pool
 from cifar_flax import files
 from cifar_flax.errors import UserError
-from cifar_flax.models import layers
+from cifar_flax.models import airbench, layers
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "campaign_nvidia_h200.json"
 
@@ -146,6 +147,32 @@ def test_pooling_variant_equals_max_pool():
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+@pytest.fixture
+def patched():
+    """Return a function that applies the patch of a variant until the end of the test."""
+    yield lambda name: VARIANTS[name].patch()
+    mock.patch.stopall()
+
+
+def test_pooling_variant_replaces_the_pooling_of_the_network(patched):
+    patched("reduce_window_pool")
+    assert layers.max_pool is airbench.max_pool is reduce_window_pool
+
+
+def test_views_as_one_batch_equal_one_view_after_the_other(patched):
+    views = jax.random.normal(jax.random.key(0), (6, 4, 8, 8, 3))
+    sizes = []
+
+    def network(x):
+        sizes.append(len(x))
+        return x.sum(axis=(1, 2))
+
+    expected = jax.lax.map(network, views)
+    patched("views_as_one_batch")
+    np.testing.assert_allclose(jax.lax.map(network, views), expected, rtol=1e-5)
+    assert sizes[-1] == 6 * 4
+
+
 def test_operations_of_a_trace_are_traced_back_to_jax(tmp_path):
     function = jax.jit(lambda x: jnp.sin(x) @ x)
     x = jnp.ones((64, 64))
@@ -244,7 +271,7 @@ def test_a_campaign_killed_in_every_stage_measures_everything(tmp_path, request)
         process.wait()
         left -= {killed} if killed else left
         deadline = time.monotonic() + 60
-        while processes_of(out):  # the stage and its children end with the campaign
+        while processes_of(out):  # wait until the killed stage, which writes to the file, has ended too
             assert time.monotonic() < deadline
             time.sleep(0.1)
         done = {name: stage for name, stage in before.items() if stage["status"] == "done"}
