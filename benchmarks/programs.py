@@ -12,7 +12,6 @@ from benchmarks.matrix_flops import matrix_flops
 from cifar_flax.config import Config
 from cifar_flax.data.batches import empty_batch, empty_indices
 from cifar_flax.data.info import DatasetInfo
-from cifar_flax.runtime import compilation
 from cifar_flax.training import averaging, evaluator, steps
 from cifar_flax.training.setup import setup
 
@@ -47,7 +46,7 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
     task, init = setup(config, DATASET, devices)
     layout, shape = task.layout, DATASET.image_shape
     layout.require_divides("train.batch_size", config.train.batch_size)
-    options = compilation.options(layout.platform, deterministic=layout.deterministic) | options
+    options = layout.compiler_options | options
     state = jax.eval_shape(lambda: init(0, None))
     resident = config.data.pipeline == "resident"
 

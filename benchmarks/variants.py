@@ -52,7 +52,7 @@ VARIANTS = {
     "float16": Variant(overrides=("model.dtype=float16",)),
     "nchw": Variant(xla_flags="--xla_gpu_force_conv_nchw=true"),
     "batch_1536": Variant(overrides=("train.batch_size=1536", "train.steps_per_call=32", "train.log_every=32")),
-    "one_graph": Variant(xla_flags="--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE"),  # a CUDA graph per call
+    "one_cuda_graph": Variant(overrides=("parallel.one_cuda_graph=True",)),
     "one_call": Variant(overrides=_WHOLE_RUN),
     "no_triton_gemm": Variant(xla_flags="--xla_gpu_enable_triton_gemm=false"),
     "reduce_window_pool": Variant(patch=_use_pool(reduce_window_pool)),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -186,3 +187,23 @@ def test_airbench_on_four_devices(target, compile_for, small, pytestconfig):
     rows = compile_for(target, small)
     assert rows["train"]["all_reduces"] == 2 * 6 + 1
     assert rows["eval"]["all_reduces"] == 2
+
+
+@pytest.mark.slow
+def test_a_call_can_be_one_cuda_graph(tmp_path, pytestconfig):
+    """Everything that XLA launches, the loop over the steps included, is in one graph (without the option, in 19)."""
+    require_compiler("h100:1", pytestconfig)
+    path = tmp_path / "config.py"
+    path.write_text(SMALL.replace("    return", "    config.parallel.one_cuda_graph = True\n    return"))
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.aot", "--target=h100:1", "--config", path, "--output", tmp_path],
+        cwd=REPOSITORY,
+        env=os.environ | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"},
+        check=True,
+        capture_output=True,
+    )
+    (launches,) = tmp_path.glob("*jit_train_steps.thunk_sequence_after_thunk_passes.txt")
+    lines = launches.read_text().splitlines()
+    assert "kCommandBuffer" in lines[0]
+    assert all(line.startswith(" ") for line in lines[1:] if ": k" in line)
+    assert any("kWhile" in line for line in lines[1:])

@@ -19,6 +19,12 @@ _CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 # option avoids both. (On CPUs and TPUs, programs are deterministic without it.)
 _DETERMINISTIC_GPU_OPTIONS = {"xla_gpu_deterministic_ops": True}
 
+# By default, XLA for GPUs launches convolutions and the iterations of a loop one by one, between CUDA graphs of the
+# other kernels. With this list of commands, a whole call is one graph, including its loop.
+_ONE_CUDA_GRAPH_OPTIONS = {
+    "xla_gpu_enable_command_buffer": ("FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION,WHILE")
+}
+
 _NAME = "compiled"  # folder in the user's cache folder
 _FOLDER = "jax_compilation_cache_dir"
 _IS_USED = "jax_enable_compilation_cache"
@@ -26,11 +32,13 @@ _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 _MAX_BYTES = 2 * 2**30  # size limit of the folder; the programs of the quickstart take 350 kB
 
 
-def options(platform: str, *, deterministic: bool = False) -> dict[str, Any]:
+def options(platform: str, *, deterministic: bool = False, one_cuda_graph: bool = False) -> dict[str, Any]:
     """Return the `compiler_options` to compile a training or evaluation step with."""
     if platform == "cpu":
         return _CPU_OPTIONS
-    return _DETERMINISTIC_GPU_OPTIONS if platform in ("gpu", "cuda") and deterministic else {}
+    if platform not in ("gpu", "cuda"):
+        return {}
+    return (_DETERMINISTIC_GPU_OPTIONS if deterministic else {}) | (_ONE_CUDA_GRAPH_OPTIONS if one_cuda_graph else {})
 
 
 def enable_cache() -> None:

@@ -30,6 +30,7 @@ class ParallelConfig:
     num_processes: int | None = None  # total number of processes; only with coordinator
     process_id: int | None = None  # index of this process, from 0; only with coordinator
     heartbeat_timeout_seconds: int = 45  # a process silent for this long counts as dead, and the others exit
+    one_cuda_graph: bool = False  # on NVIDIA GPUs, run all steps of a call as one CUDA graph; not measured yet
 
     def validate(self) -> None:
         require(self.backend in BACKENDS, "parallel.backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
@@ -62,6 +63,12 @@ class Layout:
     backend: str  # jit | shard_map | pmap
     mesh: Mesh
     deterministic: bool = False  # whether programs use only bitwise reproducible operations
+    one_cuda_graph: bool = False  # whether a call on an NVIDIA GPU is one CUDA graph
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Return XLA's options for the steps."""
+        return compilation.options(self.platform, deterministic=self.deterministic, one_cuda_graph=self.one_cuda_graph)
 
     @property
     def axis_name(self) -> str | None:
@@ -145,8 +152,7 @@ class Layout:
         `shared` are the arguments of `step` after `state` and `inputs`.
         """
         function = self.parallelize(step, shared=len(shared), batch_axis=batch_axis, donate=donate)
-        options = compilation.options(self.platform, deterministic=self.deterministic)
-        return function.lower(state, inputs, *shared).compile(compiler_options=options)
+        return function.lower(state, inputs, *shared).compile(compiler_options=self.compiler_options)
 
 
 def all_devices() -> list[jax.Device]:
@@ -175,4 +181,5 @@ def make_layout(
     require(backend != "pmap" or len(counts) == 1, "parallel.backend", backend, allowed)
     if len(set(counts.values())) > 1:
         raise UserError(f"processes must have equal numbers of devices, not {', '.join(map(str, counts.values()))}")
-    return Layout(backend, Mesh(np.array(row), (AXIS,), axis_types=(AxisType.Auto,)), deterministic)
+    mesh = Mesh(np.array(row), (AXIS,), axis_types=(AxisType.Auto,))
+    return Layout(backend, mesh, deterministic, config.one_cuda_graph)

@@ -42,14 +42,19 @@ def evaluation_sums(
     # `not <=` rather than `>`, so that logits of NaN count as errors.
     rank = jnp.sum(~(logits <= own) | ((logits == own) & lower), axis=-1)
     bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1)
-    per_bin = jnp.zeros(CALIBRATION_BINS)
+    is_in_bin = bins[:, None] == jnp.arange(CALIBRATION_BINS)[None, :]
+
+    def sum_per_bin(values: Float[Array, " batch"]) -> Float[Array, " bins"]:
+        # On a GPU, adding to array elements by index (scatter-add) sums in an order that varies.
+        return jnp.sum(jnp.where(is_in_bin & mask[:, None], values[:, None], 0.0), axis=0)
+
     return {
         "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
         "top5_accuracy": jnp.sum(weight * (rank < 5)),
         "confusion": jnp.zeros((num_classes, num_classes), jnp.int32).at[label, prediction].add(weight),
-        "bin_count": per_bin.at[bins].add(weight),
-        "bin_confidence": per_bin.at[bins].add(jnp.where(mask, confidence, 0.0)),
-        "bin_correct": per_bin.at[bins].add(weight * (prediction == label)),
+        "bin_count": sum_per_bin(jnp.ones_like(confidence)),
+        "bin_confidence": sum_per_bin(confidence),
+        "bin_correct": sum_per_bin((prediction == label).astype(jnp.float32)),
     }
 
 

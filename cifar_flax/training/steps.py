@@ -188,7 +188,8 @@ def all_gather(task: Task, rows: Shaped[Array, "batch *rest"]) -> Shaped[Array, 
         return rows
     # psum with zeros is exact, and shard_map infers that its result is equal on all devices, unlike that of all_gather.
     everywhere = jnp.zeros((task.layout.num_devices, *rows.shape), rows.dtype)
-    summed = jax.lax.psum(everywhere.at[jax.lax.axis_index(axis_name)].set(rows), axis_name)
+    own = jax.lax.dynamic_update_index_in_dim(everywhere, rows, jax.lax.axis_index(axis_name), axis=0)
+    summed = jax.lax.psum(own, axis_name)
     return summed.reshape(-1, *rows.shape[1:])
 
 
