@@ -82,7 +82,7 @@ class Speedrun:
         calls = trainer.calls(0, trainer.total_steps)
         state = jax.block_until_ready(run_calls(self._train_call, state, inputs, calls, lambda step, values: None))
         train_seconds = time.perf_counter() - start
-        accuracy = self._evaluator(state).summary["accuracy"]  # a value on the host, so the device has finished
+        accuracy = self._evaluator.accuracy(state)  # a value on the host, so the device has finished
         seconds = time.perf_counter() - start
         return {"seed": seed, "accuracy": accuracy, "seconds": seconds, "train_seconds": train_seconds}
 

@@ -23,8 +23,8 @@ from cifar_flax.training.steps import Task
 _MAX_EXAMPLES = 2**28  # of all epochs: the streaming pipeline keeps the sampling order in memory, 8 bytes per example
 _FLOAT16_LOSS_SCALE = 2.0**11  # gradients of a mean loss are otherwise below 6e-5, where float16 loses precision
 
-# (seed, `Network.sample_size` training images) -> initial state. The images may be None if a checkpoint replaces the
-# values.
+# (seed, `Network.sample_size` training images, equal in all processes) -> initial state. The images may be None if a
+# checkpoint replaces the values.
 Init = Callable[[int, UInt8[Any, "n height width c"] | None], TrainState]
 
 
@@ -85,4 +85,4 @@ def setup(
     def init(seed: Array, sample: Array | None) -> TrainState:
         return create(seed, None if sample is None else normalize(sample, info.mean, info.std))
 
-    return task, lambda seed, sample: init(np.uint32(seed), None if sample is None else layout.replicate(sample))
+    return task, lambda seed, sample: init(np.uint32(seed), sample)

@@ -49,8 +49,10 @@ class Trainer:
         self.layout = self.task.layout
         self.layout.require_divides("train.batch_size", config.train.batch_size)
         processes.require_agreement(data=self.arrays.digest())
-        sample = self.arrays.images[self.examples[: models.network_class(config.model).sample_size]]
-        self.init = lambda seed: init(seed, sample if len(sample) else None)
+        # Copied to the devices once, for all seeds.
+        size = models.network_class(config.model).sample_size
+        sample = self.layout.replicate(self.arrays.images[self.examples[:size]]) if size else None
+        self.init = lambda seed: init(seed, sample)
         if config.data.pipeline == "resident":
             self.arrays, eval_arrays = (resident.put(arrays, self.layout) for arrays in (self.arrays, eval_arrays))
         self.eval_arrays = eval_arrays
