@@ -12,14 +12,11 @@ import pytest
 from conftest import REPOSITORY
 
 from cifar_flax.errors import ConfigError
-from cifar_flax.training import optimizers
 from cifar_flax.training.optimizers import (
-    GROUPS,
     GroupConfig,
     OptimConfig,
     make_optimizer,
     make_schedule,
-    orthogonalize,
 )
 
 PARAMS = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
@@ -187,52 +184,6 @@ def test_a_group_may_be_frozen():
     assert [move["head/bias"] for move in moves(config, 6)] == pytest.approx([-1, -0.99, -0.98, -0.97, -0.96, -0.95])
 
 
-def composed_quintic(x, steps):
-    for _ in range(steps):
-        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
-    return x
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 8, 4), (1, 6, 6)])
-@pytest.mark.parametrize("steps", [1, 3, 5])
-def test_orthogonalize_applies_the_polynomial_to_the_singular_values(shape, steps):
-    matrices = np.random.default_rng(0).normal(size=shape)
-    u, s, vt = np.linalg.svd(matrices, full_matrices=False)
-    s /= np.linalg.norm(matrices, axis=(1, 2))[:, None]
-    expected = (u * composed_quintic(s, steps)[:, None, :]) @ vt
-    with jax.default_matmul_precision("highest"):
-        out = orthogonalize(jnp.asarray(matrices, jnp.float32), jnp.float32, steps)
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-
-
-def test_three_newton_schulz_steps_bring_singular_values_near_one():
-    singular = jnp.linalg.svd(orthogonalize(jax.random.normal(jax.random.key(0), (4, 64, 576)), jnp.float32))[1]
-    assert 0.3 < float(singular.min()) < float(singular.max()) < 1.6
-
-
-def test_muon_equals_the_recipe_in_numpy(monkeypatch):
-    """Compare three steps on kernels of two shapes with the recipe written in NumPy for one kernel at a time."""
-    monkeypatch.setattr(optimizers, "MUON_DTYPE", jnp.float32)
-    shapes = {"a": (3, 3, 2, 4), "b": (3, 3, 2, 4), "c": (1, 1, 2, 5)}  # the last has more filters than inputs
-    rng = np.random.default_rng(0)
-    params = {name: {"kernel": rng.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}
-    gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in range(3)]
-    groups = {group: GroupConfig(learning_rate=1.0) for group in GROUPS}
-    param_groups = jax.tree.map(lambda _: "convolutions", params)
-    with jax.default_matmul_precision("highest"):
-        on_device = jax.tree.map(jnp.asarray, (gradients, params))
-        ours = run(OptimConfig(name="muon", momentum=0.6, **groups), on_device[0], 0.24, on_device[1], param_groups)
-    for name, shape in shapes.items():
-        weights, buffer = params[name]["kernel"].astype(np.float64), np.zeros(shape)
-        for grads in gradients:
-            g = grads[name]["kernel"]
-            buffer = 0.6 * buffer + g
-            u, s, vt = np.linalg.svd((g + 0.6 * buffer).reshape(-1, shape[-1]).T, full_matrices=False)
-            update = (u * composed_quintic(s / np.linalg.norm(s), 3)) @ vt
-            weights = weights * np.sqrt(shape[-1]) / np.linalg.norm(weights) - 0.24 * update.T.reshape(shape)
-        np.testing.assert_allclose(ours[name]["kernel"], weights, atol=1e-4)
-
-
 def recipe(config_file):
     return runpy.run_path(str(REPOSITORY / "configs" / config_file))["get_config"]()
 
@@ -265,7 +216,7 @@ def triangle(rate, steps, total, warm, final):
 AIRBENCH_STEPS = {"airbench94.py": 200, "airbench95.py": 720, "airbench96.py": 1776}
 
 
-# Muon updates the convolutions of airbench94; test_muon_equals_the_recipe_in_numpy covers it.
+# Muon updates the convolutions of airbench94; tests/test_muon.py covers it.
 GROUPS_BY_SGD = [
     (file, group)
     for file, group in itertools.product(AIRBENCH_STEPS, ("head", "norm", "whitening", "conv"))

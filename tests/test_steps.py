@@ -68,6 +68,15 @@ def test_random_bits_depend_on_seed_epoch_and_example():
     assert len(seen) == 3 * 4 * 5
 
 
+def test_augmentation_and_dropout_use_the_two_halves_of_the_key_of_an_example(prepared):
+    """Earlier releases split this key; a run that continues has to draw the same numbers."""
+    _, state, batch = prepared
+    epoch = batch.epoch + 3
+    halves = jax.vmap(jax.random.split, out_axes=1)(steps.example_keys(state.seed, epoch, batch.index))
+    for keys, expected in zip(steps._keys(state, batch, epoch), halves, strict=True):
+        np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(expected))
+
+
 def test_steps_depend_on_epoch_and_seed(prepared):
     """Augmentation and dropout of the same images differ between epochs and seeds."""
     task, state, batch = prepared

@@ -4,18 +4,16 @@ To add one, write a function and add a row to `OPTIMIZERS` or `SCHEDULES`.
 """
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from cifar_flax.errors import require
+from cifar_flax.training import muon
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,61 +134,7 @@ def _sgd(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransfo
 
 
 def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Orthogonalize the Nesterov momentum, and scale each kernel to the norm sqrt(number of filters) before a step.
-
-    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the norm of the kernels is
-    from the repository KellerJordan/cifar10-airbench.
-    """
-    return optax.chain(
-        optax.trace(config.momentum or 0.0, nesterov=True),
-        optax.stateless(lambda updates, _: _orthogonal_kernels(updates)),
-        optax.scale_by_learning_rate(schedule),
-        optax.stateless(lambda updates, params: jax.tree.map(_from_fixed_norm, updates, params)),
-    )
-
-
-def _from_fixed_norm(update: Float[Array, "*shape c_out"], kernel: Float[Array, "*shape c_out"]) -> Array:
-    """Return the update that also scales `kernel` to the norm sqrt(c_out)."""
-    return update + kernel * (jnp.sqrt(kernel.shape[-1]) / jnp.linalg.norm(kernel) - 1)
-
-
-def _orthogonal_kernels(updates: PyTree) -> PyTree:
-    """Orthogonalize updates of kernels [..., c_out] as matrices with a row per filter; batch those of equal shape."""
-    leaves, structure = jax.tree.flatten(updates)
-    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, leaf in enumerate(leaves):
-        by_shape[leaf.shape].append(number)
-    for shape, numbers in by_shape.items():
-        matrices = jnp.stack([leaves[number].reshape(-1, shape[-1]).T for number in numbers])
-        for number, matrix in zip(numbers, orthogonalize(matrices, MUON_DTYPE), strict=True):
-            leaves[number] = matrix.T.reshape(shape).astype(jnp.float32)
-    return jax.tree.unflatten(structure, leaves)
-
-
-# Coefficients of x -> a x + b x^3 + c x^5. They maximize the slope at zero, so that three steps suffice; singular
-# values end near 1, not at 1.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-MUON_DTYPE = jnp.bfloat16  # the direction of an update tolerates rounding
-
-
-def orthogonalize(
-    matrices: Float[Array, "n rows columns"], dtype: DTypeLike, steps: int = 3
-) -> Float[Array, "n rows columns"]:
-    """Return nearly orthogonal matrices with the singular vectors of `matrices`, by Newton-Schulz iteration.
-
-    If U S V' is the singular value decomposition of a matrix divided by its Frobenius norm, the result is U p(S) V',
-    where p is the polynomial of `NEWTON_SCHULZ` composed with itself `steps` times. Computed in `dtype`.
-
-    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
-    """
-    a, b, c = NEWTON_SCHULZ
-    x = matrices / (jnp.linalg.norm(matrices, axis=(1, 2), keepdims=True) + 1e-7)
-    wide = x.shape[1] <= x.shape[2]  # transpose tall matrices, so that the Gram matrices are small
-    x = (x if wide else x.mT).astype(dtype)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+    return muon.muon(schedule, config.momentum or 0.0)
 
 
 def _constant_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -142,9 +142,11 @@ def train_steps(
     return jax.lax.scan(step, state, indices)
 
 
-def _keys(state: TrainState, batch: Batch, epoch: Int32[Array, " batch"]) -> Key[Array, "2 batch"]:
+def _keys(state: TrainState, batch: Batch, epoch: Int32[Array, " batch"]) -> tuple[Key[Array, " batch"], ...]:
     """Return the keys of the batch's examples in `epoch`: for augmentation and for dropout."""
-    return jax.vmap(jax.random.split, out_axes=1)(example_keys(state.seed, epoch, batch.index))
+    keys = example_keys(state.seed, epoch, batch.index)
+    # These are the two of `jax.random.split`, which would compute both of them even if only one is used.
+    return tuple(jax.vmap(jax.random.fold_in, (0, None))(keys, number) for number in range(2))
 
 
 def eval_step(
