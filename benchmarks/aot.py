@@ -48,6 +48,8 @@ class Row:
     donated_bytes: int  # arguments whose memory the results reuse
     kernels: int  # TPU: fusions and other operations on arrays
     copies: int
+    copied_image_bytes: int  # of the largest copy of a uint8 array
+    gathered_slices: int  # of the gather that collects the most
     convolutions: int
     all_reduces: int
     dtypes: dict[str, int]  # convolutions by dtypes, such as "bf16 x bf16 -> bf16"
@@ -110,6 +112,8 @@ def row(config: str, program: "Program", target: Target) -> tuple[Row, list[Line
         donated_bytes=memory.alias_size_in_bytes,
         kernels=count(one for one in found if one.is_kernel),
         copies=count(one for one in found if one.instruction.opcode == "copy"),
+        copied_image_bytes=operations.copied_image_bytes(module, found),
+        gathered_slices=operations.gathered_slices(module, found),
         convolutions=round(sum(dtypes.values()) / steps),
         all_reduces=round(operations.all_reduces(module, found) / steps),
         dtypes={name: round(times / steps) for name, times in sorted(dtypes.items())},

@@ -193,6 +193,22 @@ def nested(module: Module, found: Iterable[Operation]) -> Iterator[tuple[Instruc
         yield from inside(operation.instruction, operation.times)
 
 
+def gathered_slices(module: Module, found: Iterable[Operation]) -> int:
+    """Return the largest number of slices that one gather collects. A TPU takes them one after the other."""
+    largest = 0
+    for one, _, _ in nested(module, found):
+        if one.opcode == "gather" and (sizes := re.search(r"slice_sizes=\{([\d,]*)\}", one.attributes)):
+            slice_size = math.prod(int(size) for size in sizes[1].split(","))
+            largest = max(largest, math.prod(shapes(one.shape)[0].dims) // slice_size)
+    return largest
+
+
+def copied_image_bytes(module: Module, found: Iterable[Operation]) -> int:
+    """Return the size of the largest uint8 array that the program copies, such as a split of images."""
+    copies = [one for one, _, _ in nested(module, found) if one.opcode == "copy"]
+    return max((shape.bytes for one in copies for shape in shapes(one.shape) if shape.dtype == "u8"), default=0)
+
+
 def is_convolution(instruction: Instruction) -> bool:
     """Return whether this is a convolution: cuDNN's, or XLA's with spatial axes (on a TPU also matrix products are)."""
     if instruction.target.startswith("__cudnn$conv"):

@@ -4,6 +4,7 @@ python -m benchmarks.pipelines --config configs/default.py
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
@@ -18,7 +19,7 @@ from benchmarks.arguments import at_least_one
 from cifar_flax import arguments
 from cifar_flax.config import Config
 from cifar_flax.data import resident, sources
-from cifar_flax.data.batches import Batch, gather, to_device
+from cifar_flax.data.batches import Batch, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError
 from cifar_flax.runtime import allocator
@@ -35,7 +36,8 @@ def streamed(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterat
 
 def gathered(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterator[Batch]:
     """Gather batches on the device as in training, but in a separate program."""
-    on_device, compiled = resident.put(arrays, make_layout(ParallelConfig())), jax.jit(gather)
+    on_device = resident.put(arrays, make_layout(ParallelConfig()))
+    compiled = jax.jit(functools.partial(resident.gather, image_shape=arrays.images.shape[1:]))
     for positions in resident.training_indices(examples, steps_per_call=1, drop_last=False, **settings):
         yield compiled(on_device.images, on_device.labels, jax.tree.map(lambda rows: rows[0], positions))
 

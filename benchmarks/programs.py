@@ -12,6 +12,7 @@ from benchmarks.matrix_flops import matrix_flops
 from cifar_flax.config import Config
 from cifar_flax.data.batches import empty_batch, empty_indices
 from cifar_flax.data.info import DatasetInfo
+from cifar_flax.data.resident import row_bytes
 from cifar_flax.training import averaging, evaluator, steps
 from cifar_flax.training.setup import setup
 
@@ -52,7 +53,7 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
 
     def split(size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Return the arguments of a program that are in device memory: a split, or nothing."""
-        arrays = jax.ShapeDtypeStruct((size, *shape), "uint8"), jax.ShapeDtypeStruct((size,), "int32")
+        arrays = jax.ShapeDtypeStruct((size, row_bytes(shape)), "uint8"), jax.ShapeDtypeStruct((size,), "int32")
         return arrays if resident else ()
 
     def build(
@@ -77,5 +78,5 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
     inputs = empty_indices(size) if resident else empty_batch(size, shape)
     for name, tta in (("eval", "none"), ("final", config.eval.tta)):
         if name == "eval" or tta != "none":
-            step = evaluator.on_inputs(functools.partial(steps.eval_step, task, tta=tta))
+            step = evaluator.on_inputs(task, functools.partial(steps.eval_step, task, tta=tta))
             yield build(name, 1, step, weights, inputs, *split(TEST_EXAMPLES))

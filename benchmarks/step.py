@@ -27,7 +27,8 @@ from benchmarks.arguments import at_least_one
 from benchmarks.hardware import Speed, measure_speed, median_seconds
 from cifar_flax import arguments
 from cifar_flax.config import Config
-from cifar_flax.data.batches import Batch
+from cifar_flax.data import sources
+from cifar_flax.data.batches import Indices, gather
 from cifar_flax.errors import UserError
 from cifar_flax.runtime import allocator, compilation
 from cifar_flax.training import steps
@@ -55,7 +56,8 @@ class Step:
     def __init__(self, config: Config):
         trainer = Trainer(config)
         index = trainer.examples[: config.train.batch_size]
-        host = Batch(trainer.arrays.images[index], trainer.arrays.labels[index], index, 0 * index, index >= 0)
+        arrays = sources.load(config.data, config.data.train_split)  # those of the trainer may be in device memory
+        host = gather(arrays.images, arrays.labels, Indices(index, 0 * index, index >= 0))
         self._batch = trainer.layout.shard_batch(host)
         step = functools.partial(steps.train_step, trainer.task)
         self.compiled = trainer.layout.compile(step, trainer.initial_state, self._batch, donate=True)

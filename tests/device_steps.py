@@ -88,8 +88,8 @@ def random_bits(task, state, batch):
     keys, dropout_keys = steps._keys(state, batch, batch.epoch)
     first_epoch_keys, _ = steps._keys(state, batch, jnp.zeros_like(batch.epoch))
     context = Context(
-        config=task.augment, epoch=batch.epoch, epoch_keys=keys, first_epoch_keys=first_epoch_keys,
-        next_row=functools.partial(steps.next_row, task),
+        config=task.augment, platform=task.layout.platform, epoch=batch.epoch, epoch_keys=keys,
+        first_epoch_keys=first_epoch_keys, next_row=functools.partial(steps.next_row, task),
     )  # fmt: skip
     target = jax.nn.one_hot(batch.label, task.num_classes)
     moved = flip_and_crop(Examples(batch.image, target), context).image

@@ -202,7 +202,8 @@ def test_augmented_bytes_and_random_bits_equal_those_of_the_cpu(accelerator):
 def test_streaming_and_resident_pipelines_yield_the_same_bytes():
     config = make_tiny_config()
     streaming = dataclasses.replace(config, data=DataConfig(name="digits", pipeline="streaming"))
-    gathering, trainer = jax.jit(gather), Trainer(config)
+    trainer = Trainer(config)
+    gathering = jax.jit(functools.partial(resident.gather, image_shape=trainer.info.image_shape))
     count = 0
     for batch, indices in zip(Trainer(streaming).inputs(3, 0), trainer.inputs(3, 0), strict=True):
         first = jax.tree.map(lambda rows: rows[0], indices)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -26,6 +27,14 @@ def get_config():
     config.model.widths = (32, 64, 64)
     config.train.batch_size, config.train.steps_per_call, config.train.log_every = 500, 4, 4
     config.eval.batch_size, config.eval.tta = 500, "mirror"
+    return config
+"""
+RESIDENT = """
+from configs import default
+
+def get_config():
+    config = default.get_config()
+    config.data.pipeline = "resident"
     return config
 """
 DEFAULT = str(REPOSITORY / "configs" / "default.py")
@@ -165,6 +174,27 @@ def test_default_config_on_one_device(target, compile_for, pytestconfig):
     assert_within_bounds(target, DEFAULT, rows["train"])
 
 
+def assert_images_stay_whole(row, path):
+    """The program does not copy a split, and gathers at most one slice per example: its image or its label."""
+    config = arguments.parse(["--config", path]).config
+    size, examples = config.eval.batch_size, programs.TEST_EXAMPLES
+    if row["program"] == "train":
+        size, examples = config.train.batch_size, programs.DATASET.num_examples
+    assert row["gathered_slices"] == size
+    assert row["copied_image_bytes"] < examples * math.prod(programs.DATASET.image_shape)
+
+
+@pytest.mark.slow
+def test_a_tpu_gathers_whole_images_from_a_split_that_it_does_not_copy(compile_for, tmp_path, pytestconfig):
+    require_compiler("v5e:1x1", pytestconfig)
+    path = tmp_path / "resident.py"
+    path.write_text(RESIDENT)
+    rows = compile_for("v5e:1x1", str(path))
+    assert rows.keys() == {"train", "eval"}
+    for row in rows.values():
+        assert_images_stay_whole(row, str(path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["h100:1", "v5e:1x1", "v6e:1x1"])
 def test_airbench_on_one_device(target, compile_for, small, pytestconfig):
@@ -174,6 +204,8 @@ def test_airbench_on_one_device(target, compile_for, small, pytestconfig):
     for row in rows.values():
         assert "f64" not in row["element_types"]
         assert set(row["dtypes"]) == {"bf16 x bf16 -> bf16"}
+        if target != "h100:1":
+            assert_images_stay_whole(row, small)
     assert rows["train"]["convolutions"] == 3 * 7 - 2  # the whitening layer has a bias only, the input no gradient
     assert rows["final"]["gflop"] == pytest.approx(2 * rows["eval"]["gflop"], rel=1e-3)  # two TTA views
     assert_within_bounds(target, small, rows["train"])

@@ -13,9 +13,10 @@ IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (BATCH, 7, 9, 3),
 KEYS = jax.random.split(jax.random.key(1), BATCH)
 
 
-def make_context(config, keys=KEYS, epoch=0):
+def make_context(config, keys=KEYS, epoch=0, platform="cpu"):
     return Context(
         config=config,
+        platform=platform,
         epoch=jnp.full(len(keys), epoch, jnp.int32),
         epoch_keys=keys,
         first_epoch_keys=KEYS,
@@ -23,8 +24,9 @@ def make_context(config, keys=KEYS, epoch=0):
     )
 
 
-def flip_and_crop(image, keys, config, epoch=0):
-    return augmentation.flip_and_crop(Examples(image, None), make_context(config, keys, epoch)).image
+def flip_and_crop(image, keys, config, epoch=0, platform="cpu"):
+    context = make_context(config, keys, epoch, platform)
+    return augmentation.flip_and_crop(Examples(image, None), context).image
 
 
 def cutout(image, size):
@@ -55,6 +57,27 @@ def test_outputs_are_crops_and_mirror_images(flip, padding):
         counts = np.bincount([choice[axis] for choice in chosen], minlength=values)
         expected = BATCH / values
         assert np.all(np.abs(counts - expected) < 5 * np.sqrt(expected)), "each choice is equally likely"
+
+
+@pytest.mark.parametrize("shape", [(7, 9, 3), (9, 7, 1), (2, 5, 4), (3, 3, 3)])
+@pytest.mark.parametrize("flip", ["none", "random", "alternating"])
+def test_a_tpu_moves_the_same_bytes(shape, flip):
+    """With each allowed padding, on images that contain every byte."""
+    images = jnp.asarray(np.arange(BATCH * np.prod(shape)).astype(np.uint8).reshape(BATCH, *shape))
+    assert len(np.unique(images)) == 256
+    for padding in range(min(shape[:2])):
+        config = AugmentConfig(flip=flip, crop_padding=padding)
+        gathered, selected = (
+            flip_and_crop(images, KEYS, config, epoch=1, platform=platform) for platform in ("cpu", "tpu")
+        )
+        assert selected.dtype == jnp.uint8
+        np.testing.assert_array_equal(selected, gathered)
+    assert "gather" not in program(images, config, "tpu")
+    assert ("gather" in program(images, config, "cpu")) == (config != AugmentConfig())
+
+
+def program(images, config, platform):
+    return str(jax.make_jaxpr(lambda images: flip_and_crop(images, KEYS, config, platform=platform))(images))
 
 
 def test_default_settings_change_nothing():

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import threading
 import time
@@ -39,7 +40,9 @@ def test_pipelines_agree_byte_for_byte(streaming, start, steps_per_call, drop_la
     arguments = {"batch_size": 8, "seed": 7, "start": start, "stop": 12, "drop_last": drop_last}
     streamed = list(streaming.training_batches(arrays, examples, **arguments))
     calls = list(resident.training_indices(examples, steps_per_call=steps_per_call, **arguments))
-    on_device, compiled = resident.put(arrays, make_layout(ParallelConfig())), jax.jit(gather)
+    on_device = resident.put(arrays, make_layout(ParallelConfig()))
+    compiled = jax.jit(functools.partial(resident.gather, image_shape=arrays.images.shape[1:]))
+    assert on_device.images.shape == (30, 128)  # rows of whole tiles of a TPU
     assert {call.index.shape for call in calls} == {(steps_per_call, 8)}
     rows = [Indices(*row) for call in calls for row in zip(call.index, call.epoch, call.mask, strict=True)]
     gathered = [compiled(on_device.images, on_device.labels, row) for row in rows]

@@ -135,6 +135,18 @@ def test_all_reduces_inside_of_fusions_count(module, found):
     assert operations.all_reduces(module, found.values()) == 5
 
 
+def test_slices_of_gathers_and_copies_of_images(module, found):
+    assert operations.gathered_slices(module, found.values()) == 2
+    assert operations.copied_image_bytes(module, found.values()) == 0
+    text = PROGRAM.replace("f32[5,64]{1,0} copy(", "u8[5,64]{1,0} copy(").replace(
+        "slice_sizes={1,64}", "slice_sizes={1,1}"
+    )
+    changed = hlo.parse(text)
+    operated = operations.operations(changed)
+    assert operations.gathered_slices(changed, operated) == 2 * 64
+    assert operations.copied_image_bytes(changed, operated) == 5 * 64
+
+
 def test_sources_are_lines_of_the_package(found):
     """Frame 3 is in a library, so its caller in the package counts."""
     assert found["gathered"].source == "training/steps.py:82 train_step"

@@ -38,6 +38,7 @@ def test_training_steps_equal_keras():
         graphdef=model.graphdef,
         optimizer=optimizer,
         schedule=optimizers.make_schedule(config, 100, 10),
+        image_shape=(32, 32, 3),
         mean=(0.0,) * 3,
         std=(255.0,) * 3,
         augment=AugmentConfig(),

@@ -1,64 +1,16 @@
-"""Test pooling, dropout, random bits and GELU against reference implementations."""
+"""Test dropout, random bits and GELU against reference implementations."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from cifar_flax.models import layers
-from cifar_flax.models.cpu import pooling, threefry
+from cifar_flax.models.cpu import threefry
 
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
-
-
-@pytest.mark.parametrize(("size", "window"), [(30, 2), (7, 2), (9, 3), (4, 4)])
-def test_max_pool_equals_reduce_window(size, window):
-    x = normal(0, 2, size, size, 5)
-
-    def reference(x):
-        dims = (1, window, window, 1)
-        return lax.reduce_window(x, -jnp.inf, lax.max, dims, dims, "VALID")
-
-    np.testing.assert_array_equal(layers.max_pool(x, window), reference(x))
-    weight = normal(1, *reference(x).shape)
-    pools = (lambda x: layers.max_pool(x, window), reference)
-    gradients = [jax.grad(lambda x, pool=pool: jnp.sum(pool(x) * weight))(x) for pool in pools]
-    np.testing.assert_allclose(*gradients, rtol=1e-6)
-
-
-def test_max_pool_passes_the_gradient_to_the_first_of_equal_values():
-    x = jnp.ones((1, 4, 4, 1)).at[0, 2, 2].set(0)
-    gradient = jax.grad(lambda x: jnp.sum(layers.max_pool(x)))(x)
-    np.testing.assert_array_equal(gradient[0, :, :, 0], [[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]])
-
-
-@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_max_pool_propagates_nan(place):
-    x = normal(0, 1, 5, 5, 1).at[(0, *place)].set(jnp.nan)
-    np.testing.assert_array_equal(jnp.isnan(layers.max_pool(x))[0, :, :, 0], [[True, False], [False, False]])
-
-
-@pytest.mark.parametrize(("height", "width", "window"), [(7, 5, 2), (5, 10, 3), (3, 2, 2)])
-def test_max_pool_drops_rows_and_columns_that_fill_no_window(height, width, window):
-    x = normal(0, 2, height, width, 3)
-    whole = x[:, : height // window * window, : width // window * window]
-    pooled, backward = jax.vjp(lambda x: layers.max_pool(x, window), x)
-    expected, backward_of_whole = jax.vjp(lambda x: layers.max_pool(x, window), whole)
-    np.testing.assert_array_equal(pooled, expected)
-    (found,), (inside,) = backward(expected), backward_of_whole(expected)
-    missing = [(0, 0), (0, height % window), (0, width % window), (0, 0)]
-    np.testing.assert_array_equal(found, np.pad(inside, missing))
-    assert np.count_nonzero(inside) == expected.size
-
-
-def test_cpu_max_pool_passes_the_gradient_to_the_first_of_equal_values():
-    x = jnp.array([[[1.0], [3.0], [3.0], [2.0]], [[5.0], [5.0], [5.0], [5.0]]])  # two pooling windows of four elements
-    np.testing.assert_array_equal(pooling.max_over_places(x), [[3], [5]])
-    gradient = jax.grad(lambda x: jnp.sum(pooling.max_over_places(x) * jnp.array([[2.0], [3.0]])))(x)
-    np.testing.assert_array_equal(gradient[..., 0], [[0, 2, 0, 0], [3, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])

@@ -160,7 +160,7 @@ def test_a_loop_on_the_device_equals_single_steps(prepared):
     index = np.random.default_rng(0).integers(0, 64, (4, 32)).astype(np.int32)
     epoch = np.repeat(np.array([[0], [0], [1], [1]], np.int32), 32, axis=1)
     looped, values = jax.jit(functools.partial(steps.train_steps, task))(
-        state, Indices(index, epoch, index >= 0), batch.image, batch.label
+        state, Indices(index, epoch, index >= 0), batch.image.reshape(64, -1), batch.label
     )
     step = jax.jit(functools.partial(steps.train_step, task))
     for number in range(4):

@@ -218,7 +218,7 @@ def test_held_out_examples_are_never_trained_on(tiny_config):
     held_out = set(trainer.evaluator._examples.tolist())
     assert not trained & held_out
     assert trained | held_out == set(range(1442))
-    pixels = np.asarray(trainer.arrays.images)[sorted(trained)].astype(np.float64)
+    pixels = sources.load(tiny_config.data, "train").images[sorted(trained)].astype(np.float64)
     assert trainer.info.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)))
     assert trainer.info.std == pytest.approx(pixels.std(axis=(0, 1, 2)))
 

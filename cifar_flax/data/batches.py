@@ -45,7 +45,7 @@ class Indices:
 
 
 def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n"], indices: Indices) -> Batch:
-    """Return the batch of one step, gathered on the host (NumPy) or on the device (in a compiled program)."""
+    """Return the batch of one step. `resident.gather` does the same in a compiled program."""
     index = indices.index
     return Batch(images[index], labels[index], index, indices.epoch, indices.mask)
 

@@ -28,7 +28,7 @@ _FILES = ("images.npy", "labels.npy")
 class Arrays:
     """A decoded split: images, labels and a description of its dataset."""
 
-    images: UInt8[Any, "n height width channels"]  # NumPy arrays, or JAX arrays after `resident.put`
+    images: UInt8[Any, "n *image"]  # [n, height, width, channels] on the host; rows of bytes after `resident.put`
     labels: Int32[Any, " n"]
     class_names: tuple[str, ...]
     dataset: str  # name and version, such as "cifar10/3.0.2"

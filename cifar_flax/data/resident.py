@@ -1,21 +1,43 @@
 """Training from device memory: the split is copied to each device once, and compiled steps gather their batches."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Array, Int32, UInt8
 
 from cifar_flax.data import order
-from cifar_flax.data.batches import Indices
+from cifar_flax.data.batches import Batch, Indices
 from cifar_flax.data.cache import Arrays
 from cifar_flax.runtime.devices import Layout
 
+# XLA for TPUs stores arrays in tiles whose last axis has 128 elements. If this does not divide the size of an image, it
+# puts the axis of the examples last instead, and each call of a program would then copy the whole split.
+_ALIGNMENT = 128
+
 
 def put(arrays: Arrays, layout: Layout) -> Arrays:
-    """Return `arrays` replicated in the memory of each device."""
-    images, labels = layout.replicate((np.asarray(arrays.images), np.asarray(arrays.labels)))
-    return dataclasses.replace(arrays, images=images, labels=labels)
+    """Return `arrays` replicated in the memory of each device; `images` become rows of `row_bytes` bytes."""
+    rows = np.asarray(arrays.images).reshape(len(arrays.images), -1)
+    if padding := row_bytes(arrays.images.shape[1:]) - rows.shape[1]:
+        rows = np.pad(rows, ((0, 0), (0, padding)))
+    rows, labels = layout.replicate((rows, np.asarray(arrays.labels)))
+    return dataclasses.replace(arrays, images=rows, labels=labels)
+
+
+def row_bytes(image_shape: tuple[int, ...]) -> int:
+    """Return the number of bytes that an image takes in device memory."""
+    return math.ceil(math.prod(image_shape) / _ALIGNMENT) * _ALIGNMENT
+
+
+def gather(
+    images: UInt8[Array, "n row_bytes"], labels: Int32[Array, " n"], indices: Indices, image_shape: tuple[int, int, int]
+) -> Batch:
+    """Return the batch of one step, in a compiled program, from the arrays that `put` returned."""
+    index = indices.index
+    pixels = images[index][:, : math.prod(image_shape)]
+    return Batch(pixels.reshape(-1, *image_shape), labels[index], index, indices.epoch, indices.mask)
 
 
 def training_indices(

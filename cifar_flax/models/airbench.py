@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
-from cifar_flax.models.layers import BatchNorm, Conv, conv2d, gelu, max_pool
+from cifar_flax.models.layers import BatchNorm, Conv, conv2d, gelu
 from cifar_flax.models.network import ModelConfig, Network, activation_dtype
+from cifar_flax.models.pooling import max_pool
 
 _WHITENING_EPS = 5e-4  # added to the eigenvalues, so that directions of pure noise are not amplified
 _UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within ±1 / sqrt(fan_in)
@@ -107,7 +108,7 @@ class Airbench(Network):
         size = [(side - 1) // 8 // 3 for side in (height, width)]
         allowed = f"images of {height}x{width} are too small for this network; their sides must be at least 25"
         require(min(size) >= 1, "model.name", config.name, allowed)
-        self.dtype = activation_dtype(config.dtype, platform)
+        self.dtype, self.platform = activation_dtype(config.dtype, platform), platform
         self.whitening = Whitening(channels, init=config.init, dtype=self.dtype, platform=platform, rngs=rngs)
         widths = (8 * channels, *config.widths)
         self.blocks = nnx.List(
@@ -133,7 +134,7 @@ class Airbench(Network):
         x = gelu(self.whitening(x))
         for block in self.blocks:
             x = block(x, training)
-        x = max_pool(x, 3).reshape(x.shape[0], -1)
+        x = max_pool(x, 3, platform=self.platform).reshape(x.shape[0], -1)
         return self.head(x).astype(jnp.float32) * self.logit_scale
 
 

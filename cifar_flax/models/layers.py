@@ -1,6 +1,5 @@
 """Layers of the networks, with implementations that are fast on CPUs and on accelerators."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -8,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key
 
 from cifar_flax.models.cpu import patches, winograd
 from cifar_flax.models.cpu.threefry import random_words
+from cifar_flax.models.pooling import max_pool
 
 # Up to this number of input channels, copying patches for a matrix product is faster than XLA's convolution on a CPU.
 _MAX_PATCH_CHANNELS = 4
@@ -39,7 +39,7 @@ def conv2d(
         if kernel.shape[:2] == (3, 3) and stride == 1:
             return patches.conv_max_pool(x, kernel)
     y = lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return max_pool(y) if pool else y
+    return max_pool(y, platform=platform) if pool else y
 
 
 def _suits_winograd(x: Array, kernel: Array, padding: str, stride: int) -> bool:
@@ -49,49 +49,6 @@ def _suits_winograd(x: Array, kernel: Array, padding: str, stride: int) -> bool:
 def _suits_patches(kernel: Array, padding: str, stride: int) -> bool:
     """Return whether patches are short or few, so that copying them is cheap."""
     return padding == "VALID" and (kernel.shape[2] <= _MAX_PATCH_CHANNELS or stride > 1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def max_pool(x: Float[Array, "batch height width c"], window: int = 2) -> Float[Array, "batch h_out w_out c"]:
-    """Return the maximum over disjoint `window` x `window` squares. Drop rows and columns that fill no window.
-
-    For the gradient, only the place of the maximum is saved, as one byte. The gradient of `jnp.max` instead compares
-    `x` with its maximum again, and is NaN if the compiler computes `x` a second time with another rounding. If a window
-    contains its maximum more than once, the first of these elements gets the whole gradient, as in PyTorch.
-    Forward-mode differentiation (`jax.jvp`) is not supported.
-    """
-    return _maximum(x, window)[0]
-
-
-def _maximum(x: Array, window: int) -> tuple[Array, UInt8[Array, "batch h_out w_out c"]]:
-    """Return the maximum of each window, and its place in the window, row by row."""
-    height, width = (size // window * window for size in x.shape[1:3])
-    best = x[:, :height:window, :width:window]
-    place = jnp.zeros(best.shape, jnp.uint8)
-    for number in range(1, window**2):
-        candidate = x[:, number // window : height : window, number % window : width : window]
-        is_better = (candidate > best) | jnp.isnan(candidate)
-        best, place = jnp.where(is_better, candidate, best), jnp.where(is_better, jnp.uint8(number), place)
-    return best, place
-
-
-def _max_pool_forward(x: Array, window: int) -> tuple[Array, tuple[Array, Array]]:
-    best, place = _maximum(x, window)
-    # Only arrays can be saved for the gradient: an empty one carries the height and width of `x`.
-    return best, (place, jnp.zeros((*x.shape[1:3], 0)))
-
-
-def _max_pool_backward(window: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
-    place, whole = saved
-    batch, h_out, w_out, c = dy.shape
-    number = jnp.arange(window**2, dtype=jnp.uint8).reshape(1, 1, window, 1, window, 1)
-    dx = jnp.where(place[:, :, None, :, None, :] == number, dy[:, :, None, :, None, :], jnp.zeros((), dy.dtype))
-    dx = dx.reshape(batch, h_out * window, w_out * window, c)
-    height, width = whole.shape[:2]
-    return (jnp.pad(dx, ((0, 0), (0, height - h_out * window), (0, width - w_out * window), (0, 0))),)
-
-
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 class Conv(nnx.Module):

@@ -22,9 +22,8 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     run = restore(config, workdir)
     arrays = sources.load(config.data, config.data.eval_split)
     run.info.check(arrays)
-    if config.data.pipeline == "resident":
-        arrays = resident.put(arrays, run.task.layout)
-    evaluation = final_evaluator(config, run.task, arrays)(run.state)
+    on_device = resident.put(arrays, run.task.layout) if config.data.pipeline == "resident" else arrays
+    evaluation = final_evaluator(config, run.task, on_device)(run.state)
     assert evaluation is not None
     result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": run.step}
     if config.eval.tta != "none":

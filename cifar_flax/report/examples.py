@@ -94,7 +94,7 @@ def _bold(name: str) -> Markup:
 def _gallery(
     arrays: Arrays, predicted: np.ndarray, indices: np.ndarray, captions: Sequence[Sequence[Content]], size: str
 ) -> Markup:
-    images = np.asarray(arrays.images[indices])  # indexed first: only these are copied from a device to the host
+    images = arrays.images[indices]
     entries = []
     for i, image, caption in zip(indices, images, captions, strict=True):
         words = f"{arrays.class_names[arrays.labels[i]]} predicted as {arrays.class_names[predicted[i]]}"

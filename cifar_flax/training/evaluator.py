@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int32, PyTree
+from jaxtyping import Float, Int32, PyTree
 
 from cifar_flax.config import Config
+from cifar_flax.data import resident
 from cifar_flax.data.batches import Batch, Indices, InputTimer, evaluation_indices, gather, to_device
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError
@@ -65,7 +66,7 @@ class Evaluator:
         """Compile for states of the shapes of `state`. Otherwise, the first evaluation compiles."""
         inputs = self._layout.shard_batch(next(self._inputs(self._examples)))
         arguments = (self._weights(state), inputs, *self._resident)
-        self._compiled = [self._layout.compile(on_inputs(step), *arguments) for step in self._steps]
+        self._compiled = [self._layout.compile(on_inputs(self._task, step), *arguments) for step in self._steps]
 
     def __call__(self, state: TrainState, stopping: Callable[[], int] = lambda: 0) -> Evaluation | None:
         """Return the evaluation of `state`, or None if `stopping` returned a nonzero number before a batch.
@@ -140,11 +141,13 @@ class Evaluator:
             yield jax.device_get(before)
 
 
-def on_inputs(step: Callable[..., Any]) -> Callable[..., Any]:
+def on_inputs(task: steps.Task, step: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that runs `step` on a batch, or on the batch that it gathers from a split by indices."""
 
-    def run(weights: PyTree, inputs: Any, images: Array | None = None, labels: Array | None = None) -> Any:
-        return step(weights, inputs if images is None else gather(images, labels, inputs))
+    def run(weights: PyTree, inputs: Any, *split: Any) -> Any:
+        if split:
+            inputs = resident.gather(*split, indices=inputs, image_shape=task.image_shape)
+        return step(weights, inputs)
 
     return run
 

@@ -66,6 +66,7 @@ def setup(
         graphdef=model.graphdef,
         optimizer=optimizer,
         schedule=optimizers.make_schedule(config.optim, steps, steps_per_epoch),
+        image_shape=info.image_shape,
         mean=info.mean,
         std=info.std,
         augment=config.augment,

@@ -15,8 +15,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, Shaped, UInt8
 
+from cifar_flax.data import resident
 from cifar_flax.data.augment import VIEWS, AugmentConfig, Context, Examples, augment, normalize, views
-from cifar_flax.data.batches import Batch, Indices, gather
+from cifar_flax.data.batches import Batch, Indices
 from cifar_flax.errors import UserError
 from cifar_flax.runtime.devices import Layout
 from cifar_flax.runtime.trees import all_finite
@@ -36,6 +37,7 @@ class Task:
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    image_shape: tuple[int, int, int]  # height, width, channels
     mean: tuple[float, ...]  # per channel, in units of the stored bytes
     std: tuple[float, ...]
     augment: AugmentConfig
@@ -70,6 +72,7 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     first_epoch_keys, _ = _keys(state, batch, jnp.zeros_like(batch.epoch))
     context = Context(
         config=task.augment,
+        platform=task.layout.platform,
         epoch=batch.epoch,
         epoch_keys=keys,
         first_epoch_keys=first_epoch_keys,
@@ -131,13 +134,13 @@ def train_steps(
     task: Task,
     state: TrainState,
     indices: Indices,
-    images: UInt8[Array, "n height width c"],
+    images: UInt8[Array, "n row_bytes"],
     labels: Int32[Array, " n"],
 ) -> tuple[TrainState, dict[str, Shaped[Array, " steps"]]]:
-    """Run `train_step` for each row of `indices`, on batches gathered from `images` and `labels`, in one scan."""
+    """Run `train_step` for each row of `indices`, on batches gathered from a split in device memory, in one scan."""
 
     def step(state: TrainState, row: Indices) -> tuple[TrainState, dict[str, Array]]:
-        return train_step(task, state, gather(images, labels, row))
+        return train_step(task, state, resident.gather(images, labels, row, task.image_shape))
 
     return jax.lax.scan(step, state, indices)
 

@@ -51,6 +51,7 @@ class Context:
     """The settings and the sources of randomness that an augmentation uses."""
 
     config: AugmentConfig
+    platform: str  # of the devices: "cpu", "gpu" or "tpu"
     epoch: Int[Array, " batch"]  # of each example
     epoch_keys: Key[Array, " batch"]  # a function of the seed, the epoch and the example
     first_epoch_keys: Key[Array, " batch"]  # those of epoch 0
