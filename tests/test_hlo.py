@@ -138,10 +138,8 @@ def test_all_reduces_inside_of_fusions_count(module, found):
 def test_slices_of_gathers_and_copies_of_images(module, found):
     assert operations.gathered_slices(module, found.values()) == 2
     assert operations.copied_image_bytes(module, found.values()) == 0
-    text = PROGRAM.replace("f32[5,64]{1,0} copy(", "u8[5,64]{1,0} copy(").replace(
-        "slice_sizes={1,64}", "slice_sizes={1,1}"
-    )
-    changed = hlo.parse(text)
+    text = PROGRAM.replace("f32[5,64]{1,0} copy(", "u8[5,64]{1,0} copy(")
+    changed = hlo.parse(text.replace("slice_sizes={1,64}", "slice_sizes={1,1}"))
     operated = operations.operations(changed)
     assert operations.gathered_slices(changed, operated) == 2 * 64
     assert operations.copied_image_bytes(changed, operated) == 5 * 64

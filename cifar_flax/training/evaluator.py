@@ -146,7 +146,8 @@ def on_inputs(task: steps.Task, step: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(weights: PyTree, inputs: Any, *split: Any) -> Any:
         if split:
-            inputs = resident.gather(*split, indices=inputs, image_shape=task.image_shape)
+            images, labels = split
+            inputs = resident.gather(images, labels, inputs, task.image_shape)
         return step(weights, inputs)
 
     return run
