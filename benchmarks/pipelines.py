@@ -36,7 +36,8 @@ def streamed(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterat
 def gathered(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterator[Batch]:
     """Gather batches on the device as in training, but in a separate program."""
     on_device, compiled = resident.put(arrays, make_layout(ParallelConfig())), jax.jit(gather)
-    for positions in resident.training_indices(examples, steps_per_call=1, drop_last=False, **settings):
+    ends = range(settings["start"] + 1, settings["stop"] + 1)
+    for positions in resident.training_indices(examples, ends=ends, steps_per_call=1, drop_last=False, **settings):
         yield compiled(on_device.images, on_device.labels, jax.tree.map(lambda rows: rows[0], positions))
 
 
