@@ -42,10 +42,6 @@ def prepared(config):
     return task, state, batch
 
 
-def convolutions(task, state, batch):
-    return str(jax.make_jaxpr(functools.partial(steps.train_step, task))(state, batch)).count("conv_general_dilated[")
-
-
 def test_phases_begin_where_groups_are_frozen(prepared):
     task, _, _ = prepared
     assert task.frozen_from == {"whitening": 11, "dense": 23}
@@ -61,11 +57,23 @@ def test_groups_without_parameters_or_frozen_after_the_run_do_not_compile_anothe
     assert [first for first, _ in steps.phases(trainer.task)] == [0]
 
 
-def test_the_frozen_whitening_bias_saves_a_convolution(prepared):
+def traced(task, state, batch):
+    return jax.jit(functools.partial(steps.train_step, task)).trace(state, batch)
+
+
+def test_the_frozen_whitening_bias_saves_a_convolution(config, prepared):
     """The gradient of the bias needs that with respect to the input of the first convolution after it."""
-    (_, whole), (_, frozen), _ = steps.phases(prepared[0])
     _, state, batch = prepared
-    assert convolutions(frozen, state, batch) == convolutions(whole, state, batch) - 1
+    for platform in ("cuda", "cpu"):
+        task, _ = setup(config, Trainer(config).info, platform=platform)
+        (_, whole), (_, frozen), _ = steps.phases(task)
+        before, after = (traced(phase, state, batch) for phase in (whole, frozen))
+        if platform == "cpu":  # convolutions are matrix products, and XLA removes those that are not used
+            before, after = (one.lower().compile().cost_analysis()["flops"] for one in (before, after))
+            assert after < 0.9 * before
+        else:
+            before, after = (str(one.jaxpr).count("conv_general_dilated[") for one in (before, after))
+            assert after == before - 1
 
 
 def test_other_parameters_get_the_same_update(prepared):
@@ -86,21 +94,19 @@ def test_other_parameters_get_the_same_update(prepared):
     assert unchanged == {"whitening"}
 
 
-def test_the_clipped_norm_is_that_of_the_parameters_that_are_not_frozen(config, prepared):
-    """With a large gradient of the frozen bias, the others would be scaled down."""
-    _, state, batch = prepared
-    config.optim.clip_norm = 1e-3
-    config.optim.momentum = None
-    trainer = Trainer(config)
-    (_, whole), (_, frozen), _ = steps.phases(trainer.task)
-    state = trainer.init(0)
-    state = jax.tree.map(lambda x: x + 12 if x.dtype == np.int32 else x, state)
+def test_the_clipped_norm_is_that_of_the_parameters_that_are_not_frozen(tiny_config):
+    """Most of the norm is that of the dense kernels. Until they are frozen, the others are scaled down."""
+    tiny_config.optim = OptimConfig(name="sgd", learning_rate=0.1, clip_norm=1e-3, dense=GroupConfig(frozen_from=1))
+    trainer = Trainer(tiny_config)
+    index = np.arange(64, dtype=np.int32)
+    batch = gather(trainer.arrays.images, trainer.arrays.labels, Indices(index, 0 * index, index >= 0))
+    state = jax.tree.map(lambda x: x + 12 if x.dtype == np.int32 else x, trainer.initial_state)  # their rate is 0
     changes = []
-    for phase in (whole, frozen):
+    for _, phase in steps.phases(trainer.task):
         new, _ = jax.jit(functools.partial(steps.train_step, phase))(state, batch)
-        change = jax.tree.map(lambda a, b: a - b, new.params, state.params)
-        changes.append(float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(change)))))
-    assert changes[0] < changes[1]
+        pairs = zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params), strict=True)
+        changes.append(float(np.sqrt(sum(np.sum(np.square(a - b)) for a, b in pairs))))
+    assert changes[0] < 0.9 * changes[1]
     assert changes[1] == pytest.approx(0.1 * 1e-3, rel=1e-2)  # learning rate times norm
 
 

@@ -16,6 +16,11 @@ GIB = 2**30
 LAYOUT = make_layout(ParallelConfig())
 
 
+def hide_tensorflow(monkeypatch):
+    fault, missing = packages.fault, "tensorflow is not installed"
+    monkeypatch.setattr(packages, "fault", lambda name: missing if name == "tensorflow" else fault(name))
+
+
 @pytest.mark.parametrize(
     ("platform", "memory", "size", "has_tensorflow", "expected"),
     [
@@ -30,8 +35,9 @@ LAYOUT = make_layout(ParallelConfig())
     ],
 )
 def test_auto_keeps_the_data_on_accelerators_if_it_fits(monkeypatch, platform, memory, size, has_tensorflow, expected):
-    fault = None if has_tensorflow else "tensorflow is not installed"
-    monkeypatch.setattr(packages, "fault", lambda name: fault)
+    monkeypatch.setattr(packages, "fault", lambda name: None)
+    if not has_tensorflow:
+        hide_tensorflow(monkeypatch)
     monkeypatch.setattr(Layout, "platform", platform)
     if memory is not None:
         monkeypatch.setattr(pipelines, "_memory", lambda layout: memory)
@@ -48,7 +54,7 @@ def test_a_run_prints_its_pipeline_and_saves_auto(tiny_config, tmp_path, monkeyp
     results = []
     for name, pipeline in (("with", "streaming"), ("without", "resident")):
         if name == "without":
-            monkeypatch.setattr(packages, "fault", lambda name: "tensorflow is not installed")
+            hide_tensorflow(monkeypatch)
         train(tiny_config, tmp_path / name)
         assert f"images ({pipeline}), 12 steps" in capsys.readouterr().out
         assert '"pipeline": "auto"' in (tmp_path / name / "config.json").read_text()
@@ -67,9 +73,7 @@ def test_processes_must_agree_on_the_pipeline(tiny_config, monkeypatch):
 
 def test_the_doctor_does_not_ask_for_tensorflow(tiny_config, tmp_path, monkeypatch, capsys):
     tiny_config.data.pipeline = "auto"
-    installed = packages.fault
-    missing = "tensorflow is not installed"
-    monkeypatch.setattr(packages, "fault", lambda name: missing if name == "tensorflow" else installed(name))
+    hide_tensorflow(monkeypatch)
     doctor.doctor(tiny_config, tmp_path / "run")
     assert "a run can start" in capsys.readouterr().out
     tiny_config.data.pipeline = "streaming"
