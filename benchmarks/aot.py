@@ -39,7 +39,7 @@ class Row:
     """A compiled program. Counts are per device, and per training step or evaluation batch."""
 
     config: str
-    program: str  # train | eval | final (with TTA)
+    program: str  # train | frozen | eval | final, see `programs.Program`
     compile_seconds: float
     gflop: float  # of convolutions and matrix products
     hbm_bytes: int
@@ -87,7 +87,7 @@ def row(config: str, program: "Program", target: Target) -> tuple[Row, list[Line
 
     text, memory = program.compiled.as_text(), program.compiled.memory_analysis()
     module = hlo.parse(text)
-    found, steps = operations.operations(module), program.steps
+    found, steps = operations.operations(module, program.steps), program.steps
     dtypes = operations.convolution_dtypes(module, found)
     lines: dict[str, Counter[str]] = {}
     for one in found:

@@ -17,7 +17,6 @@ from cifar_flax import arguments
 from cifar_flax.config import Config
 from cifar_flax.errors import UserError
 from cifar_flax.files import read_json, write_json
-from cifar_flax.packages import has_module
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -33,9 +32,7 @@ class Settings:
     results: str = ""  # the campaign's JSON file, to read the results of earlier stages from
 
     def config(self, name: str, *overrides: str) -> Config:
-        """Return the config `name` with `overrides`; without TensorFlow, its data is kept in device memory."""
-        if not has_module("tensorflow"):
-            overrides = (*overrides, "data.pipeline=resident")
+        """Return the config `name` with `overrides`."""
         return arguments.parse(self.command_line(name, *overrides)).config
 
     def command_line(self, name: str, *overrides: str) -> list[str]:

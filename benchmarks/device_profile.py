@@ -24,23 +24,20 @@ def profile(config: Config, calls: int = 5) -> dict[str, Any]:
     trace, so the device idles for the rest of `step_ms` (or runs several operations at a time, if it is larger).
     """
     trainer = Trainer(config)
-    state, steps = trainer.initial_state, config.train.steps_per_call
-    program, split = trainer.program(state)
-    inputs = trainer.inputs(config.seed, 0)
-    times = []
-    for _ in range(1 + min(calls, len(trainer.calls(0, trainer.total_steps)) - 2)):  # the first one is a warm-up
-        arguments = next(inputs)
+    state, train_call = trainer.initial_state, trainer.compile(trainer.initial_state)
+    call = next(trainer.inputs(config.seed, 0))  # always the same one: its duration does not depend on the images
+    steps, times = call.stop - call.start, []
+    for _ in range(1 + calls):  # the first one is a warm-up
         start = time.perf_counter()
-        state, _values = jax.block_until_ready(program(state, arguments, *split))
+        state, _values = jax.block_until_ready(train_call(state, call))
         times.append((time.perf_counter() - start) / steps)
-    arguments = next(inputs)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(program(state, arguments, *split))
+            jax.block_until_ready(train_call(state, call))
         (path,) = Path(folder).rglob("*.xplane.pb")
         seconds, count = operations(jax.profiler.ProfileData.from_file(str(path)))
     forward = forward_flops(config.model, trainer.info.image_shape, len(trainer.info.class_names))
-    (module,) = program.runtime_executable().hlo_modules()
+    (module,) = train_call.program(0).runtime_executable().hlo_modules()
     sources = operation_sources(module.to_string())
     return {
         "flops_per_step": 3 * config.train.batch_size * forward,

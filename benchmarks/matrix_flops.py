@@ -6,10 +6,11 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def matrix_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+def matrix_flops(jaxpr: Jaxpr | ClosedJaxpr, unknown: int = 1) -> int:
     """Return the operations of `jaxpr` on one device: loops with all iterations, of a condition the larger branch.
 
-    Like XLA, do not count products with padding, nor with the zeros that dilation inserts.
+    `unknown` iterations are assumed of the outer loops whose number is an argument. Like XLA, do not count products
+    with padding, nor with the zeros that dilation inserts.
     """
     total = 0
     for equation in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:
@@ -22,7 +23,10 @@ def matrix_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
             total += max(map(matrix_flops, params["branches"]))
         else:
             inner = [value for value in params.values() if isinstance(value, (Jaxpr, ClosedJaxpr))]
-            total += params.get("length", 1) * sum(map(matrix_flops, inner)) if inner else 0
+            if name == "while":
+                total += unknown * sum(map(matrix_flops, inner))
+            else:
+                total += params.get("length", 1) * sum(matrix_flops(one, unknown) for one in inner)
     return total
 
 

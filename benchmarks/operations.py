@@ -37,17 +37,20 @@ class Operation:
         return self.instruction.opcode.endswith("-start")
 
 
-def operations(module: Module) -> list[Operation]:
-    """Return what one execution of the program executes, loops with their number of iterations."""
-    return list(_operations(module, module.entry, 1.0))
+def operations(module: Module, unknown: int = 1) -> list[Operation]:
+    """Return what one execution of the program executes, loops with their number of iterations.
+
+    `unknown` is assumed of the outer loops whose number the program does not state, such as an argument.
+    """
+    return list(_operations(module, module.entry, 1.0, unknown))
 
 
-def _operations(module: Module, computation: Computation, times: float) -> Iterator[Operation]:
+def _operations(module: Module, computation: Computation, times: float, unknown: int = 1) -> Iterator[Operation]:
     for instruction in computation.values():
         opcode = instruction.opcode
         if opcode == "while":
             body = module.computations[instruction.called("body") or ""]
-            yield from _operations(module, body, times * _iterations(module, instruction))
+            yield from _operations(module, body, times * _iterations(module, instruction, unknown))
         elif opcode in ("call", "async-start"):
             name = instruction.called("to_apply") or instruction.called("calls") or ""
             yield from _operations(module, module.computations[name], times)
@@ -63,13 +66,13 @@ def _operations(module: Module, computation: Computation, times: float) -> Itera
             yield _operation(module, computation, instruction, times)
 
 
-def _iterations(module: Module, loop: Instruction) -> int:
-    """Return the number of iterations: what XLA states, or else the limit of the loop's condition, or else 1."""
+def _iterations(module: Module, loop: Instruction, unknown: int) -> int:
+    """Return the number of iterations: what XLA states, or the limit of the loop's condition, or else `unknown`."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = module.computations.get(loop.called("condition") or "", {})
     limits = [int(one.line.split("constant(")[1].split(")")[0]) for one in condition.values() if _is_count(one)]
-    return max(limits, default=1)
+    return max(limits, default=unknown)
 
 
 def _is_count(instruction: Instruction) -> bool:

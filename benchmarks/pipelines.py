@@ -38,7 +38,8 @@ def gathered(arrays: Arrays, examples: np.ndarray, settings: Settings) -> Iterat
     """Gather batches on the device as in training, but in a separate program."""
     on_device = resident.put(arrays, make_layout(ParallelConfig()))
     compiled = jax.jit(functools.partial(resident.gather, image_shape=arrays.images.shape[1:]))
-    for positions in resident.training_indices(examples, steps_per_call=1, drop_last=False, **settings):
+    ends = range(settings["start"] + 1, settings["stop"] + 1)
+    for positions in resident.training_indices(examples, ends=ends, steps_per_call=1, drop_last=False, **settings):
         yield compiled(on_device.images, on_device.labels, jax.tree.map(lambda rows: rows[0], positions))
 
 

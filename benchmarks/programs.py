@@ -1,6 +1,7 @@
 """Compile the training and evaluation programs of a config, for devices that may be absent."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ import jax
 
 from benchmarks.matrix_flops import matrix_flops
 from cifar_flax.config import Config
+from cifar_flax.data import pipelines
 from cifar_flax.data.batches import empty_batch, empty_indices
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.data.resident import row_bytes
 from cifar_flax.training import averaging, evaluator, steps
 from cifar_flax.training.setup import setup
+from cifar_flax.training.timetable import Timetable
 
 # CIFAR-10 without its images; the statistics are constants of the programs, whose values do not matter.
 DATASET = DatasetInfo(
@@ -32,8 +35,8 @@ TEST_EXAMPLES = 10_000
 class Program:
     """A compiled program of a config."""
 
-    name: str  # train | eval | final (with the TTA of the final evaluation)
-    steps: int  # training steps or evaluation batches that one call runs
+    name: str  # train | frozen (its last part, with frozen groups) | eval | final (with the final evaluation's TTA)
+    steps: int  # training steps (the most, if calls differ) or evaluation batches that one call runs
     flops: float  # of convolutions and matrix products, per step and device
     seconds: float  # to compile
     compiled: jax.stages.Compiled
@@ -49,7 +52,9 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
     layout.require_divides("train.batch_size", config.train.batch_size)
     options = layout.compiler_options | options
     state = jax.eval_shape(lambda: init(0, None))
-    resident = config.data.pipeline == "resident"
+    num_bytes = (DATASET.num_examples + TEST_EXAMPLES) * math.prod(shape)
+    pipeline = pipelines.resolve(config.data.pipeline, layout, num_bytes)
+    resident = pipeline == "resident"
 
     def split(size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Return the arguments of a program that are in device memory: a split, or nothing."""
@@ -61,18 +66,25 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
     ) -> Program:
         function = layout.parallelize(step, shared=len(shared), **settings)
         traced = function.trace(state, inputs, *shared)
-        flops = matrix_flops(traced.jaxpr) / count
+        flops = matrix_flops(traced.jaxpr, unknown=count) / count
         start = time.perf_counter()
         compiled = traced.lower().compile(compiler_options=options)
         return Program(name, count, flops, time.perf_counter() - start, compiled)
 
-    size, count = config.train.batch_size, config.train.steps_per_call
+    size, timetable = config.train.batch_size, Timetable(config, DATASET.num_examples, task, pipeline)
+    lengths = timetable.lengths()
+    step, inputs, batch_axis = steps.train_step, empty_batch(size, shape), 0
+    shared = split(DATASET.num_examples)
     if resident:
-        step, inputs = steps.train_steps, empty_indices(count, size)
-        settings = {"batch_axis": 1, "donate": True}
-    else:
-        step, inputs, settings = steps.train_step, empty_batch(size, shape), {"donate": True}
-    yield build("train", count, functools.partial(step, task), state, inputs, *split(DATASET.num_examples), **settings)
+        step, inputs, batch_axis = steps.train_steps, empty_indices(timetable.steps_per_call, size), 1
+        if len(lengths) == 1:
+            step = functools.partial(step, count=max(lengths))
+        else:
+            shared = (*shared, jax.ShapeDtypeStruct((), "int32"))
+    for number, (_, phase) in enumerate(steps.phases(task)):
+        name = ("train", "frozen")[number] if number < 2 else f"frozen_{number}"
+        arguments = state, inputs, *shared
+        yield build(name, max(lengths), functools.partial(step, phase), *arguments, batch_axis=batch_axis, donate=True)
     weights = averaging.evaluated(task.averaging, (state.params, state.batch_stats), state.average)
     size = layout.round_up(config.eval.batch_size)
     inputs = empty_indices(size) if resident else empty_batch(size, shape)

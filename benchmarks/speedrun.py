@@ -79,7 +79,7 @@ class Speedrun:
         start = time.perf_counter()
         inputs = trainer.inputs(seed, 0)
         state = trainer.init(seed)
-        calls = trainer.calls(0, trainer.total_steps)
+        calls = trainer.timetable.calls(0, trainer.total_steps)
         state = jax.block_until_ready(run_calls(self._train_call, state, inputs, calls, lambda step, values: None))
         train_seconds = time.perf_counter() - start
         accuracy = self._evaluator.accuracy(state)  # a value on the host, so the device has finished

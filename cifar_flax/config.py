@@ -31,13 +31,11 @@ class TrainConfig:
     log_every: int = 50  # steps between two training lines in metrics.jsonl
     sync_batchnorm: bool = True  # BatchNorm statistics over the batch of all devices; False: per device
     init_from: str = ""  # workdir of another run whose matching weights are the initial ones; "": random weights
-    steps_per_call: int = 1  # steps that the device runs in one loop; above 1 needs data.pipeline=resident
+    steps_per_call: int = 1  # steps that the device runs in one loop at most; 1 with data.pipeline=streaming
 
     def validate(self) -> None:
         for name in ("batch_size", "log_every", "steps_per_call"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        per_call, every = self.steps_per_call, self.log_every
-        require(every % per_call == 0, "train.steps_per_call", per_call, f"must divide train.log_every={every}")
         require(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "must be in [0, 1)")
 
@@ -95,8 +93,8 @@ class Config:
         fits = "whitening" in models.network_class(self.model).groups.values() or whitening == GroupConfig()
         allowed = f"does not apply to {self.model.name}, which has no whitening layer"
         require(fits, "optim.whitening", whitening, allowed)
-        fits, per_call = self.data.pipeline == "resident" or self.train.steps_per_call == 1, self.train.steps_per_call
-        require(fits, "train.steps_per_call", per_call, "must be 1 unless data.pipeline is resident")
+        fits, per_call = self.data.pipeline != "streaming" or self.train.steps_per_call == 1, self.train.steps_per_call
+        require(fits, "train.steps_per_call", per_call, "must be 1 if data.pipeline is streaming")
         best, every, often = self.checkpoint.keep_best, self.checkpoint.every_epochs, self.eval.every_epochs
         allowed = "needs data.validation_fraction above 0. The test split must not choose a checkpoint."
         require(best == 0 or self.data.validation_fraction > 0, "checkpoint.keep_best", best, allowed)

@@ -12,9 +12,9 @@ from cifar_flax.config import AugmentConfig, CNNConfig, Config, DataConfig, Opti
 
 def get_config() -> Config:
     return Config(
-        data=DataConfig(name="cifar10", pipeline="streaming"),
+        data=DataConfig(name="cifar10", pipeline="auto"),
         augment=AugmentConfig(flip="random", crop_padding=2),
         model=CNNConfig(),
         optim=OptimConfig(name="adamw", learning_rate=2e-3, schedule="cosine", warmup_epochs=1.6, weight_decay=0.02),
-        train=TrainConfig(batch_size=256, epochs=16, label_smoothing=0.1),
+        train=TrainConfig(batch_size=256, epochs=16, label_smoothing=0.1, steps_per_call=50),
     )

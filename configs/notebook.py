@@ -19,9 +19,9 @@ from cifar_flax.config import AugmentConfig, CNNConfig, Config, DataConfig, Opti
 
 def get_config() -> Config:
     return Config(
-        data=DataConfig(name="cifar10"),
+        data=DataConfig(name="cifar10", pipeline="auto"),
         augment=AugmentConfig(normalization="unit"),
         model=CNNConfig(),
         optim=OptimConfig(name="adam", learning_rate=1e-3, eps=1e-7),
-        train=TrainConfig(batch_size=128, epochs=10),
+        train=TrainConfig(batch_size=128, epochs=10, steps_per_call=50),
     )

@@ -14,5 +14,5 @@ def get_config() -> Config:
         data=DataConfig(name="digits", pipeline="resident"),
         augment=AugmentConfig(crop_padding=2),
         optim=OptimConfig(name="adamw", learning_rate=1e-3, schedule="cosine", warmup_epochs=1, weight_decay=0.02),
-        train=TrainConfig(batch_size=64, epochs=15, log_every=10),
+        train=TrainConfig(batch_size=64, epochs=15, log_every=10, steps_per_call=10),
     )

@@ -10,6 +10,7 @@ import os
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same_counts, make_tiny_config, widest_gap
@@ -272,19 +273,27 @@ def test_a_checkpoint_moves_between_layouts(reference, tmp_path, saved_on, resto
 
 
 def test_a_call_of_many_steps_equals_single_steps(reference):
-    """The call gets the indices of all steps, sharded along their second axis; each device holds the dataset."""
-    for backend in ("shard_map", "pmap"):
-        task, state = build(backend, 4)
+    """The call gets the indices of all steps, sharded along their second axis; each device holds the dataset.
+
+    The number of steps is a constant of the program, or an argument.
+    """
+    for backend in ("jit", "shard_map", "pmap"):
+        task, initial = build(backend, 4)
         arrays = resident.put(IMAGES, task.layout)
         (positions,) = resident.training_indices(
-            EXAMPLES, batch_size=BATCH, steps_per_call=COUNT, seed=0, start=0, stop=COUNT, drop_last=False
+            EXAMPLES, batch_size=BATCH, seed=0, start=0, stop=COUNT, drop_last=False, ends=[COUNT], steps_per_call=COUNT
         )
         inputs = task.layout.shard_batch(positions, batch_axis=1)
         split = arrays.images, arrays.labels
         program = functools.partial(steps.train_steps, task)
-        call = task.layout.compile(program, state, inputs, *split, batch_axis=1, donate=True)
-        _, values = call(state, inputs, *split)
-        np.testing.assert_allclose(values["loss"], reference[1], rtol=1e-5)
+        for count in (COUNT, COUNT - 3):
+            state = jax.tree.map(jnp.copy, initial)
+            shared = split if count == COUNT else (*split, task.layout.replicate(np.int32(count)))
+            call = task.layout.compile(program, state, inputs, *shared, batch_axis=1, donate=True)
+            state, values = call(state, inputs, *shared)
+            assert int(state.step) == count
+            np.testing.assert_allclose(values["loss"][:count], reference[1][:count], rtol=1e-5)
+            assert not np.asarray(values["loss"][count:]).any()
 
 
 def test_invalid_settings_are_refused():

@@ -205,9 +205,9 @@ def test_streaming_and_resident_pipelines_yield_the_same_bytes():
     trainer = Trainer(config)
     gathering = jax.jit(functools.partial(resident.gather, image_shape=trainer.info.image_shape))
     count = 0
-    for batch, indices in zip(Trainer(streaming).inputs(3, 0), trainer.inputs(3, 0), strict=True):
-        first = jax.tree.map(lambda rows: rows[0], indices)
-        assert_trees_equal(batch, gathering(trainer.arrays.images, trainer.arrays.labels, first))
+    for one, other in zip(Trainer(streaming).inputs(3, 0), trainer.inputs(3, 0), strict=True):
+        first = jax.tree.map(lambda rows: rows[0], other.inputs)
+        assert_trees_equal(one.inputs, gathering(trainer.arrays.images, trainer.arrays.labels, first))
         count += 1
     assert count == trainer.total_steps > 30
 

@@ -77,11 +77,13 @@ def test_a_missing_compiler_is_one_line_with_the_command_that_installs_it(
     assert re.fullmatch(rf"error: --target='{target}': .*: {command}\n", capsys.readouterr().err)
 
 
-def test_programs_are_those_of_a_run(monkeypatch):
+@pytest.mark.parametrize("log_every", [11, 4], ids=["equal calls", "different calls"])
+def test_programs_are_those_of_a_run(monkeypatch, log_every):
     """For this machine, the compiler gets programs of the same arguments, results, donations and products."""
     config = make_tiny_config()
     config.data.drop_last = True
-    config.train.steps_per_call = config.train.log_every = 11  # an epoch
+    config.train.steps_per_call, config.train.log_every = 11, log_every  # an epoch has 11 steps
+    config.optim.biases.frozen_from = 1.0
     config.eval.tta = "mirror"
     trainer, requested = Trainer(config), []
     any_program = jax.jit(lambda: 0).lower().compile()
@@ -102,7 +104,8 @@ def test_programs_are_those_of_a_run(monkeypatch):
     monkeypatch.setattr(programs, "DATASET", trainer.info)
     monkeypatch.setattr(programs, "TEST_EXAMPLES", len(trainer.eval_arrays.labels))
     found = list(programs.programs(config, jax.devices()[:1], {}))
-    assert [(program.name, program.steps) for program in found] == [("train", 11), ("eval", 1), ("final", 1)]
+    names = [(program.name, program.steps) for program in found]
+    assert names == [("train", log_every), ("frozen", log_every), ("eval", 1), ("final", 1)]
     assert requested == expected
     assert all(signature and products for signature, products, _ in expected)
     assert "aliasing_output" in expected[0][0][0]

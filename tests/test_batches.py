@@ -31,20 +31,31 @@ def make_arrays(size):
     return Arrays(images, labels, tuple("abcd"), "random/1.0.0")
 
 
+def single_steps(examples, *, start, stop, **arguments):
+    """Return the indices of calls of one step."""
+    ends = range(start + 1, stop + 1)
+    return resident.training_indices(examples, start=start, stop=stop, ends=ends, steps_per_call=1, **arguments)
+
+
 @pytest.mark.parametrize(
-    ("start", "steps_per_call", "drop_last"), [(0, 1, False), (3, 1, False), (3, 3, True), (6, 6, True)]
+    ("start", "ends", "drop_last"),
+    [(0, range(1, 13), False), (3, range(4, 13), False), (3, (6, 9, 12), True), (2, (3, 7, 9, 12), False)],
 )
-def test_pipelines_agree_byte_for_byte(streaming, start, steps_per_call, drop_last):
+def test_pipelines_agree_byte_for_byte(streaming, start, ends, drop_last):
+    """Calls may have different numbers of steps; the rows that are left are masked."""
     arrays = make_arrays(30)
     examples = np.arange(5, 30, dtype=np.int32)
     arguments = {"batch_size": 8, "seed": 7, "start": start, "stop": 12, "drop_last": drop_last}
     streamed = list(streaming.training_batches(arrays, examples, **arguments))
-    calls = list(resident.training_indices(examples, steps_per_call=steps_per_call, **arguments))
+    calls = list(resident.training_indices(examples, ends=ends, steps_per_call=4, **arguments))
     on_device = resident.put(arrays, make_layout(ParallelConfig()))
     compiled = jax.jit(functools.partial(resident.gather, image_shape=arrays.images.shape[1:]))
     assert on_device.images.shape == (30, 128)  # rows of whole tiles of a TPU
-    assert {call.index.shape for call in calls} == {(steps_per_call, 8)}
+    assert {call.index.shape for call in calls} == {(4, 8)}
+    counts = np.diff([start, *ends])
+    assert [call.mask.all(axis=1).tolist() for call in calls] == [[row < count for row in range(4)] for count in counts]
     rows = [Indices(*row) for call in calls for row in zip(call.index, call.epoch, call.mask, strict=True)]
+    rows = [row for row in rows if row.mask.any()]
     gathered = [compiled(on_device.images, on_device.labels, row) for row in rows]
     index, epoch = order.indices(7, examples, 8, start, 12, drop_last)
     assert len(streamed) == len(gathered) == 12 - start
@@ -65,7 +76,7 @@ def test_a_host_reads_only_its_rows(streaming, rows):
     arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 9, "drop_last": False}
     for whole, part in (
         (streaming.training_batches(arrays, examples, **arguments, rows=of) for of in (slice(None), rows)),
-        (resident.training_indices(examples, steps_per_call=1, **arguments, rows=of) for of in (slice(None), rows)),
+        (single_steps(examples, **arguments, rows=of) for of in (slice(None), rows)),
     ):
         for batch, own in zip(whole, part, strict=True):
             here = rows if isinstance(batch, Batch) else (slice(None), rows)
@@ -89,11 +100,11 @@ def test_batches_depend_on_neither_prefetching_nor_number_of_hosts(size, drop_la
     examples = np.arange(size, dtype=np.int32)
     start = data.draw(st.integers(0, 5))
     arguments = {"batch_size": batch_size, "seed": seed, "start": start, "stop": start + 6, "drop_last": drop_last}
-    single_host = list(resident.training_indices(examples, steps_per_call=1, **arguments))
+    single_host = list(single_steps(examples, **arguments))
     per_host = []
     for host in range(hosts):
         rows = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
-        own = resident.training_indices(examples, steps_per_call=1, **arguments, rows=rows)
+        own = single_steps(examples, **arguments, rows=rows)
         per_host.append(list(to_device(own, lambda positions: positions, group)))
     assert len(single_host) == 6
     for whole, *parts in zip(single_host, *per_host, strict=True):

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from processes import environment, virtual_devices
 
 from cifar_flax.arguments import parse
-from cifar_flax.data.batches import empty_batch, empty_indices
+from cifar_flax.data.batches import empty_indices
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import ConfigError
 from cifar_flax.runtime.devices import ParallelConfig
@@ -35,7 +35,10 @@ def test_on_eight_devices(size):
 @pytest.mark.parametrize("backend", ["jit", "shard_map"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_steps_of_every_config_lower_for_accelerators(path, backend):
-    """On accelerators, networks use XLA's convolutions and, if `model.dtype` is "auto", compute in bfloat16."""
+    """On accelerators, networks use XLA's convolutions and, if `model.dtype` is "auto", compute in bfloat16.
+
+    The data is in device memory, and the number of steps of a call is an argument.
+    """
     config = parse(["--config", str(path), f"--config.parallel.backend={backend}"]).config
     info = DatasetInfo(
         name="none",
@@ -48,19 +51,15 @@ def test_steps_of_every_config_lower_for_accelerators(path, backend):
     task, init = setup(config, info, platform="cuda")
     state = jax.eval_shape(lambda: init(0, None))
     layout, train, test = task.layout, config.train, config.eval
-    if config.data.pipeline == "resident":
-        program, batch_axis, inputs = steps.train_steps, 1, empty_indices(train.steps_per_call, train.batch_size)
-        shared = jax.ShapeDtypeStruct((50_000, 32, 32, 3), "uint8"), jax.ShapeDtypeStruct((50_000,), "int32")
-        of_test = empty_indices(test.batch_size)
-    else:
-        program, batch_axis, inputs = steps.train_step, 0, empty_batch(train.batch_size, info.image_shape)
-        shared, of_test = (), empty_batch(test.batch_size, info.image_shape)
-    step = functools.partial(program, task)
-    training = layout.parallelize(step, shared=len(shared), batch_axis=batch_axis, donate=True)
-    step = evaluator.on_inputs(functools.partial(steps.eval_step, task, tta=test.tta))
+    inputs, of_test = empty_indices(train.steps_per_call, train.batch_size), empty_indices(test.batch_size)
+    shared = jax.ShapeDtypeStruct((50_000, 32 * 32 * 3), "uint8"), jax.ShapeDtypeStruct((50_000,), "int32")
+    counted = *shared, jax.ShapeDtypeStruct((), "int32")
+    step = functools.partial(steps.train_steps, task)
+    training = layout.parallelize(step, shared=len(counted), batch_axis=1, donate=True)
+    step = evaluator.on_inputs(task, functools.partial(steps.eval_step, task, tta=test.tta))
     evaluation = layout.parallelize(step, shared=len(shared))
     weights = state.params, state.batch_stats
-    for function, arguments in ((training, (state, inputs, *shared)), (evaluation, (weights, of_test, *shared))):
+    for function, arguments in ((training, (state, inputs, *counted)), (evaluation, (weights, of_test, *shared))):
         traced = function.trace(*arguments)
         for platform in ("tpu", "cuda"):
             text = traced.lower(lowering_platforms=(platform,)).as_text()

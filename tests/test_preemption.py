@@ -75,17 +75,22 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_state(tiny_config, str
     assert_same_run(tiny_config, straight[0], tmp_path / "run")
 
 
-def test_a_signal_in_a_call_of_many_steps_stops_after_that_call(tiny_config, tmp_path, monkeypatch):
-    """No loop on the device starts before the previous one has been read."""
+@pytest.mark.parametrize(
+    ("steps_per_call", "log_every", "last"), [(11, 11, 11), (5, 8, 13)], ids=["equal calls", "different calls"]
+)
+def test_a_signal_in_a_call_of_many_steps_stops_after_that_call(
+    tiny_config, tmp_path, monkeypatch, steps_per_call, log_every, last
+):
+    """No loop on the device starts before the previous one has been read. Resuming makes the calls that are left."""
     tiny_config.data.drop_last = True
-    tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=11, log_every=11)
+    tiny_config.train = dataclasses.replace(tiny_config.train, steps_per_call=steps_per_call, log_every=log_every)
     tiny_config.averaging = AveragingConfig(name="lookahead", decay=0.95, every=5)
     tiny_config.checkpoint.every_epochs = tiny_config.eval.every_epochs = 3
     train.train(tiny_config, tmp_path / "straight")
     with monkeypatch.context() as patch:
-        stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step == 11)
+        stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step >= 11)
         stopped(tiny_config, tmp_path / "run")
-    assert saved(tmp_path / "run") == [11]
+    assert saved(tmp_path / "run") == [last]
     train.train(tiny_config, tmp_path / "run")
     assert_same_run(tiny_config, tmp_path / "straight", tmp_path / "run")
 

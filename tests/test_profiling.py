@@ -1,6 +1,7 @@
 """Test profiler traces: they contain exactly the requested steps, and the results of the run do not change."""
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 
@@ -10,10 +11,12 @@ from conftest import FILES, assert_same_run, make_state, make_tiny_config
 from processes import CONFIG, run
 from stops import stop_at, stopped
 
+from cifar_flax.data.batches import empty_indices
 from cifar_flax.errors import UserError
 from cifar_flax.modes import train
 from cifar_flax.training import loop, trainer
 from cifar_flax.training.profiling import ProfileConfig, Profiled
+from cifar_flax.training.steps import Call
 
 
 def read(path):
@@ -106,26 +109,26 @@ def events(monkeypatch):
     return events
 
 
-def profiled(tmp_path, steps, *, start=0, per_call=1):
+def profiled(tmp_path, steps, *, start=0):
     return Profiled(
-        lambda state, inputs: (state._replace(step=state.step + per_call), {}),
-        ProfileConfig(steps=steps),
-        tmp_path,
-        start=start,
-        per_call=per_call,
+        lambda state, call: (state._replace(step=call.stop), {}), ProfileConfig(steps=steps), tmp_path, start=start
     )
 
 
-def run_calls(call, start, count):
-    state = make_state(start)
-    for _ in range(count):
-        state, _ = call(state, None)
+def run_calls(train_call, *ends):
+    """Run calls that finish these steps; the first number is the step before them."""
+    state = make_state(ends[0])
+    for start, stop in itertools.pairwise(ends):
+        state, _ = train_call(state, Call(start, stop, empty_indices(10, 1)))
 
 
 def test_tracing_waits_for_the_device_before_and_after(tmp_path, events):
     """On accelerators, calls return before the device has finished."""
-    run_calls(profiled(tmp_path, (2, 3)), 0, 4)
+    run_calls(profiled(tmp_path, (2, 3)), *range(5))
     assert events == ["train 1", "wait for 1", "start", "train 2", "train 3", "wait for 3", "stop", "train 4"]
+
+
+ENDS = (0, 5, 10, 12, 17, 20)  # of calls of different lengths
 
 
 @pytest.mark.parametrize(
@@ -133,15 +136,17 @@ def test_tracing_waits_for_the_device_before_and_after(tmp_path, events):
     [
         ((7, 12), 0, [6, 11]),
         ((6, 10), 0, [6]),
+        ((11, 12), 0, [11]),
+        ((12, 13), 0, [11, 13]),
         ((5, 5), 0, [1]),
-        ((1, 20), 0, [1, 6, 11, 16]),
+        ((1, 20), 0, [1, 6, 11, 13, 18]),
         ((7, 12), 10, [11]),
-        ((7, 12), 15, []),
+        ((7, 12), 17, []),
         ((0, 0), 0, []),
     ],
 )
 def test_calls_of_many_steps_are_traced_completely(tmp_path, events, steps, start, traced):
-    run_calls(profiled(tmp_path, steps, start=start, per_call=5), start, (20 - start) // 5)
+    run_calls(profiled(tmp_path, steps, start=start), *[end for end in ENDS if end >= start])
     calls, tracing = [], False
     for event in events:
         tracing = event == "start" or (tracing and event != "stop")
@@ -157,7 +162,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, events, m
 
     monkeypatch.setattr(jax.profiler, "stop_trace", fail)
     call = profiled(tmp_path, (1, 1))
-    run_calls(call, 0, 2)
+    run_calls(call, 0, 1, 2)
     call.close()
     _, line = capsys.readouterr().out.splitlines()
     assert "JaxRuntimeError: No space left" in line

@@ -172,6 +172,33 @@ def test_a_loop_on_the_device_equals_single_steps(prepared):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), looped.average, state.average)
 
 
+@pytest.mark.parametrize("groups", [(6,), (1, 2, 3), (5, 1)])
+def test_the_bits_do_not_depend_on_the_grouping_of_steps_into_calls(looping, groups):
+    """One compiled program, whose number of steps is an argument, runs six steps in one or several calls."""
+    call, state, indices = looping
+    expected_state, expected = call(state, indices, 6)
+    losses = []
+    for stop, count in zip(np.cumsum(groups), groups, strict=True):
+        # The rows after the first `count` are of other examples.
+        rows = jax.tree.map(lambda x, first=stop - count: jnp.roll(x, -first, axis=0), indices)
+        state, values = call(state, rows, count)
+        assert not any(np.asarray(column[count:]).any() for column in values.values())
+        losses += values["loss"][:count].tolist()
+    assert int(state.step) == 6
+    assert losses == expected["loss"].tolist()
+    jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+
+
+@pytest.fixture
+def looping(prepared):
+    """Return a compiled call of up to six steps, a state, and the indices of six steps."""
+    task, state, batch = prepared
+    index = np.random.default_rng(0).integers(0, 64, (6, 32)).astype(np.int32)
+    indices = jax.device_put(Indices(index, 0 * index, index >= 0))
+    compiled = jax.jit(functools.partial(steps.train_steps, task))
+    return lambda state, indices, count: compiled(state, indices, batch.image, batch.label, count), state, indices
+
+
 def test_flips_alternate_between_epochs(prepared, monkeypatch):
     """The step passes the keys of epoch 0, without which each epoch would flip at random."""
     task, state, batch = prepared

@@ -214,7 +214,7 @@ def test_checkpoints_restore_every_kind_of_state(tiny_config, workdir, optim, mo
 def test_held_out_examples_are_never_trained_on(tiny_config):
     tiny_config.data.validation_fraction = 0.25
     trainer = Trainer(tiny_config)
-    trained = {int(i) for positions in trainer.inputs(0, 0) for i in np.asarray(positions.index).ravel()}
+    trained = {int(i) for call in trainer.inputs(0, 0) for i in np.asarray(call.inputs.index).ravel()}
     held_out = set(trainer.evaluator._examples.tolist())
     assert not trained & held_out
     assert trained | held_out == set(range(1442))

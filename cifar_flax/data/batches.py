@@ -51,9 +51,8 @@ def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n
 
 
 def empty_indices(*shape: int) -> Indices:
-    """Return indices of zeros with which to compile a call."""
-    zeros = np.zeros(shape, np.int32)
-    return Indices(zeros, zeros, zeros > 0)
+    """Return masked indices of zeros: to compile a call, or to fill them."""
+    return Indices(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.bool_))
 
 
 def empty_batch(batch_size: int, image_shape: tuple[int, int, int]) -> Batch:

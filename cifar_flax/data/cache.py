@@ -33,6 +33,11 @@ class Arrays:
     class_names: tuple[str, ...]
     dataset: str  # name and version, such as "cifar10/3.0.2"
 
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the images and labels in bytes."""
+        return self.images.nbytes + self.labels.nbytes
+
     def digest(self) -> str:
         """Return the SHA-256 checksum of the labels, in order; it does not cover the images."""
         return hashlib.sha256(np.asarray(self.labels).tobytes()).hexdigest()

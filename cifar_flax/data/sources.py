@@ -17,9 +17,9 @@ from cifar_flax.data import cache, datasets
 from cifar_flax.data.archive import read_archive
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.images import resize
+from cifar_flax.data.pipelines import PIPELINES
 from cifar_flax.errors import ConfigError, UserError, one_line, require
 
-PIPELINES = ("streaming", "resident")
 _DECODE_BATCH = 1000  # images
 # Names become folders in the cache, so they must not contain "..".
 _NAME = r"\w[\w-]*(/\w[\w.+-]*)?(:\d+(\.\d+)*)?"
@@ -36,7 +36,7 @@ class DataConfig:
     train_split: str = "train"  # split to train on
     eval_split: str = "test"  # split to evaluate on
     validation_fraction: float = 0.0  # fraction of the train split that is held out for validation
-    pipeline: str = "streaming"  # streaming (tf.data) | resident (the whole split in device memory)
+    pipeline: str = "auto"  # streaming (tf.data) | resident (data in device memory) | auto: by device, see Devices
     drop_last: bool = False  # drop the incomplete last batch of an epoch; otherwise batches span epoch boundaries
 
     def validate(self) -> None:

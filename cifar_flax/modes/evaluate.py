@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_flax.config import Config
-from cifar_flax.data import resident, sources
+from cifar_flax.data import pipelines, resident, sources
 from cifar_flax.errors import UserError
 from cifar_flax.files import write_json
 from cifar_flax.report import confusion
@@ -22,7 +22,8 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     run = restore(config, workdir)
     arrays = sources.load(config.data, config.data.eval_split)
     run.info.check(arrays)
-    on_device = resident.put(arrays, run.task.layout) if config.data.pipeline == "resident" else arrays
+    is_resident = pipelines.resolve(config.data.pipeline, run.task.layout, arrays.nbytes) == "resident"
+    on_device = resident.put(arrays, run.task.layout) if is_resident else arrays
     evaluation = final_evaluator(config, run.task, on_device)(run.state)
     assert evaluation is not None
     result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": run.step}

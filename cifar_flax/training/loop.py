@@ -2,9 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from cifar_flax.training.guard import NonFiniteGuard
 from cifar_flax.training.metrics import MetricsAccumulator, StepMetrics
 from cifar_flax.training.profiling import Profiled
 from cifar_flax.training.state import TrainState
-from cifar_flax.training.steps import Inputs, TrainCall
+from cifar_flax.training.steps import TrainCall
 from cifar_flax.training.trainer import Trainer
 
 # On accelerators, read the metrics of a call only after this many later calls are dispatched, so that the device does
@@ -41,8 +42,8 @@ def read_lag(platform: str, steps_per_call: int) -> int:
 def run_calls(
     train_call: TrainCall,
     state: TrainState,
-    inputs: Iterator[Inputs],
-    calls: range,
+    inputs: Iterator[Any],
+    calls: Iterable[int],
     read: Callable[[int, StepMetrics], None],
     stopping: Callable[[], int] = lambda: 0,
     lag: int = READ_LAG,
@@ -79,7 +80,8 @@ def run(trainer: Trainer, folder: Path) -> None:
             processes.log(f"{folder} is finished: {start} steps of {total}; evaluating its checkpoint")
             return
         steps = f"resuming from step {start} of {total}" if start else f"{total} steps"
-        processes.log(f"{trainer.info.name}: {trainer.info.num_examples} images, {steps}, on {trainer.layout}")
+        images = f"{trainer.info.num_examples} images ({trainer.pipeline})"
+        processes.log(f"{trainer.info.name}: {images}, {steps}, on {trainer.layout}")
         TrainingLoop(trainer, folder, checkpoints, state, metadata).run()
 
 
@@ -98,14 +100,14 @@ class TrainingLoop:
         self._blocked_seconds = 0.0
         unlogged = metadata.get("interval", {})
         self._accumulator = MetricsAccumulator(self._inputs, lambda: self._blocked_seconds, unlogged)
-        self._lag = read_lag(trainer.layout.platform, self._config.train.steps_per_call)
+        self._lag = read_lag(trainer.layout.platform, trainer.timetable.steps_per_call)
         self._agreement, self._asked = processes.Agreement(trainer.layout, self._lag), 0
 
     def run(self) -> None:
         """Train to the end. On a signal, save and raise `signals.Stopped`."""
         trainer = self._trainer
         begin = time.perf_counter()
-        train_call = trainer.compile(self._state)
+        train_call: TrainCall = trainer.compile(self._state, self._step)
         # Compile everything before the loop, since a signal has to wait for a compilation.
         trainer.evaluator.compile(self._state)
         self._learning_rate = jax.jit(trainer.task.schedule).lower(0).compile()
@@ -113,17 +115,16 @@ class TrainingLoop:
         with ExitStack() as stack:
             writer = MetricsWriter(self._folder, self._step, self._mark, configs.shared(self._config))
             self._writer = stack.enter_context(closing(writer))
-            profile, per_call = self._config.profile, self._config.train.steps_per_call
-            profiled = Profiled(train_call, profile, self._folder, start=self._step, per_call=per_call)
+            profiled = Profiled(train_call, self._config.profile, self._folder, start=self._step)
             train_call = stack.enter_context(closing(profiled))
             progress = Progress(start=self._step, total=trainer.total_steps, epochs=self._config.train.epochs)
             self._progress = stack.enter_context(closing(progress))
             self._signal = stack.enter_context(signals.deferred())
             first = self._step + 1 if self._evaluated else self._step
-            for stop in trainer.stops(first):
+            for stop in trainer.timetable.stops(first):
                 self._stop = stop
                 self._accumulator.resume()
-                calls = trainer.calls(self._step, stop)
+                calls = trainer.timetable.calls(self._step, stop)
                 self._state = run_calls(
                     train_call, self._state, self._inputs, calls, self._read, self._stopping, self._lag
                 )
@@ -147,11 +148,12 @@ class TrainingLoop:
 
     def _read(self, step: int, values: StepMetrics) -> None:
         """Check, accumulate and log the metrics of the call that ends with `step`."""
-        values = {name: np.atleast_1d(value) for name, value in jax.device_get(values).items()}
+        count = step - self._step  # entries after these belong to no step
+        values = {name: np.atleast_1d(value)[:count] for name, value in jax.device_get(values).items()}
         self._checkpoints.check()
-        self._guard.check(step + 1 - len(values["loss"]), values)
+        self._guard.check(self._step + 1, values)
         self._accumulator.add(values)
-        self._progress.advance(len(values["loss"]))
+        self._progress.advance(count)
         self._step = step
         if step % self._config.train.log_every == 0 or step == self._stop:
             self._progress.show_training(self._log("train", self._accumulator.summarize(self._config.train.batch_size)))
@@ -159,7 +161,7 @@ class TrainingLoop:
     def _evaluate_and_save(self) -> None:
         """Evaluate and save if either is due after this step. Return early if a signal arrives during evaluation."""
         trainer, accuracy = self._trainer, None
-        if trainer.is_due(self._step, self._config.eval.every_epochs):
+        if trainer.timetable.is_due(self._step, self._config.eval.every_epochs):
             evaluation = trainer.evaluator(self._state, self._stopping)
             self._evaluated = evaluation is not None
             if evaluation is None:
@@ -171,11 +173,11 @@ class TrainingLoop:
             }
             self._progress.show_evaluation(self._log(trainer.monitored_split, metrics))
             accuracy = metrics["accuracy"] if trainer.has_validation else None
-        if trainer.is_due(self._step, self._config.checkpoint.every_epochs):
+        if trainer.timetable.is_due(self._step, self._config.checkpoint.every_epochs):
             self._save(accuracy)
 
     def _log(self, split: str, metrics: Metrics) -> Metrics:
-        line = {"step": self._step, "epoch": self._trainer.epoch(self._step), "split": split} | metrics
+        line = {"step": self._step, "epoch": self._trainer.timetable.epoch(self._step), "split": split} | metrics
         self._writer.write(line)
         return line
 
@@ -191,7 +193,7 @@ class TrainingLoop:
             "last_loss": self._guard.loss,
             "skipped_in_a_row": self._guard.skipped,
         }
-        is_due = self._trainer.is_due(self._step, self._config.checkpoint.every_epochs)
+        is_due = self._trainer.timetable.is_due(self._step, self._config.checkpoint.every_epochs)
         self._checkpoints.save(self._state, metadata, accuracy, is_extra=not is_due)
         self._saved = self._step
         self._blocked_seconds += time.perf_counter() - begin

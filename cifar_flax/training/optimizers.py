@@ -4,6 +4,7 @@ To add one, write a function and add a row to `OPTIMIZERS` or `SCHEDULES`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ class GroupConfig:
     learning_rate: float | None = None  # peak learning rate; None is optim.learning_rate
     weight_decay: float | None = None  # weight decay; None is optim.weight_decay, but 0 for the group biases
     momentum: float | None = None  # Nesterov momentum; None is optim.momentum
-    frozen_from: float = 0.0  # epoch at which the group is frozen; 0: never
+    frozen_from: float = 0.0  # epoch from which the group is frozen and has no gradient; 0: never
     own_decay: bool = False  # linear decay to zero at frozen_from, instead of optim.schedule
 
 
@@ -43,7 +44,7 @@ class OptimConfig:
     dense: GroupConfig = field(default_factory=GroupConfig)  # kernels that are not of convolutions, and embeddings
     biases: GroupConfig = field(default_factory=GroupConfig)  # biases, scales of normalization layers, other parameters
     whitening: GroupConfig = field(default_factory=GroupConfig)  # bias of a whitening layer; None: as in biases
-    clip_norm: float = 0.0  # largest global norm of the gradient; 0 does not clip
+    clip_norm: float = 0.0  # largest norm of the gradient of all groups that are not frozen; 0 does not clip
     accumulate_steps: int = 1  # batches whose gradients are averaged per update; an incomplete last group is discarded
 
     def validate(self) -> None:
@@ -182,13 +183,29 @@ def _group_schedule(
     group: GroupConfig, config: OptimConfig, total_steps: int, steps_per_epoch: float
 ) -> optax.Schedule:
     """Return the learning rate of a group: that of `make_schedule`, or its own decay, until the group is frozen."""
-    frozen_from = max(round(group.frozen_from * steps_per_epoch), 1)  # step
+    frozen_from = _frozen_step(group, steps_per_epoch)
     if group.own_decay:
         return optax.linear_schedule(config.learning_rate, 0.0, frozen_from)
     schedule = make_schedule(config, total_steps, steps_per_epoch)
     if not group.frozen_from:
         return schedule
     return lambda step: jnp.where(step < frozen_from, schedule(step), 0.0)
+
+
+def _frozen_step(group: GroupConfig, steps_per_epoch: float) -> int:
+    """Return the number of steps after which the learning rate of a group that is frozen at some time is 0."""
+    return max(round(group.frozen_from * steps_per_epoch), 1)
+
+
+def frozen_steps(config: OptimConfig, steps_per_epoch: float) -> dict[str, int]:
+    """Return, for each group that is frozen at some time, the number of steps after which its gradient is not used.
+
+    With `accumulate_steps`, the rate of an update is that of its first step, so whole updates are frozen.
+    """
+    every = config.accumulate_steps
+    groups = {name: getattr(config, name) for name in GROUPS}
+    steps = {name: _frozen_step(group, steps_per_epoch) for name, group in groups.items() if group.frozen_from}
+    return {name: math.ceil(step / every) * every for name, step in steps.items()}
 
 
 def make_optimizer(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -10,7 +9,7 @@ from cifar_flax.errors import one_line, require
 from cifar_flax.runtime import processes
 from cifar_flax.training.metrics import StepMetrics
 from cifar_flax.training.state import TrainState
-from cifar_flax.training.steps import TrainCall
+from cifar_flax.training.steps import Call, TrainCall
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,9 +25,9 @@ class ProfileConfig:
 class Profiled:
     """Wrap `train_call` and trace the calls that contain a step of `config.steps`."""
 
-    def __init__(self, train_call: TrainCall, config: ProfileConfig, folder: Path, *, start: int, per_call: int):
-        """`start` steps are finished; each call runs `per_call` steps. The trace is written to `folder`/profile."""
-        self._train_call, self._done, self._per_call = train_call, start, per_call
+    def __init__(self, train_call: TrainCall, config: ProfileConfig, folder: Path, *, start: int):
+        """`start` steps are finished. The trace is written to `folder`/profile."""
+        self._train_call = train_call
         self._first, self._last = config.steps
         self._tracing = False
         self._folder = folder / "profile"
@@ -40,15 +39,15 @@ class Profiled:
         if jax.process_count() > 1:  # processes of one host would use the same file names
             self._folder /= f"process_{jax.process_index()}"
 
-    def __call__(self, state: TrainState, inputs: Any) -> tuple[TrainState, StepMetrics]:
-        step, self._done = self._done + 1, self._done + self._per_call
-        if not self._tracing and self._first <= self._done and step <= self._last:
+    def __call__(self, state: TrainState, call: Call) -> tuple[TrainState, StepMetrics]:
+        step = call.start + 1
+        if not self._tracing and self._first <= call.stop and step <= self._last:
             jax.block_until_ready(state)  # the device may still run earlier calls
             jax.profiler.start_trace(self._folder)
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, values = self._train_call(state, inputs)
-        if self._tracing and self._done >= self._last:
+            state, values = self._train_call(state, call)
+        if self._tracing and call.stop >= self._last:
             jax.block_until_ready(state)
             self.close()
         return state, values

@@ -61,6 +61,11 @@ def setup(
         platform=platform or layout.platform, norm_axis=layout.axis_name if sync_batchnorm else None,
     )  # fmt: skip
     optimizer = optimizers.make_optimizer(config.optim, steps, steps_per_epoch, model.param_groups)
+    frozen_from = {
+        name: step
+        for name, step in optimizers.frozen_steps(config.optim, steps_per_epoch).items()
+        if step < steps and name in jax.tree.leaves(model.param_groups)
+    }
     create = state.make_init(model, optimizer, config.averaging)
     task = Task(
         graphdef=model.graphdef,
@@ -78,6 +83,8 @@ def setup(
         sync_batchnorm=sync_batchnorm,
         loss_scale=_FLOAT16_LOSS_SCALE if config.model.dtype == "float16" else 1.0,
         skip_nonfinite=config.on_nonfinite == "skip",
+        param_groups=model.param_groups,
+        frozen_from=frozen_from,
     )
 
     options = compilation.options(layout.platform, deterministic=True) if layout.deterministic else None

@@ -4,9 +4,10 @@ On several devices, each one runs the step on its rows of the batch, and collect
 `task.layout.axis_name` combine the results.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -26,7 +27,17 @@ from cifar_flax.training.averaging import AveragingConfig
 from cifar_flax.training.metrics import StepMetrics
 from cifar_flax.training.state import TrainState, root_keys
 
-Inputs = Batch | Indices  # of one call of the compiled step
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The inputs of one call of the compiled program."""
+
+    start: int  # finished steps before the call
+    stop: int  # finished steps after the call
+    inputs: Batch | Indices
+
+
+# (state, inputs: a `Call`, or a batch) -> (state, metrics: an entry for each row of the indices, or a scalar)
 TrainCall = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
 
@@ -49,6 +60,20 @@ class Task:
     sync_batchnorm: bool  # whether BatchNorm statistics are over the batch of all devices
     loss_scale: float = 1.0  # factor of the loss in the backward pass only; a power of two, so that it is exact
     skip_nonfinite: bool = False  # whether to skip the update if the loss, the gradient or the new state is not finite
+    param_groups: PyTree[str] = ()  # the optimizer group of each parameter
+    frozen_from: Mapping[str, int] = field(default_factory=dict)  # group -> number of steps after which it is frozen
+    frozen: frozenset[str] = frozenset()  # groups that have no gradient; `phases` sets them
+
+
+def phases(task: Task) -> list[tuple[int, Task]]:
+    """Return the tasks that a run trains with, in order, each with the number of steps that come before it.
+
+    There is one at the start, and another one from each step on at which groups are frozen. Only their gradients
+    differ: those of frozen groups are 0, so that XLA removes what computes them.
+    """
+    starts = sorted({0, *task.frozen_from.values()})
+    frozen = [frozenset(name for name, step in task.frozen_from.items() if step <= start) for start in starts]
+    return [(start, dataclasses.replace(task, frozen=names)) for start, names in zip(starts, frozen, strict=True)]
 
 
 def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array, " batch"]) -> Key[Array, " batch"]:
@@ -82,6 +107,8 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     image, target = augment(Examples(batch.image, target), context, task.mean, task.std)
 
     def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
+        if task.frozen:
+            params = jax.tree.map(functools.partial(_unless_frozen, task), params, task.param_groups)
         model = nnx.merge(task.graphdef, params, state.batch_stats)
         logits = _require_logits(task, model(image, dropout_keys), image)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, target))
@@ -121,6 +148,10 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     }
 
 
+def _unless_frozen(task: Task, param: Array, group: str) -> Array:
+    return jax.lax.stop_gradient(param) if group in task.frozen else param
+
+
 def _unless_skipped(finite: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
     """Return `new` if `finite`, else `old` with the step counts of optax schedules from `new`."""
 
@@ -136,13 +167,32 @@ def train_steps(
     indices: Indices,
     images: UInt8[Array, "n row_bytes"],
     labels: Int32[Array, " n"],
-) -> tuple[TrainState, dict[str, Shaped[Array, " steps"]]]:
-    """Run `train_step` for each row of `indices`, on batches gathered from a split in device memory, in one scan."""
+    count: int | Int32[Array, ""] | None = None,
+) -> tuple[TrainState, dict[str, Shaped[Array, " rows"]]]:
+    """Run `train_step` for the first `count` rows of `indices` (default: all) in one loop on the device.
 
-    def step(state: TrainState, row: Indices) -> tuple[TrainState, dict[str, Array]]:
+    `images` and `labels` are a split in device memory, as `resident.put` returns it. The metrics of the rows after the
+    first `count` are 0.
+
+    A `count` that is known at compilation makes faster programs for GPUs: otherwise, each iteration waits until the
+    host has read the condition of the loop.
+    """
+
+    @functools.partial(jax.jit, inline=True)  # traced once, for the shapes of the metrics and for the loop
+    def step(state: TrainState, number: Array) -> tuple[TrainState, dict[str, Array]]:
+        row = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, number, keepdims=False), indices)
         return train_step(task, state, resident.gather(images, labels, row, task.image_shape))
 
-    return jax.lax.scan(step, state, indices)
+    def body(number: Array, carry: tuple[TrainState, dict[str, Array]]) -> tuple[TrainState, dict[str, Array]]:
+        state, columns = carry
+        state, values = step(state, number)
+        update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return state, {name: update(columns[name], value) for name, value in values.items()}
+
+    rows = len(indices.index)
+    _, shapes = jax.eval_shape(step, state, jnp.int32(0))
+    columns = {name: jnp.zeros((rows, *one.shape), one.dtype) for name, one in shapes.items()}
+    return jax.lax.fori_loop(0, rows if count is None else count, body, (state, columns))
 
 
 def _keys(state: TrainState, batch: Batch, epoch: Int32[Array, " batch"]) -> tuple[Key[Array, " batch"], ...]:

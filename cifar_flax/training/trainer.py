@@ -2,24 +2,27 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from cifar_flax import models, packages
 from cifar_flax.config import Config
-from cifar_flax.data import order, resident, sources
+from cifar_flax.data import order, pipelines, resident, sources
 from cifar_flax.data.batches import GROUP, empty_batch, empty_indices, to_device
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError, require
 from cifar_flax.runtime import processes
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.evaluator import Evaluator
+from cifar_flax.training.metrics import StepMetrics
 from cifar_flax.training.setup import setup
 from cifar_flax.training.state import TrainState
-from cifar_flax.training.steps import Inputs, TrainCall
+from cifar_flax.training.steps import Call
+from cifar_flax.training.timetable import Timetable
 
 
 class Trainer:
@@ -48,17 +51,18 @@ class Trainer:
         self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
         self.layout.require_divides("train.batch_size", config.train.batch_size)
-        processes.require_agreement(data=self.arrays.digest())
+        self.pipeline = pipelines.resolve(config.data.pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes)
+        processes.require_agreement(data=self.arrays.digest(), pipeline=self.pipeline)
         # Copied to the devices once, for all seeds.
         size = models.network_class(config.model).sample_size
         sample = self.layout.replicate(self.arrays.images[self.examples[:size]]) if size else None
         self.init = lambda seed: init(seed, sample)
-        if config.data.pipeline == "resident":
+        if self.pipeline == "resident":
             self.arrays, eval_arrays = (resident.put(arrays, self.layout) for arrays in (self.arrays, eval_arrays))
         self.eval_arrays = eval_arrays
         self.initial_state = self.init(config.seed)
         self.total_steps = self.task.total_steps
-        self._check_calls()
+        self.timetable = Timetable(config, len(self.examples), self.task, self.pipeline)
         # Evaluate on the validation split during training. Without one, evaluate on eval_split, for the curves only.
         self.has_validation = len(held_out) > 0
         if self.has_validation:
@@ -79,9 +83,8 @@ class Trainer:
                 change = f"{field.name}: {before} in the checkpoint, {now} in the data"
                 raise UserError(f"the checkpoint was trained on other data ({change}); choose another --workdir")
 
-    def inputs(self, seed: int, start: int) -> Iterator[Inputs]:
-        """Yield the inputs of the calls from step `start` on, in device memory."""
-        per_call = self.config.train.steps_per_call
+    def inputs(self, seed: int, start: int) -> Iterator[Call]:
+        """Yield the calls from step `start` on, with their inputs in device memory."""
         settings: dict[str, Any] = {
             "batch_size": self.config.train.batch_size,
             "drop_last": self.config.data.drop_last,
@@ -90,56 +93,61 @@ class Trainer:
             "stop": self.total_steps,
             "rows": self.layout.local_slice(self.config.train.batch_size),
         }
-        if self.config.data.pipeline == "resident":
-            indices = resident.training_indices(self.examples, steps_per_call=per_call, **settings)
-            put = functools.partial(self.layout.shard_batch, batch_axis=1)
-            return to_device(indices, put, GROUP if per_call == 1 else 1)  # a call of many steps is a group in itself
-        # Imported late, since TensorFlow takes seconds and hundreds of megabytes.
-        from cifar_flax.data.streaming import training_batches
+        ends, calls = itertools.tee(self.timetable.calls(start, self.total_steps))
+        batch_axis, per_call = 0, self.timetable.steps_per_call
+        inputs: Iterator[Any]
+        if self.pipeline == "resident":
+            batch_axis = 1
+            inputs = resident.training_indices(self.examples, ends=ends, steps_per_call=per_call, **settings)
+        else:
+            # Imported late, since TensorFlow takes seconds and hundreds of megabytes.
+            from cifar_flax.data.streaming import training_batches
 
-        return to_device(training_batches(self.arrays, self.examples, **settings), self.layout.shard_batch)
+            inputs = training_batches(self.arrays, self.examples, **settings)
+        spans = itertools.pairwise(itertools.chain([start], calls))
+        paired: Iterator[tuple[tuple[int, int], Any]] = zip(spans, inputs, strict=True)
+        on_host = (Call(*span, one) for span, one in paired)
 
-    def compile(self, state: TrainState) -> TrainCall:
-        """Compile a call for states of the shapes of `state`."""
-        program, split = self.program(state)
-        return lambda state, inputs: program(state, inputs, *split)
+        def put(call: Call) -> Call:
+            return dataclasses.replace(call, inputs=self.layout.shard_batch(call.inputs, batch_axis))
 
-    def program(self, state: TrainState) -> tuple[jax.stages.Compiled, tuple[jax.Array, ...]]:
-        """Return the compiled program of a call, and its arguments after the state and the inputs."""
+        return to_device(on_host, put, GROUP if per_call == 1 else 1)  # a call of many steps is a group in itself
+
+    def compile(self, state: TrainState, start: int = 0) -> "TrainCalls":
+        """Compile the calls from step `start` on, for states of the shapes of `state`."""
         rows = self.layout.local_slice(self.config.train.batch_size)
-        local_size = rows.stop - rows.start
-        if self.config.data.pipeline == "resident":
-            indices = self.layout.shard_batch(empty_indices(self.config.train.steps_per_call, local_size), batch_axis=1)
+        local_size, lengths = rows.stop - rows.start, self.timetable.lengths(start)
+        step: Callable[..., Any] = steps.train_step
+        inputs: Any = empty_batch(local_size, self.info.image_shape)
+        split: tuple[Any, ...] = ()
+        counts: dict[int, tuple[Any, ...]] = dict.fromkeys(lengths, ())
+        batch_axis = 0
+        if self.pipeline == "resident":
+            step, inputs, batch_axis = steps.train_steps, empty_indices(self.timetable.steps_per_call, local_size), 1
             split = self.arrays.images, self.arrays.labels
-            train_steps = functools.partial(steps.train_steps, self.task)
-            return self.layout.compile(train_steps, state, indices, *split, batch_axis=1, donate=True), split
-        batch = self.layout.shard_batch(empty_batch(local_size, self.info.image_shape))
-        return self.layout.compile(functools.partial(steps.train_step, self.task), state, batch, donate=True), ()
+            if len(lengths) == 1:
+                step = functools.partial(step, count=max(lengths))
+            else:
+                counts = {length: (self.layout.replicate(np.int32(length)),) for length in lengths}
+        arguments = state, self.layout.shard_batch(inputs, batch_axis), *split, *counts[max(lengths)]
+        programs = [
+            (first, self.layout.compile(functools.partial(step, task), *arguments, batch_axis=batch_axis, donate=True))
+            for first, task in steps.phases(self.task)
+        ]
+        return TrainCalls(programs, {length: (*split, *count) for length, count in counts.items()})
 
-    def calls(self, start: int, stop: int) -> range:
-        """Return the number of finished steps after each call from step `start` to step `stop`."""
-        per_call = self.config.train.steps_per_call
-        return range(start + per_call, stop + 1, per_call)
 
-    def _check_calls(self) -> None:
-        per_call = self.config.train.steps_per_call
-        for stop in self.stops(1) if per_call > 1 else ():
-            allowed = f"must divide the number of steps before each evaluation and checkpoint, such as {stop}"
-            require(stop % per_call == 0, "train.steps_per_call", per_call, allowed)
+class TrainCalls:
+    """The compiled calls of a run, a `TrainCall`."""
 
-    def epoch(self, step: int) -> float:
-        """Return the number of finished epochs after `step` steps."""
-        batch_size = self.config.train.batch_size
-        return step * batch_size / order.epoch_images(self.info.num_examples, batch_size, self.config.data.drop_last)
+    def __init__(self, programs: list[tuple[int, jax.stages.Compiled]], shared: Mapping[int, tuple[jax.Array, ...]]):
+        """`programs` are in order, each with its first step; `shared` has their last arguments by the call's length."""
+        self._programs, self._shared = programs, shared
 
-    def is_due(self, step: int, every_epochs: int) -> bool:
-        """Return whether `step` is the last step or the first that completes a multiple of `every_epochs` epochs."""
-        completed = math.floor(self.epoch(step)) // every_epochs
-        return step == self.total_steps or completed > math.floor(self.epoch(step - 1)) // every_epochs
+    def __call__(self, state: TrainState, call: Call) -> tuple[TrainState, StepMetrics]:
+        new_state, values = self.program(call.start)(state, call.inputs, *self._shared[call.stop - call.start])
+        return new_state, values
 
-    def stops(self, first: int) -> Iterator[int]:
-        """Yield the steps from `first` on after which the loop evaluates or saves."""
-        due = (self.config.eval.every_epochs, self.config.checkpoint.every_epochs)
-        for step in range(max(first, 1), self.total_steps + 1):
-            if any(self.is_due(step, every) for every in due):
-                yield step
+    def program(self, start: int) -> jax.stages.Compiled:
+        """Return the program of the calls that begin after `start` steps."""
+        return [program for first, program in self._programs if first <= start][-1]

@@ -1,0 +1,26 @@
+"""The two input pipelines, which yield the same batches: `streaming.py` and `resident.py`; and which one a run uses."""
+
+from cifar_flax import packages
+from cifar_flax.runtime.devices import Layout
+
+PIPELINES = ("auto", "streaming", "resident")
+_FRACTION = 0.25  # of the memory of a device; the rest is for the state and the activations
+_UNKNOWN_MEMORY = 4 * 2**30  # bytes, if a device does not report its memory: less than accelerators have
+
+
+def resolve(pipeline: str, layout: Layout, num_bytes: int) -> str:
+    """Return the pipeline that `data.pipeline` stands for: "streaming" or "resident"; `num_bytes` is the data's size.
+
+    "auto" is "resident" on accelerators if the data fits into a quarter of the memory of a device, since one host may
+    not keep up with them. Otherwise it is "streaming" or, if TensorFlow cannot be used, "resident".
+    """
+    if pipeline != "auto":
+        return pipeline
+    fits = layout.platform != "cpu" and num_bytes <= _FRACTION * _memory(layout)
+    return "resident" if fits or packages.fault("tensorflow") else "streaming"
+
+
+def _memory(layout: Layout) -> int:
+    """Return the bytes that JAX may use on a device, or a low estimate if it does not report them."""
+    stats = layout.mesh.local_devices[0].memory_stats() or {}
+    return stats.get("bytes_limit", _UNKNOWN_MEMORY)
