@@ -196,7 +196,8 @@ def looping(prepared):
     index = np.random.default_rng(0).integers(0, 64, (6, 32)).astype(np.int32)
     indices = jax.device_put(Indices(index, 0 * index, index >= 0))
     compiled = jax.jit(functools.partial(steps.train_steps, task))
-    return lambda state, indices, count: compiled(state, indices, batch.image, batch.label, count), state, indices
+    images = batch.image.reshape(len(batch.image), -1)
+    return lambda state, indices, count: compiled(state, indices, images, batch.label, count), state, indices
 
 
 def test_flips_alternate_between_epochs(prepared, monkeypatch):
