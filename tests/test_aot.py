@@ -203,13 +203,14 @@ def test_a_tpu_gathers_whole_images_from_a_split_that_it_does_not_copy(compile_f
 def test_airbench_on_one_device(target, compile_for, small, pytestconfig):
     require_compiler(target, pytestconfig, slow=target != "h100:1")
     rows = compile_for(target, small)
-    assert rows.keys() == {"train", "eval", "final"}
+    assert rows.keys() == {"train", "frozen", "eval", "final"}
     for row in rows.values():
         assert "f64" not in row["element_types"]
         assert set(row["dtypes"]) == {"bf16 x bf16 -> bf16"}
         if target != "h100:1":
             assert_images_stay_whole(row, small)
     assert rows["train"]["convolutions"] == 3 * 7 - 2  # the whitening layer has a bias only, the input no gradient
+    assert rows["frozen"]["convolutions"] == 3 * 7 - 3  # nor has the bias
     assert rows["final"]["gflop"] == pytest.approx(2 * rows["eval"]["gflop"], rel=1e-3)  # two TTA views
     assert_within_bounds(target, small, rows["train"])
 

@@ -119,6 +119,15 @@ def test_operations_of_a_loop_count_as_often_as_it_repeats(known):
     assert times["copied"] == 1
 
 
+def test_a_number_of_iterations_that_is_an_argument_is_assumed():
+    """It applies to outer loops, and only if the program does not state the number."""
+    text = PROGRAM.replace("s32[] constant(5)", "s32[] get-tuple-element(%state.1), index=0")
+    times = {one.instruction.name: one.times for one in operations.operations(hlo.parse(text), unknown=9)}
+    assert (times["conv"], times["copied"]) == (9, 1)
+    times = {one.instruction.name: one.times for one in operations.operations(hlo.parse(PROGRAM), unknown=9)}
+    assert times["conv"] == 5
+
+
 def test_a_slice_reads_its_own_size_and_an_update_in_place_writes_its_own(found):
     assert found["gathered"].bytes == 2 * 64 + 2 * 4 + 2 * 64 * 2  # rows of bytes, indices, rows of bfloat16
     assert found["updated.2"].bytes == 4 * 64 + 4 + 4 * 64  # new row, position, row in the result
@@ -219,3 +228,11 @@ def test_flops_of_loops_and_batched_products():
 
     jaxpr = jax.jit(run).trace(np.ones((3, 4, 4), np.float32)).jaxpr
     assert matrix_flops(jaxpr) == 5 * 3 * 2 * 4**3
+
+
+def test_flops_of_a_loop_whose_number_of_iterations_is_an_argument():
+    def run(x, count):
+        return jax.lax.fori_loop(0, count, lambda _, carry: jnp.einsum("bij,bjk->bik", carry, x), x)
+
+    jaxpr = jax.jit(run).trace(np.ones((3, 4, 4), np.float32), 5).jaxpr
+    assert matrix_flops(jaxpr, unknown=7) == 7 * 3 * 2 * 4**3

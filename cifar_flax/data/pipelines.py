@@ -1,5 +1,7 @@
 """The two input pipelines, which yield the same batches: `streaming.py` and `resident.py`; and which one a run uses."""
 
+import jax
+
 from cifar_flax import packages
 from cifar_flax.runtime.devices import Layout
 
@@ -22,5 +24,8 @@ def resolve(pipeline: str, layout: Layout, num_bytes: int) -> str:
 
 def _memory(layout: Layout) -> int:
     """Return the bytes that JAX may use on a device, or a low estimate if it does not report them."""
-    stats = layout.mesh.local_devices[0].memory_stats() or {}
+    try:
+        stats: dict[str, int] = layout.mesh.local_devices[0].memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # such as for a device that a program is only compiled for
+        stats = {}
     return stats.get("bytes_limit", _UNKNOWN_MEMORY)
