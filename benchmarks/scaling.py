@@ -64,7 +64,7 @@ class Cost:
     batch_size: int  # images per step, over all devices, in the recipe
     flops: float  # operations per image
     bytes: int  # bytes of float32 gradients and metrics to all-reduce
-    statistics: int  # bytes of BatchNorm sums to all-reduce, forward and backward
+    statistics: int  # bytes of two values per channel of all BatchNorm layers
     sums: int  # number of all-reduces, which run one after the other
 
 
@@ -83,7 +83,7 @@ def cost(name: str) -> Cost:
         batch_size=size,
         flops=flops / size,
         bytes=4 * (sum(leaf.size for leaf in jax.tree.leaves(state.params)) + 2),
-        statistics=2 * sum(4 * 2 * norm.num_features for norm in norms),
+        statistics=sum(4 * 2 * norm.num_features for norm in norms),
         sums=1 + 2 * len(norms),
     )
 
@@ -93,7 +93,8 @@ def sum_seconds(cost: Cost, chip: Chip, devices: int) -> float:
     if devices == 1:
         return 0.0
     inside, groups = min(devices, chip.group), math.ceil(devices / chip.group)
-    size = cost.bytes + cost.statistics
+    # BatchNorm all-reduces the statistics of each device in the forward pass, and sums in the backward pass.
+    size = cost.bytes + cost.statistics * (devices + 1)
     ring = 2 * (inside - 1) / inside * size / chip.inside
     ring += 2 * (groups - 1) / groups * size / inside / chip.outside
     return ring + cost.sums * 2 * math.log2(devices) * LATENCY

@@ -3,16 +3,16 @@
 The config is a dataclass derived from `ModelConfig`. The module is derived from `Network` and defines:
 
 - `__init__(self, config, image_shape, num_classes, *, platform, rngs)`. `image_shape` is (height, width, channels);
-  raise `ConfigError` if the network cannot process such images. `platform` is "cpu", "cuda" or "tpu": the layers in
-  `layers.py` choose the fastest implementation by it.
+  raise `ConfigError` if the network cannot process such images. `platform` is "cpu", "tpu", or "gpu" or "cuda": the
+  layers in `layers.py` and `norm.py` choose the fastest implementation by it.
 - `__call__(self, x, dropout_keys=None)`. `x` has normalized float32 images [batch, height, width, channels]; return
   float32 logits [batch, classes]. Evaluation passes no `dropout_keys`; training passes one random key per example.
 
-In training, pass `use_running_average=dropout_keys is None` to `nnx.BatchNorm`, and use `layers.dropout` with the keys
-instead of `nnx.Dropout`, because checkpoints do not save its random state; a network that contains it is refused. Split
-the keys if there is more than one dropout: `jax.vmap(jax.random.split, out_axes=1)(dropout_keys)`. Other layers of
-`nnx` work if training does not change their statistics. Pass `decode=False` to `nnx.MultiHeadAttention`, and store
-constant arrays as `nnx.BatchStat`.
+In training, pass `use_running_average=dropout_keys is None` to `nnx.BatchNorm` or to `norm.BatchNorm`, which needs less
+memory. Use `layers.dropout` with the keys instead of `nnx.Dropout`, because checkpoints do not save its random state; a
+network that contains it is refused. Split the keys if there is more than one dropout:
+`jax.vmap(jax.random.split, out_axes=1)(dropout_keys)`. Other layers of `nnx` work if training does not change their
+statistics. Pass `decode=False` to `nnx.MultiHeadAttention`, and store constant arrays as `nnx.BatchStat`.
 
 `network.activation_dtype(config.dtype, platform)` is the dtype of the activations, which `model.dtype` sets.
 

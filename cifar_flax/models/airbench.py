@@ -4,6 +4,7 @@ Source: Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv:24
 the repository KellerJordan/cifar10-airbench for the wider variants.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
-from cifar_flax.models.layers import BatchNorm, Conv, conv2d, gelu
+from cifar_flax.models.layers import Conv, conv2d, gelu, save_input
 from cifar_flax.models.network import ModelConfig, Network, activation_dtype
+from cifar_flax.models.norm import BatchNorm
 from cifar_flax.models.pooling import max_pool
 
 _WHITENING_EPS = 5e-4  # added to the eigenvalues, so that directions of pure noise are not amplified
@@ -55,8 +58,25 @@ class Whitening(nnx.Module):
         self.dtype, self.platform = dtype, platform
 
     def __call__(self, x: Float[Array, "batch height width c"]) -> Float[Array, "batch h_out w_out c_out"]:
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        return conv2d(x.astype(self.dtype), kernel, padding="VALID", platform=self.platform) + bias[None, None, None]
+        """Compute in float32 and round once. In bfloat16, directions of small variance have up to 9 % of noise."""
+        y = _convolve_float32(x, self.kernel[...], self.platform) + self.bias[...][None, None, None]
+        return y.astype(self.dtype)
+
+
+def _convolve_float32(
+    x: Float[Array, "batch height width c"], kernel: Float[Array, "k_h k_w c c_out"], platform: str
+) -> Float[Array, "batch h_out w_out c_out"]:
+    """Return the convolution without padding, with products of float32 numbers on all platforms."""
+    if platform in ("cpu", "tpu"):
+        return conv2d(x, kernel, padding="VALID", precision=lax.Precision.HIGHEST, platform=platform)
+    # On a GPU, a sum of products is one kernel together with the operations after it; a convolution writes float32.
+    k_h, k_w, c_in, _ = kernel.shape
+    height, width = x.shape[1] - k_h + 1, x.shape[2] - k_w + 1
+    products = (
+        x[:, i : i + height, j : j + width, c, None] * kernel[None, None, None, i, j, c]
+        for i, j, c in itertools.product(range(k_h), range(k_w), range(c_in))
+    )
+    return functools.reduce(jnp.add, products)
 
 
 class Block(nnx.Module):
@@ -74,18 +94,17 @@ class Block(nnx.Module):
             )
             for number, c in enumerate(channels)
         )  # fmt: skip
-        self.norms = nnx.List(
-            BatchNorm(width, decay=config.norm_decay, epsilon=1e-12, use_scale=False, rngs=rngs) for _ in channels
+        norm = functools.partial(
+            BatchNorm, width, momentum=config.norm_decay, epsilon=1e-12, use_scale=False, platform=platform, rngs=rngs
         )
+        self.norms = nnx.List(nnx.Dict(norm=norm()) for _ in channels)
 
     def __call__(self, x: Float[Array, "b h w c_in"], training: bool) -> Float[Array, "b h_out w_out c_out"]:
-        x = self.norms[0](self.convs[0](x), training).astype(self.dtype)
-        first = x = gelu(x)
-        for conv, norm in zip(self.convs[1:], self.norms[1:], strict=True):
-            x = norm(conv(x), training).astype(self.dtype)
-            if self.residual and conv is self.convs[-1]:
-                x = x + first
-            x = gelu(x)
+        first = None
+        for conv, entry in zip(self.convs, self.norms, strict=True):
+            shortcut = first if self.residual and conv is self.convs[-1] else None
+            x = entry.norm(conv(x), use_running_average=not training, shortcut=shortcut, activation=gelu)
+            first = x if first is None else first
         return x
 
 
@@ -131,7 +150,7 @@ class Airbench(Network):
         If `dropout_keys` is provided (training), BatchNorm uses batch statistics and updates its running statistics.
         """
         training = dropout_keys is not None
-        x = gelu(self.whitening(x))
+        x = save_input(gelu, self.whitening(x))
         for block in self.blocks:
             x = block(x, training)
         x = max_pool(x, 3, platform=self.platform).reshape(x.shape[0], -1)

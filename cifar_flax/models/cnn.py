@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from cifar_flax.errors import require
 from cifar_flax.models.layers import Conv, dropout
 from cifar_flax.models.network import ModelConfig, Network, activation_dtype
+from cifar_flax.models.norm import BatchNorm
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class CNN(Network):
             channels, config.width, 3, padding="VALID", pool=True, kernel_init=glorot,
             dtype=self.dtype, platform=platform, rngs=rngs,
         )  # fmt: skip
-        self.norm = nnx.BatchNorm(config.width, momentum=0.99, epsilon=1e-3, rngs=rngs)
+        self.norm = BatchNorm(config.width, momentum=0.99, epsilon=1e-3, platform=platform, rngs=rngs)
         self.hidden = nnx.Linear(flat, config.hidden, kernel_init=glorot, dtype=self.dtype, rngs=rngs)
         self.head = nnx.Linear(config.hidden, num_classes, kernel_init=glorot, dtype=self.dtype, rngs=rngs)
 
@@ -56,8 +57,7 @@ class CNN(Network):
         If `dropout_keys` is provided (training), BatchNorm uses batch statistics and updates its running statistics.
         """
         # ReLU after pooling equals ReLU before pooling, but processes a quarter of the elements.
-        x = nnx.relu(self.conv(x))
-        x = self.norm(x.astype(jnp.float32), use_running_average=dropout_keys is None).astype(self.dtype)
+        x = self.norm(nnx.relu(self.conv(x)), use_running_average=dropout_keys is None)
         if dropout_keys is not None:
             conv_keys, hidden_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys)
             x = dropout(x, conv_keys, self.config.conv_dropout)

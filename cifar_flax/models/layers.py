@@ -1,5 +1,6 @@
 """Layers of the networks, with implementations that are fast on CPUs and on accelerators."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -24,12 +25,14 @@ def conv2d(
     padding: str,
     stride: int = 1,
     pool: bool = False,
+    precision: lax.Precision | None = None,
     platform: str,
 ) -> Float[Array, "batch h_out w_out c_out"]:
     """Return the convolution of `x`; with `pool`, its maximum over disjoint 2x2 squares.
 
-    `padding` is SAME (zeros) or VALID. On the `platform` "cpu", use matrix products, fused with the pooling, if XLA's
-    convolution is slower. Other platforms use XLA's convolution. The results differ by rounding errors only.
+    `padding` is SAME (zeros) or VALID. `precision` is that of XLA's convolution. On the `platform` "cpu", use matrix
+    products, fused with the pooling, if XLA's convolution is slower. Other platforms use XLA's convolution. The results
+    differ by rounding errors only.
     """
     if platform == "cpu" and _suits_winograd(x, kernel, padding, stride):
         return winograd.conv3x3_max_pool(x, kernel) if pool else winograd.conv3x3(x, kernel)
@@ -38,7 +41,9 @@ def conv2d(
             return patches.conv(x, kernel, stride)
         if kernel.shape[:2] == (3, 3) and stride == 1:
             return patches.conv_max_pool(x, kernel)
-    y = lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+    )
     return max_pool(y, platform=platform) if pool else y
 
 
@@ -82,22 +87,12 @@ class Conv(nnx.Module):
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)[None, None, None, :]
 
 
-class BatchNorm(nnx.Module):
-    """Batch normalization in float32 (Ioffe and Szegedy 2015)."""
-
-    def __init__(self, channels: int, *, decay: float, epsilon: float, use_scale: bool = True, rngs: nnx.Rngs):
-        self.norm = nnx.BatchNorm(channels, momentum=decay, epsilon=epsilon, use_scale=use_scale, rngs=rngs)
-
-    def __call__(self, x: Array, training: bool) -> Array:
-        return self.norm(x.astype(jnp.float32), use_running_average=not training)
-
-
 @jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return x Phi(x), where Phi is the standard normal CDF (Hendrycks and Gimpel 2016, section 2).
 
-    Computed in float32 and rounded once: in bfloat16, 1 + erf(x / sqrt(2)) cancels for x < -2.5. Only `x` is saved for
-    the gradient.
+    Computed in float32 and rounded once: in bfloat16, 1 + erf(x / sqrt(2)) cancels for x < -2.5. The gradient is a
+    product of `dy` and a slope, which XLA fuses better than the sum that automatic differentiation returns.
     """
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
@@ -118,6 +113,26 @@ def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def save_input(function: Callable[[Array], Array], x: Array) -> Array:
+    """Return `function(x)`; for the gradient, save `x` alone, in its dtype, and compute everything else again."""
+    return function(x)
+
+
+def _save_input_forward(function: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
+    # Without the barrier, XLA may save `x` in float32, as it was before its rounding. The barrier of `jax.checkpoint`
+    # also keeps XLA from fusing the operations on the gradient.
+    return function(x), lax.optimization_barrier(x)
+
+
+def _save_input_backward(function: Callable[[Array], Array], x: Array, dy: Array) -> tuple[Array]:
+    dx: tuple[Array] = jax.vjp(function, x)[1](dy)
+    return dx
+
+
+save_input.defvjp(_save_input_forward, _save_input_backward)
 
 
 def dropout(

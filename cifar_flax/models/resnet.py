@@ -6,6 +6,7 @@ usual stem for 32x32 images: one 3x3 convolution with stride 1 and no pooling.
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
-from cifar_flax.models.layers import BatchNorm, Conv
+from cifar_flax.models.layers import Conv
 from cifar_flax.models.network import ModelConfig, Network, activation_dtype
+from cifar_flax.models.norm import BatchNorm, identity
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class ResNetConfig(ModelConfig):
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, followed by BatchNorm."""
+    """Convolution without bias, followed by BatchNorm, the addition of a shortcut and an activation."""
 
     def __init__(
         self, c_in: int, c_out: int, size: int, stride: int, *, dtype: jnp.dtype, platform: str, rngs: nnx.Rngs
@@ -46,13 +48,20 @@ class ConvNorm(nnx.Module):
             platform=platform,
             rngs=rngs,
         )
-        self.norm = BatchNorm(c_out, decay=0.9, epsilon=1e-5, rngs=rngs)
+        self.norm = nnx.Dict(norm=BatchNorm(c_out, momentum=0.9, epsilon=1e-5, platform=platform, rngs=rngs))
         self.padding = 0 if stride == 1 else size // 2
 
-    def __call__(self, x: Float[Array, "b h w c_in"], training: bool) -> Float[Array, "b h_out w_out c_out"]:
+    def __call__(
+        self,
+        x: Float[Array, "b h w c_in"],
+        training: bool,
+        *,
+        shortcut: Float[Array, "b h_out w_out c_out"] | None = None,
+        activation: Callable[[Array], Array] = identity,
+    ) -> Float[Array, "b h_out w_out c_out"]:
         places = (self.padding, self.padding)
         x = self.conv(jnp.pad(x, ((0, 0), places, places, (0, 0))))
-        return self.norm(x, training).astype(x.dtype)
+        return self.norm.norm(x, use_running_average=not training, shortcut=shortcut, activation=activation)
 
 
 class BasicBlock(nnx.Module):
@@ -66,7 +75,8 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c_in"], training: bool) -> Float[Array, "b h_out w_out c_out"]:
         shortcut = x if self.shortcut is None else self.shortcut(x, training)
-        return nnx.relu(self.second(nnx.relu(self.first(x, training)), training) + shortcut)
+        x = self.first(x, training, activation=nnx.relu)
+        return self.second(x, training, shortcut=shortcut, activation=nnx.relu)
 
 
 class ResNet(Network):
@@ -98,7 +108,7 @@ class ResNet(Network):
         If `dropout_keys` is provided (training), BatchNorm uses batch statistics and updates its running statistics.
         """
         training = dropout_keys is not None
-        x = nnx.relu(self.stem(x, training))
+        x = self.stem(x, training, activation=nnx.relu)
         for block in self.blocks:
             x = block(x, training)
         return self.head(x.mean(axis=(1, 2))).astype(jnp.float32)
