@@ -25,7 +25,7 @@ def stack_padded(arrays: Sequence[Array]) -> Shaped[Array, "n ..."]:
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Return whether all floating-point arrays in `tree` are free of NaN and infinity."""
     leaves = [jnp.atleast_1d(leaf) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    # XLA:GPU reduces an array to a vector in the operation that computes it, but to a scalar in one more. One operation
-    # reduces all vectors, unless XLA moves it before the stack, as it would for a mere `jnp.any`.
-    counts = [jnp.sum(~jnp.isfinite(leaf), axis=tuple(range(leaf.ndim - 1))) for leaf in leaves]
-    return jnp.max(jnp.sum(stack_padded(counts), axis=0)) == 0
+    found = [jnp.any(~jnp.isfinite(leaf), axis=tuple(range(leaf.ndim - 1))) for leaf in leaves]
+    # One reduction to a scalar of all arrays together. Of booleans, XLA would make one of each array again, and a sum
+    # over whole arrays is slow on a CPU.
+    return jnp.max(jnp.sum(stack_padded(found).astype(jnp.int32), axis=0)) == 0
