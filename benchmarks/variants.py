@@ -34,15 +34,12 @@ def _views_as_one_batch() -> None:
     mock.patch.object(steps.jax.lax, "map", apply).start()
 
 
-_WHOLE_RUN = ("eval.every_epochs=8", "checkpoint.every_epochs=8", "train.steps_per_call=200", "train.log_every=200")
-
 # In the order in which the campaign measures them.
 VARIANTS = {
     "float16": Variant(overrides=("model.dtype=float16",)),
     "nchw": Variant(xla_flags="--xla_gpu_force_conv_nchw=true"),
     "batch_1536": Variant(overrides=("train.batch_size=1536", "train.steps_per_call=32", "train.log_every=32")),
     "one_cuda_graph": Variant(overrides=("parallel.one_cuda_graph=True",)),
-    "one_call": Variant(overrides=_WHOLE_RUN),
     "no_triton_gemm": Variant(xla_flags="--xla_gpu_enable_triton_gemm=false"),
     "reduce_window_pool": Variant(patch=_reduce_window_pool),
     "views_as_one_batch": Variant(patch=_views_as_one_batch),

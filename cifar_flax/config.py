@@ -93,8 +93,6 @@ class Config:
         fits = "whitening" in models.network_class(self.model).groups.values() or whitening == GroupConfig()
         allowed = f"does not apply to {self.model.name}, which has no whitening layer"
         require(fits, "optim.whitening", whitening, allowed)
-        fits, per_call = self.data.pipeline != "streaming" or self.train.steps_per_call == 1, self.train.steps_per_call
-        require(fits, "train.steps_per_call", per_call, "must be 1 if data.pipeline is streaming")
         best, every, often = self.checkpoint.keep_best, self.checkpoint.every_epochs, self.eval.every_epochs
         allowed = "needs data.validation_fraction above 0. The test split must not choose a checkpoint."
         require(best == 0 or self.data.validation_fraction > 0, "checkpoint.keep_best", best, allowed)

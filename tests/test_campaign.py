@@ -111,8 +111,8 @@ def make_results(**seconds_and_accuracy):
     [
         ({"variant_float16": (2.1, 0.95)}, None),
         ({"variant_float16": (1.9, 0.95)}, None),  # the intervals overlap
-        ({"variant_float16": (1.5, 0.9392), "variant_one_call": (1.7, 0.94)}, "float16"),
-        ({"variant_float16": (1.5, 0.9380), "variant_one_call": (1.7, 0.94)}, "one_call"),
+        ({"variant_float16": (1.5, 0.9392), "variant_one_cuda_graph": (1.7, 0.94)}, "float16"),
+        ({"variant_float16": (1.5, 0.9380), "variant_one_cuda_graph": (1.7, 0.94)}, "one_cuda_graph"),
     ],
 )
 def test_the_winner_is_the_fastest_variant_that_is_as_accurate(variants, best):

@@ -127,7 +127,6 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.data.validation_fraction=1e-9", 2, "must leave at least one training"),
     ("--config {tmp}/long.py", 2, "ValueError: one two"),
     (f"--config {DIGITS} --config.train.steps_per_call=0", 2, "train.steps_per_call=0: must be at least 1"),
-    (f"--config {CIFAR} --config.data.pipeline=streaming", 2, "steps_per_call=50: must be 1 if data.pipeline is"),
     (f"--config {CIFAR} --config.data.pipeline=best", 2, "data.pipeline='best': must be one of auto, streaming, resid"),
     (f"--config {DIGITS} --config.eval.tta=rotate", 2, "eval.tta='rotate': must be one of none, mirror"),
     (f"--config {DIGITS} --config.augment.cutout=33", 2, "augment.cutout=33: must be at most 32"),
