@@ -49,14 +49,14 @@ def test_steps_of_every_config_lower_for_accelerators(path, backend):
     layout, train, test = task.layout, config.train, config.eval
     if config.data.pipeline == "resident":
         program, batch_axis, inputs = steps.train_steps, 1, empty_indices(train.steps_per_call, train.batch_size)
-        shared = jax.ShapeDtypeStruct((50_000, 32, 32, 3), "uint8"), jax.ShapeDtypeStruct((50_000,), "int32")
+        shared = jax.ShapeDtypeStruct((50_000, 32 * 32 * 3), "uint8"), jax.ShapeDtypeStruct((50_000,), "int32")
         of_test = empty_indices(test.batch_size)
     else:
         program, batch_axis, inputs = steps.train_step, 0, empty_batch(train.batch_size, info.image_shape)
         shared, of_test = (), empty_batch(test.batch_size, info.image_shape)
     step = functools.partial(program, task)
     training = layout.parallelize(step, shared=len(shared), batch_axis=batch_axis, donate=True)
-    step = evaluator.on_inputs(functools.partial(steps.eval_step, task, tta=test.tta))
+    step = evaluator.on_inputs(task, functools.partial(steps.eval_step, task, tta=test.tta))
     evaluation = layout.parallelize(step, shared=len(shared))
     weights = state.params, state.batch_stats
     for function, arguments in ((training, (state, inputs, *shared)), (evaluation, (weights, of_test, *shared))):
