@@ -27,6 +27,7 @@ def get_config():
     config.eval.batch_size, config.eval.tta = 500, "mirror"
     return config
 """
+WHITENING = "f32 x f32 -> f32"  # dtypes of its convolution on a TPU
 DEFAULT = str(REPOSITORY / "configs" / "default.py")
 # (target, config) -> kernels per step and MiB of temporary memory of the training program: at most a quarter more than
 # measured with jax 0.12, and not far less, for then the bound has lost its meaning.
@@ -176,7 +177,7 @@ def test_airbench_on_one_device(target, compile_for, small, pytestconfig):
         # On a TPU, the whitening layer is a convolution in float32; on a GPU, it is no convolution.
         assert set(row["dtypes"]) == {"bf16 x bf16 -> bf16"} | (set() if is_gpu else {WHITENING})
         assert is_gpu or row["dtypes"][WHITENING] == 1
-    # The first convolution of the whitened images has two gradients as the others; the whitening layer trains a bias only.
+    # The whitening layer trains a bias only; each of the six other convolutions has two gradients.
     assert rows["train"]["convolutions"] == 3 * 6 + (not is_gpu)
     assert rows["final"]["gflop"] == pytest.approx(2 * rows["eval"]["gflop"], rel=1e-3)  # two TTA views
     assert_within_bounds(target, small, rows["train"])
