@@ -29,14 +29,7 @@ def get_config():
     config.eval.batch_size, config.eval.tta = 500, "mirror"
     return config
 """
-RESIDENT = """
-from configs import default
-
-def get_config():
-    config = default.get_config()
-    config.data.pipeline = "resident"
-    return config
-"""
+WHITENING = "f32 x f32 -> f32"  # dtypes of its convolution on a TPU
 DEFAULT = str(REPOSITORY / "configs" / "default.py")
 # (target, config) -> kernels per step and MiB of temporary memory of the training program: at most a quarter more than
 # measured with jax 0.12, and not far less, for then the bound has lost its meaning.
@@ -212,7 +205,7 @@ def test_airbench_on_one_device(target, compile_for, small, pytestconfig):
         assert is_gpu or row["dtypes"][WHITENING] == 1
         if not is_gpu:
             assert_images_stay_whole(row, small)
-    # All six have two gradients each, the first one for the bias of the whitening layer.
+    # The whitening layer trains a bias only; each of the six other convolutions has two gradients.
     assert rows["train"]["convolutions"] == 3 * 6 + (not is_gpu)
     assert rows["frozen"]["convolutions"] == rows["train"]["convolutions"] - 1  # the frozen bias has no gradient
     assert rows["final"]["gflop"] == pytest.approx(2 * rows["eval"]["gflop"], rel=1e-3)  # two TTA views
