@@ -166,6 +166,8 @@ def test_default_config_on_one_device(target, compile_for, pytestconfig):
     for row in rows.values():
         assert "f64" not in row["element_types"]
         assert row["all_reduces"] == 0
+        if target != "h100:1":
+            assert_images_stay_whole(row, DEFAULT)
     assert rows["train"]["convolutions"] == 2  # there is no gradient with respect to the images
     assert_within_bounds(target, DEFAULT, rows["train"])
 
@@ -174,21 +176,10 @@ def assert_images_stay_whole(row, path):
     """The program does not copy a split, and gathers at most one slice per example: its image or its label."""
     config = arguments.parse(["--config", path]).config
     size, examples = config.eval.batch_size, programs.TEST_EXAMPLES
-    if row["program"] == "train":
+    if row["program"] in ("train", "frozen"):
         size, examples = config.train.batch_size, programs.DATASET.num_examples
     assert row["gathered_slices"] == size
     assert row["copied_image_bytes"] < examples * math.prod(programs.DATASET.image_shape)
-
-
-@pytest.mark.slow
-def test_a_tpu_gathers_whole_images_from_a_split_that_it_does_not_copy(compile_for, tmp_path, pytestconfig):
-    require_compiler("v5e:1x1", pytestconfig)
-    path = tmp_path / "resident.py"
-    path.write_text(RESIDENT)
-    rows = compile_for("v5e:1x1", str(path))
-    assert rows.keys() == {"train", "eval"}
-    for row in rows.values():
-        assert_images_stay_whole(row, str(path))
 
 
 @pytest.mark.slow
@@ -212,13 +203,32 @@ def test_airbench_on_one_device(target, compile_for, small, pytestconfig):
     assert_within_bounds(target, small, rows["train"])
 
 
+# (config, changes that make its network small, number of all-reduces in a training step)
+ON_FOUR_DEVICES = [
+    ("default", "", 3),
+    ("airbench94", "widths = (32, 64, 64)", 13),
+    ("airbench95", "widths = (32, 64, 64)", 13),
+    ("airbench96", "widths = (32, 64, 64)", 19),
+    ("resnet18", "width = 16", 35),
+]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "change", "count"), ON_FOUR_DEVICES)
 @pytest.mark.parametrize("target", ["h100:4", "v5e:2x2"])
-def test_airbench_on_four_devices(target, compile_for, small, pytestconfig):
-    """Six BatchNorm layers have an all-reduce each, forward and backward; gradients and metrics have one together."""
-    require_compiler(target, pytestconfig, slow=target != "h100:4")
-    rows = compile_for(target, small)
-    assert rows["train"]["all_reduces"] == 2 * 6 + 1
+def test_all_reduces_on_four_devices(target, name, change, count, compile_for, tmp_path, pytestconfig):
+    """Each BatchNorm layer has one, forward and backward; gradients and metrics have one together.
+
+    In a residual block of ResNet-18 with a shortcut that is a convolution, two layers have one together.
+    """
+    require_compiler(target, pytestconfig, slow=target != "h100:4" or name not in ("default", "airbench94"))
+    path = tmp_path / "config.py"
+    path.write_text(
+        f"from configs import {name}\n\ndef get_config():\n    config = {name}.get_config()\n"
+        f"    {'config.model.' + change if change else 'pass'}\n    return config\n"
+    )
+    rows = compile_for(target, str(path))
+    assert {row["all_reduces"] for program, row in rows.items() if program in ("train", "frozen")} == {count}
     assert rows["eval"]["all_reduces"] == 2
 
 
