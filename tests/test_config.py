@@ -124,6 +124,7 @@ def test_evaluation_accepts_other_locations_and_evaluation_settings_only():
             "num_processes",
             "process_id",
             "heartbeat_timeout_seconds",
+            "one_cuda_graph",
         )
     }
     evaluation = {f"eval.{name}" for name in ("batch_size", "every_epochs", "checkpoint", "tta", "tta_below")}

@@ -10,8 +10,8 @@ from conftest import assert_same_run, final_state, needs_tensorflow
 from stops import stop_at, stopped
 
 from cifar_flax.config import AirbenchConfig, GroupConfig, OptimConfig
-from cifar_flax.data import sources
-from cifar_flax.data.batches import Indices, gather
+from cifar_flax.data import batches, resident, sources
+from cifar_flax.data.batches import Indices
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.modes.train import train
 from cifar_flax.training import loop, optimizers, steps
@@ -36,7 +36,7 @@ def prepared(config):
     examples = np.arange(len(arrays.labels), dtype=np.int32)
     task, init = setup(config, DatasetInfo.of(arrays, examples, "standard"))
     index = examples[:64]
-    batch = gather(arrays.images, arrays.labels, Indices(index, 0 * index, index >= 0))
+    batch = batches.gather(arrays.images, arrays.labels, Indices(index, 0 * index, index >= 0))
     # As if it were trained: initially, momentum is zero.
     state, _ = jax.jit(functools.partial(steps.train_step, task))(init(0, arrays.images[:500]), batch)
     return task, state, batch
@@ -99,7 +99,8 @@ def test_the_clipped_norm_is_that_of_the_parameters_that_are_not_frozen(tiny_con
     tiny_config.optim = OptimConfig(name="sgd", learning_rate=0.1, clip_norm=1e-3, dense=GroupConfig(frozen_from=1))
     trainer = Trainer(tiny_config)
     index = np.arange(64, dtype=np.int32)
-    batch = gather(trainer.arrays.images, trainer.arrays.labels, Indices(index, 0 * index, index >= 0))
+    indices = Indices(index, 0 * index, index >= 0)
+    batch = resident.gather(trainer.arrays.images, trainer.arrays.labels, indices, trainer.info.image_shape)
     state = jax.tree.map(lambda x: x + 12 if x.dtype == np.int32 else x, trainer.initial_state)  # their rate is 0
     changes = []
     for _, phase in steps.phases(trainer.task):

@@ -97,13 +97,16 @@ class Block(nnx.Module):
         norm = functools.partial(
             BatchNorm, width, momentum=config.norm_decay, epsilon=1e-12, use_scale=False, platform=platform, rngs=rngs
         )
-        self.norms = nnx.List(nnx.Dict(norm=norm()) for _ in channels)
+        self.norms = nnx.List(nnx.Dict(norm=norm()) for _ in channels)  # the path `norm` of earlier checkpoints
 
     def __call__(self, x: Float[Array, "b h w c_in"], training: bool) -> Float[Array, "b h_out w_out c_out"]:
         first = None
         for conv, entry in zip(self.convs, self.norms, strict=True):
             shortcut = first if self.residual and conv is self.convs[-1] else None
-            x = entry.norm(conv(x), use_running_average=not training, shortcut=shortcut, activation=gelu)
+            example = conv(x[:1]) if training else None
+            x = entry.norm(
+                conv(x), use_running_average=not training, example=example, shortcut=shortcut, activation=gelu
+            )
             first = x if first is None else first
         return x
 
