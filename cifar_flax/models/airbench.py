@@ -103,10 +103,7 @@ class Block(nnx.Module):
         first = None
         for conv, entry in zip(self.convs, self.norms, strict=True):
             shortcut = first if self.residual and conv is self.convs[-1] else None
-            example = conv(x[:1]) if training else None
-            x = entry.norm(
-                conv(x), use_running_average=not training, example=example, shortcut=shortcut, activation=gelu
-            )
+            x = entry.norm(conv(x), use_running_average=not training, shortcut=shortcut, activation=gelu)
             first = x if first is None else first
         return x
 

@@ -36,21 +36,19 @@ class BatchNorm(nnx.BatchNorm):
         x: Float[Array, "batch *places c"],
         *,
         use_running_average: bool,
-        example: Float[Array, "1 *places c"] | None = None,
         shortcut: Float[Array, "batch *places c"] | None = None,
         activation: Callable[[Array], Array] = identity,
     ) -> Float[Array, "batch *places c"]:
         """Return `activation(normalized x + shortcut)`; unless `use_running_average`, update the running averages.
 
         Without `use_running_average`, mean and variance are those of the batch, on all devices if `axis_name` is set.
-        `example` is `x[:1]`, computed on its own: a TPU is faster with it, others ignore it.
         """
         scale, bias = (None if variable is None else variable[...] for variable in (self.scale, self.bias))
         terms = _Terms(scale, bias, shortcut)
         layer = _Layer(self.epsilon, activation, self.axis_name, self.platform)
         if use_running_average:
             return _apply(layer, x, _Moments(self.mean[...], self.var[...]), terms)
-        out, batch = _normalize(layer, x, terms, x if example is None or self.platform != "tpu" else example)
+        out, batch = _normalize(layer, x, terms)
         self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * batch.mean
         self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * batch.var
         return out
@@ -79,26 +77,20 @@ class _Terms(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalize(layer: _Layer, x: Array, terms: _Terms, example: Array) -> tuple[Array, _Moments]:
-    """Return the output of the layer, and the moments of the batch. The gradients of `example` and moments are ignored.
-
-    `example` has an element of the batch per channel, in the middle of its first image.
-    """
-    pivot = example[(0, *(size // 2 for size in x.shape[1:-1]))].astype(jnp.float32)
-    moments = _moments(layer, x, pivot)
+def _normalize(layer: _Layer, x: Array, terms: _Terms) -> tuple[Array, _Moments]:
+    """Return the output of the layer, and the moments of the batch, whose gradient is ignored."""
+    moments = _moments(layer, x)
     return _apply(layer, x, moments, terms), moments
 
 
-def _forward(
-    layer: _Layer, x: Array, terms: _Terms, example: Array
-) -> tuple[tuple[Array, _Moments], tuple[Array, _Moments, _Terms]]:
-    out, moments = _normalize(layer, x, terms, example)
+def _forward(layer: _Layer, x: Array, terms: _Terms) -> tuple[tuple[Array, _Moments], tuple[Array, _Moments, _Terms]]:
+    out, moments = _normalize(layer, x, terms)
     return (out, moments), (x, moments, terms)
 
 
 def _backward(
     layer: _Layer, saved: tuple[Array, _Moments, _Terms], gradient: tuple[Array, _Moments]
-) -> tuple[Array, _Terms, None]:
+) -> tuple[Array, _Terms]:
     x, moments, terms = saved
     centered = _centered(layer, x, moments)
     _, transpose = jax.vjp(layer.activation, _add_terms(centered, terms))
@@ -114,12 +106,11 @@ def _backward(
     dx = (dy - _spread(means[0], x) - centered * _spread(means[1], x)) * _spread(factor, x)
     # Parameters get the gradient of this device's copy; the training step averages over the devices.
     count = math.prod(x.shape[:-1])
-    gradients = _Terms(
+    return dx.astype(x.dtype), _Terms(
         scale=None if terms.scale is None else own[1] * count,
         bias=None if terms.bias is None else own[0] * count,
         shortcut=None if terms.shortcut is None else dy.astype(terms.shortcut.dtype),
     )
-    return dx.astype(x.dtype), gradients, None
 
 
 _normalize.defvjp(_forward, _backward)
@@ -145,14 +136,14 @@ def _spread(vector: Float[Array, " c"], x: Array) -> Float[Array, "*ones c"]:
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
-def _moments(layer: _Layer, x: Array, pivot: Float[Array, " c"]) -> _Moments:
+def _moments(layer: _Layer, x: Array) -> _Moments:
     """Return the moments over all axes but the last, and over the devices of `axis_name`.
 
     E[x^2] - E[x]^2 cancels if the mean is large compared to the standard deviation. Subtracting one element of the
     batch from all n elements first bounds the relative error of the variance: the squared distance of an element to the
-    mean is at most n times the variance, and typically about as large as the variance. If this element, the pivot, is
-    known before `x`, XLA for TPUs sums in the operation that computes `x`.
+    mean is at most n times the variance, and typically about as large as the variance.
     """
+    pivot = x[(0, *(size // 2 for size in x.shape[1:-1]))].astype(jnp.float32)
     shifted = x.astype(jnp.float32) - _spread(pivot, x)
     offset, square = _means(layer, shifted, shifted * shifted)
     moments = _Moments(pivot + offset, jnp.maximum(square - offset * offset, 0))

@@ -60,11 +60,8 @@ class ConvNorm(nnx.Module):
         activation: Callable[[Array], Array] = identity,
     ) -> Float[Array, "b h_out w_out c_out"]:
         places = (self.padding, self.padding)
-        x = jnp.pad(x, ((0, 0), places, places, (0, 0)))
-        example = self.conv(x[:1]) if training else None
-        return self.norm.norm(
-            self.conv(x), use_running_average=not training, example=example, shortcut=shortcut, activation=activation
-        )
+        x = self.conv(jnp.pad(x, ((0, 0), places, places, (0, 0))))
+        return self.norm.norm(x, use_running_average=not training, shortcut=shortcut, activation=activation)
 
 
 class BasicBlock(nnx.Module):
