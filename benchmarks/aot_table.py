@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.aot import CONFIGS, RESULTS, milliseconds_at_bounds
 from benchmarks.topologies import TARGETS
 
+PROGRAMS = ("train", "frozen")
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 HEADER = """\
 | chips | config | matrix units, ms | memory, ms | estimate, ms | temporary, MiB | kernels | all-reduces |
@@ -19,17 +20,21 @@ HEADER = """\
 
 
 def render() -> str:
-    """Return the table: a row for each training program in the committed results, in the order of the targets."""
+    """Return the table: a row for each training program in the committed results, in the order of the targets.
+
+    "(frozen)" is the program of the steps after a group of parameters is frozen.
+    """
     lines = []
     for target in TARGETS.values():
         path = RESULTS / f"aot_{target.name.replace(':', '-')}.json"
         rows = json.loads(path.read_text()) if path.exists() else []
-        trained = [row for row in rows if row["program"] == "train" and row["config"] in CONFIGS]
-        for row in sorted(trained, key=lambda row: CONFIGS.index(row["config"])):
+        trained = [row for row in rows if row["program"] in PROGRAMS and row["config"] in CONFIGS]
+        for row in sorted(trained, key=lambda row: (CONFIGS.index(row["config"]), PROGRAMS.index(row["program"]))):
+            name = row["config"] if row["program"] == "train" else f"{row['config']} ({row['program']})"
             arithmetic, memory = milliseconds_at_bounds(row["gflop"], row["hbm_bytes"], target.chip)
             estimate = "unknown" if row["estimate_ms"] is None else f"{row['estimate_ms']:.2f}"
             lines.append(
-                f"| {target.name} | {row['config']} | {arithmetic:.2f} | {memory:.2f} | {estimate} "
+                f"| {target.name} | {name} | {arithmetic:.2f} | {memory:.2f} | {estimate} "
                 f"| {row['temp_bytes'] / 2**20:,.0f} | {row['kernels']} | {row['all_reduces']} |\n"
             )
     return HEADER + "".join(lines)
