@@ -132,7 +132,7 @@ def from_dict(values: Any) -> Config:
 
 
 # Settings that do not affect the trained weights may change between restarts of a run.
-_HARMLESS = ("train.log_every", "on_nonfinite", "max_skipped")
+_HARMLESS = ("data.pipeline", "train.log_every", "train.steps_per_call", "on_nonfinite", "max_skipped")
 
 
 def differences(saved: Config, config: Config, where: str = "the checkpoint") -> list[str]:

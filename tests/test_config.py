@@ -78,7 +78,9 @@ def test_differences_lists_settings_that_change_the_run():
 HARMLESS = {
     "data__data_dir": "/elsewhere",
     "data__cache_dir": "/elsewhere",
+    "data__pipeline": "resident",
     "train__log_every": 7,
+    "train__steps_per_call": 7,
     "eval__batch_size": 7,
     "eval__every_epochs": 7,
     "checkpoint__every_epochs": 7,

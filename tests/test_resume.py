@@ -10,7 +10,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import FILES, REPOSITORY, assert_same_run, final_state, make_tiny_config, python_path, read_metrics
+from conftest import (
+    FILES,
+    REPOSITORY,
+    assert_same_run,
+    final_state,
+    make_tiny_config,
+    needs_tensorflow,
+    python_path,
+    read_metrics,
+)
 from killed import MOMENTS
 from processes import CONFIG, environment
 from stops import saved, stop_at, stopped
@@ -105,6 +114,23 @@ def test_harmless_changes_of_the_config_do_not_change_the_result(tiny_config, st
     states = [final_state(tiny_config, path) for path in (straight[0], tmp_path / "run")]
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert files.read_json(tmp_path / "run" / "config.json")["train"]["log_every"] == 7
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "steps_per_call"), [("resident", 5), pytest.param("streaming", 1, marks=needs_tensorflow)]
+)
+def test_a_run_resumes_with_another_pipeline_and_longer_calls(
+    tiny_config, straight, tmp_path, monkeypatch, pipeline, steps_per_call
+):
+    """Such as a run of an earlier release, in which the config had other values of these settings."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, loop.TrainingLoop, "_read", lambda run, step, values: step == 13)
+        stopped(tiny_config, tmp_path / "run")
+    tiny_config.data.pipeline, tiny_config.train.steps_per_call = pipeline, steps_per_call
+    train.train(tiny_config, tmp_path / "run")
+    for expected, line in zip(read_metrics(straight[0]), read_metrics(tmp_path / "run"), strict=True):
+        assert (line["step"], line["split"]) == (expected["step"], expected["split"])
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-2)
 
 
 def test_a_longer_run_may_resume_with_a_constant_schedule(tiny_config, tmp_path):
