@@ -116,7 +116,7 @@ def test_the_clipped_norm_is_that_of_the_parameters_that_are_not_frozen(tiny_con
 )
 def test_a_run_uses_each_program_in_its_steps(config, tmp_path, monkeypatch, pipeline):
     config.data.pipeline = pipeline
-    config.train = dataclasses.replace(config.train, steps_per_call=1 if pipeline == "streaming" else 5, log_every=20)
+    config.train = dataclasses.replace(config.train, steps_per_call=5, log_every=20)
     used, phases = [], steps.phases
     program = loop.Trainer.compile
 

@@ -100,18 +100,11 @@ def test_a_run_works_without_broken_optional_packages(tmp_path):
         assert f"{name}>={packages.PACKAGES[name].oldest}" in line
 
 
-STREAMING = ("--config.data.pipeline=streaming", "--config.train.steps_per_call=1")
-
-
 @pytest.mark.parametrize(
     ("module", "name", "arguments"),
     [
         ("sklearn", "scikit-learn", ("--config=quickstart",)),
-        (
-            "tensorflow",
-            "tensorflow",
-            ("--config=quickstart", *STREAMING),
-        ),
+        ("tensorflow", "tensorflow", ("--config=quickstart", "--config.data.pipeline=streaming")),
         pytest.param("tensorflow_datasets", "tensorflow-datasets", ("--config=resnet18",), marks=needs_tensorflow),
     ],
 )

@@ -26,6 +26,6 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Return whether all floating-point arrays in `tree` are free of NaN and infinity."""
     leaves = [jnp.atleast_1d(leaf) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     found = [jnp.any(~jnp.isfinite(leaf), axis=tuple(range(leaf.ndim - 1))) for leaf in leaves]
-    # One reduction to a scalar of all arrays together. Of booleans, XLA would make one of each array again, and a sum
-    # over whole arrays is slow on a CPU.
+    # Integers, because XLA would split a reduction of booleans into one for each array again. Only the last axes are
+    # summed: a sum over whole arrays is slow on a CPU.
     return jnp.max(jnp.sum(stack_padded(found).astype(jnp.int32), axis=0)) == 0

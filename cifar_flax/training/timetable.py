@@ -23,8 +23,8 @@ class Timetable:
         self._epoch_images = order.epoch_images(num_examples, self._batch_size, config.data.drop_last)
         self._stops = sorted(self._due(config.eval.every_epochs) | self._due(config.checkpoint.every_epochs))
         self._ends = sorted({*self._stops, *task.frozen_from.values()})
-        # A batch from the host is the input of one step. A CPU gains nothing from longer calls, and a signal would have
-        # to wait for their end: they must be asked for.
+        # A batch from the host is the input of one step. On a CPU, longer calls gain nothing and delay the response to
+        # a signal, so only data.pipeline=resident makes them.
         is_single = pipeline == "streaming" or (config.data.pipeline == "auto" and task.layout.platform == "cpu")
         self._limit = 1 if is_single else config.train.steps_per_call
         self.steps_per_call = max(self.lengths())  # of the longest call
