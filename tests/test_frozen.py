@@ -48,6 +48,11 @@ def test_phases_begin_where_groups_are_frozen(prepared):
     assert [(first, sorted(phase.frozen)) for first, phase in steps.phases(task)] == [
         (0, []), (11, ["whitening"]), (23, ["dense", "whitening"]),
     ]  # fmt: skip
+    # A run that resumes does not compile the programs of steps that are finished.
+    assert [(first, sorted(phase.frozen)) for first, phase in steps.phases(task, 11)] == [
+        (11, ["whitening"]), (23, ["dense", "whitening"]),
+    ]  # fmt: skip
+    assert [(first, sorted(phase.frozen)) for first, phase in steps.phases(task, 30)] == [(30, ["dense", "whitening"])]
 
 
 def test_groups_without_parameters_or_frozen_after_the_run_do_not_compile_another_program(config, prepared):
@@ -139,7 +144,7 @@ def test_a_run_uses_each_program_in_its_steps(config, tmp_path, monkeypatch, pip
     assert {0, 11, 23} <= starts
     # A run that computes all gradients ends with the same parameters.
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "phases", lambda task: phases(task)[:1])
+        patch.setattr(steps, "phases", lambda task, start: phases(task)[:1])
         train(config, tmp_path / "whole")
     one, other = (final_state(config, tmp_path / name).params for name in ("run", "whole"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=2e-3), one, other)

@@ -65,15 +65,15 @@ class Task:
     frozen: frozenset[str] = frozenset()  # groups that have no gradient; `phases` sets them
 
 
-def phases(task: Task) -> list[tuple[int, Task]]:
-    """Return the tasks that a run trains with, in order, each with the number of steps that come before it.
+def phases(task: Task, start: int = 0) -> list[tuple[int, Task]]:
+    """Return the tasks of the steps after `start` steps, in order, each with the number of steps that come before it.
 
     There is one at the start, and another one from each step on at which groups are frozen. Only their gradients
     differ: those of frozen groups are 0, so that XLA removes what computes them.
     """
-    starts = sorted({0, *task.frozen_from.values()})
-    frozen = [frozenset(name for name, step in task.frozen_from.items() if step <= start) for start in starts]
-    return [(start, dataclasses.replace(task, frozen=names)) for start, names in zip(starts, frozen, strict=True)]
+    starts = sorted({start, *(step for step in task.frozen_from.values() if step > start)})
+    frozen = [frozenset(name for name, step in task.frozen_from.items() if step <= first) for first in starts]
+    return [(first, dataclasses.replace(task, frozen=names)) for first, names in zip(starts, frozen, strict=True)]
 
 
 def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array, " batch"]) -> Key[Array, " batch"]:

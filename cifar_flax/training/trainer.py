@@ -132,7 +132,7 @@ class Trainer:
         arguments = state, self.layout.shard_batch(inputs, batch_axis), *split, *counts[max(lengths)]
         programs = [
             (first, self.layout.compile(functools.partial(step, task), *arguments, batch_axis=batch_axis, donate=True))
-            for first, task in steps.phases(self.task)
+            for first, task in steps.phases(self.task, start)
         ]
         return TrainCalls(programs, {length: (*split, *count) for length, count in counts.items()})
 
