@@ -31,7 +31,7 @@ class TrainConfig:
     log_every: int = 50  # steps between two training lines in metrics.jsonl
     sync_batchnorm: bool = True  # BatchNorm statistics over the batch of all devices; False: per device
     init_from: str = ""  # workdir of another run whose matching weights are the initial ones; "": random weights
-    steps_per_call: int = 1  # steps that the device runs in one loop at most; 1 with data.pipeline=streaming
+    steps_per_call: int = 1  # steps that the device runs in one loop at most, if the data is in its memory
 
     def validate(self) -> None:
         for name in ("batch_size", "log_every", "steps_per_call"):

@@ -140,8 +140,8 @@ def _moments(layer: _Layer, x: Array) -> _Moments:
     """Return the moments over all axes but the last, and over the devices of `axis_name`.
 
     E[x^2] - E[x]^2 cancels if the mean is large compared to the standard deviation. Subtracting one element of the
-    batch from all n elements first bounds the relative error of the variance: the squared distance of an element to the
-    mean is at most n times the variance, and typically about as large as the variance.
+    batch, the pivot, from all n elements first limits the cancellation: the squared distance of an element to the mean
+    is typically about as large as the variance, and at most n times the variance (if all other elements are equal).
     """
     pivot = x[(0, *(size // 2 for size in x.shape[1:-1]))].astype(jnp.float32)
     shifted = x.astype(jnp.float32) - _spread(pivot, x)

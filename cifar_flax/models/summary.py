@@ -148,6 +148,7 @@ def _trace(
     """Return the jaxpr of `call(network, image)` for one image, without computing it."""
 
     def forward(image: Float[Array, "1 h w c"]) -> Array:
+        # For a TPU, all convolutions are operations of their own.
         return call(models.build(config, image_shape, num_classes, platform="tpu", rngs=nnx.Rngs(0)), image)
 
     return jax.make_jaxpr(forward)(jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)).jaxpr

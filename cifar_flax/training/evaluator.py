@@ -81,12 +81,18 @@ class Evaluator:
             return None
 
     def accuracy(self, state: TrainState) -> float:
-        """Return only the accuracy, for benchmarks: without `tta_below`, nothing else is read from the devices."""
+        """Return only the accuracy of `state`, for benchmarks, after `compile`.
+
+        Without `tta_below`, only the sums of the loss and the confusion matrices are read from the devices.
+        Raise `UserError` if the loss is not finite.
+        """
         if len(self._compiled) > 1:  # which images get TTA depends on results on the host
             return self._evaluate(state, lambda: 0).summary["accuracy"]
         (step,), weights = self._compiled, self._weights(state)
         inputs = to_device(self._inputs(self._examples), self._layout.shard_batch)
-        confusion = sum(jax.device_get([step(weights, batch, *self._resident)[0]["confusion"] for batch in inputs]))
+        sums = [step(weights, batch, *self._resident)[0] for batch in inputs]
+        loss, confusion = (sum(jax.device_get([one[name] for one in sums])) for name in ("loss", "confusion"))
+        _require_finite(float(loss), state)
         return int(np.trace(confusion)) / int(np.sum(confusion))
 
     def _evaluate(self, state: TrainState, stopping: Callable[[], int]) -> Evaluation:
@@ -105,8 +111,7 @@ class Evaluator:
             left = left[~np.concatenate(counted)[: len(left)]]
         assert total is not None
         summary = metrics.summarize(total, self._arrays.class_names)
-        if not math.isfinite(summary["loss"]):
-            raise UserError(f"the evaluation loss at step {state.step} is {summary['loss']}: training has diverged")
+        _require_finite(summary["loss"], state)
         seconds = time.perf_counter() - start
         return Evaluation(
             summary=summary,
@@ -139,6 +144,11 @@ class Evaluator:
             before = outputs
         if before is not None:
             yield jax.device_get(before)
+
+
+def _require_finite(loss: float, state: TrainState) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"the evaluation loss at step {state.step} is {loss}: training has diverged")
 
 
 def on_inputs(task: steps.Task, step: Callable[..., Any]) -> Callable[..., Any]:

@@ -200,7 +200,8 @@ def _frozen_step(group: GroupConfig, steps_per_epoch: float) -> int:
 def frozen_steps(config: OptimConfig, steps_per_epoch: float) -> dict[str, int]:
     """Return, for each group that is frozen at some time, the number of steps after which its gradient is not used.
 
-    With `accumulate_steps`, the rate of an update is that of its first step, so whole updates are frozen.
+    With `accumulate_steps`, the rate of an update is that of its first step, so whole updates are frozen. If steps are
+    skipped (`on_nonfinite`), the last update before that may contain zeros in place of gradients.
     """
     every = config.accumulate_steps
     groups = {name: getattr(config, name) for name in GROUPS}
