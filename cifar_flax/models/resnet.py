@@ -74,9 +74,9 @@ class BasicBlock(nnx.Module):
         self.shortcut = conv_norm(c_in, c_out, 1, stride) if (c_in, 1) != (c_out, stride) else None
 
     def __call__(self, x: Float[Array, "b h w c_in"], training: bool) -> Float[Array, "b h_out w_out c_out"]:
+        y = self.first(x, training, activation=nnx.relu)
         shortcut = x if self.shortcut is None else self.shortcut(x, training)
-        x = self.first(x, training, activation=nnx.relu)
-        return self.second(x, training, shortcut=shortcut, activation=nnx.relu)
+        return self.second(y, training, shortcut=shortcut, activation=nnx.relu)
 
 
 class ResNet(Network):
