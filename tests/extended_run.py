@@ -20,7 +20,7 @@ from cifar_flax import cli
 from cifar_flax.restore import restore, saved_config
 from cifar_flax.training.loop import TrainingLoop
 
-STOP = 3  # step
+STOP = 4  # step, the last one of a call
 
 
 def run(*arguments, code=0):
