@@ -8,22 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from conftest import REPOSITORY
 
 from benchmarks import accelerator, campaign, device_profile, rehearsal, report, stages
-from benchmarks.campaign import Settings
 from benchmarks.speedrun import Deadline
 from benchmarks.stages import STAGES
-from benchmarks.variants import VARIANTS
 from cifar_flax import files
 from cifar_flax.errors import UserError
-from cifar_flax.models import pooling
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "campaign_nvidia_h200.json"
 
@@ -128,44 +123,6 @@ def test_the_winner_needs_finished_measurements(names):
         results[name]["status"] = "timed out"
     with pytest.raises(UserError, match="come first"):
         stages.best_variant(results)
-
-
-def test_every_variant_is_a_valid_config():
-    for chosen in VARIANTS.values():
-        config = Settings(end=0).config("airbench94", *chosen.overrides)
-        steps = int(config.train.epochs * (50_000 // config.train.batch_size))
-        assert steps % config.train.steps_per_call == 0
-
-
-@pytest.fixture
-def patched():
-    """Return a function that applies the patch of a variant until the end of the test."""
-    yield lambda name: VARIANTS[name].patch()
-    mock.patch.stopall()
-
-
-def test_pooling_variant_replaces_the_pooling_of_a_gpu(patched):
-    def program(platform):
-        gradient = jax.grad(lambda x: jnp.sum(pooling.max_pool(x, platform=platform)))
-        return str(jax.make_jaxpr(gradient)(jnp.ones((2, 4, 4, 3))))
-
-    before = program("gpu")
-    patched("reduce_window_pool")
-    assert program("gpu") == program("tpu") != before
-
-
-def test_views_as_one_batch_equal_one_view_after_the_other(patched):
-    views = jax.random.normal(jax.random.key(0), (6, 4, 8, 8, 3))
-    sizes = []
-
-    def network(x):
-        sizes.append(len(x))
-        return x.sum(axis=(1, 2))
-
-    expected = jax.lax.map(network, views)
-    patched("views_as_one_batch")
-    np.testing.assert_allclose(jax.lax.map(network, views), expected, rtol=1e-5)
-    assert sizes[-1] == 6 * 4
 
 
 def test_operations_of_a_trace_are_traced_back_to_jax(tmp_path):

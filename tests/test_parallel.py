@@ -10,9 +10,9 @@ import pytest
 from conftest import REPOSITORY
 from processes import environment, virtual_devices
 
+from benchmarks.programs import DATASET
 from cifar_flax.arguments import parse
 from cifar_flax.data.batches import empty_indices
-from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import ConfigError
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.training import evaluator, steps
@@ -40,15 +40,7 @@ def test_steps_of_every_config_lower_for_accelerators(path, backend):
     The data is in device memory, and the number of steps of a call is an argument.
     """
     config = parse(["--config", str(path), f"--config.parallel.backend={backend}"]).config
-    info = DatasetInfo(
-        name="none",
-        image_shape=(32, 32, 3),
-        class_names=tuple("0123456789"),
-        num_examples=50_000,
-        mean=(125.0,) * 3,
-        std=(60.0,) * 3,
-    )
-    task, init = setup(config, info, platform="cuda")
+    task, init = setup(config, DATASET, platform="cuda")
     state = jax.eval_shape(lambda: init(0, None))
     layout, train, test = task.layout, config.train, config.eval
     inputs, of_test = empty_indices(train.steps_per_call, train.batch_size), empty_indices(test.batch_size)

@@ -10,20 +10,12 @@ from conftest import make_tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_flax.data.info import DatasetInfo
+from benchmarks.programs import DATASET
 from cifar_flax.runtime.devices import Layout
 from cifar_flax.training.setup import setup
 from cifar_flax.training.timetable import Timetable
 
-INFO = DatasetInfo(
-    name="none",
-    image_shape=(8, 8, 3),
-    class_names=tuple("0123456789"),
-    num_examples=1442,
-    mean=(0.0,) * 3,
-    std=(1.0,) * 3,
-)
-TASK, _ = setup(make_tiny_config(), INFO)
+TASK, _ = setup(make_tiny_config(), DATASET)
 
 
 def make(steps_per_call, *, log_every=10, epochs=3.0, size=1442, drop_last=False, evaluate=1, save=1, frozen=()):

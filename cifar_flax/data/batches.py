@@ -51,7 +51,7 @@ def gather(images: UInt8[Any, "n height width channels"], labels: Int32[Any, " n
 
 
 def empty_indices(*shape: int) -> Indices:
-    """Return masked indices of zeros: to compile a call, or to fill them."""
+    """Return indices of zeros, all masked: shapes for a compilation, or a buffer to fill."""
     return Indices(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.bool_))
 
 

@@ -22,7 +22,7 @@ _DETERMINISTIC_GPU_OPTIONS = {"xla_gpu_deterministic_ops": True}
 # By default, XLA for GPUs launches convolutions and the iterations of a loop one by one, between CUDA graphs of the
 # other kernels. With this list of commands, a whole call is one graph, including its loop.
 _ONE_CUDA_GRAPH_OPTIONS = {
-    "xla_gpu_enable_command_buffer": ("FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION,WHILE")
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION,WHILE"
 }
 
 _NAME = "compiled"  # folder in the user's cache folder
