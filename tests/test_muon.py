@@ -65,6 +65,11 @@ def test_muon_equals_the_recipe_in_numpy(monkeypatch):
 AIRBENCH94 = [(3, 3, 24, 64), (3, 3, 64, 64), (3, 3, 64, 256), *[(3, 3, 256, 256)] * 3]
 
 
+def test_stacks_are_padded_with_zeros_at_the_end():
+    stack = muon.stack_padded([jnp.array([[1, 2]]), jnp.array([[3], [4]])])
+    np.testing.assert_array_equal(stack, [[[1, 2], [0, 0]], [[3, 0], [4, 0]]])
+
+
 def test_zeros_change_neither_singular_values_nor_other_elements():
     matrix = jax.random.normal(jax.random.key(0), (1, 5, 7))
     padded = jnp.pad(matrix, ((0, 0), (0, 2), (0, 4)))

@@ -1,15 +1,10 @@
-"""Stacks of arrays of different shapes, and the check for NaN and infinity."""
+"""The check for NaN and infinity."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_flax.runtime.trees import all_finite, stack_padded
-
-
-def test_stacks_are_padded_with_zeros_at_the_end():
-    stack = stack_padded([jnp.array([[1, 2]]), jnp.array([[3], [4]])])
-    np.testing.assert_array_equal(stack, [[[1, 2], [0, 0]], [[3, 0], [4, 0]]])
+from cifar_flax.runtime.trees import all_finite
 
 
 def tree(place=None, value=0.0):

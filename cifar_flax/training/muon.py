@@ -7,14 +7,15 @@ the repository KellerJordan/cifar10-airbench.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
-from cifar_flax.runtime.trees import stack_padded
 
 # Coefficients of x -> a x + b x^3 + c x^5. They maximize the slope at zero, so that three steps suffice; singular
 # values end near 1, not at 1.
@@ -74,6 +75,13 @@ def _from_wide(padded: Float[Array, "shorter longest"], kernel: Float[Array, "*s
     rows, columns = _matrix_shape(kernel)
     matrix = padded[:, : max(rows, columns)]
     return (matrix.T if rows > columns else matrix).reshape(kernel.shape)
+
+
+def stack_padded(arrays: Sequence[Array]) -> Shaped[Array, "n ..."]:
+    """Return a stack of arrays of the same rank, padded with zeros at the end of each axis to the longest."""
+    shape = np.max([array.shape for array in arrays], axis=0)
+    missing = [shape - array.shape for array in arrays]
+    return jnp.stack([jnp.pad(array, [(0, n) for n in own]) for array, own in zip(arrays, missing, strict=True)])
 
 
 def orthogonalize(
