@@ -53,9 +53,10 @@ def training_indices(
     steps_per_call: int,
     rows: slice = slice(None),
 ) -> Iterator[Indices]:
-    """Yield the indices of the calls that finish `ends` steps, from step `start` to `stop - 1`; of each batch, `rows`.
+    """Yield the indices of each call from step `start` to step `stop`, at most `steps_per_call` steps per call.
 
-    Each call has at most `steps_per_call` steps; the indices of the others are masked zeros.
+    `ends` are the numbers of finished steps after each call. Of each batch, yield only `rows`. The arrays have
+    `steps_per_call` rows; masked zeros fill those of shorter calls.
 
     Shuffling takes the host milliseconds per epoch. Each epoch is shuffled when it is needed, while the device still
     trains on the previous one.

@@ -24,7 +24,7 @@ class BatchNorm(nnx.BatchNorm):
     """`nnx.BatchNorm` over all axes but the last, together with the addition and the activation that follow it.
 
     It computes in float32 and returns the dtype of `x`. For the gradient, it saves its inputs and a mean and a variance
-    per channel, and computes everything else again. Forward-mode differentiation (`jax.jvp`) is not supported.
+    per channel, and recomputes everything else. Forward-mode differentiation (`jax.jvp`) is not supported.
     """
 
     def __init__(self, channels: int, *, platform: str, **settings: Any):

@@ -16,7 +16,6 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, Shaped
 
-
 # Coefficients of x -> a x + b x^3 + c x^5. They maximize the slope at zero, so that three steps suffice; singular
 # values end near 1, not at 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

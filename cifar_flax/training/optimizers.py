@@ -193,12 +193,12 @@ def _group_schedule(
 
 
 def _frozen_step(group: GroupConfig, steps_per_epoch: float) -> int:
-    """Return the number of steps after which the learning rate of a group that is frozen at some time is 0."""
+    """Return the number of finished steps from which on the learning rate is 0, if `group.frozen_from` is above 0."""
     return max(round(group.frozen_from * steps_per_epoch), 1)
 
 
 def frozen_steps(config: OptimConfig, steps_per_epoch: float) -> dict[str, int]:
-    """Return, for each group that is frozen at some time, the number of steps after which its gradient is not used.
+    """Return group -> number of finished steps from which on its gradient is not used, for groups with `frozen_from`.
 
     With `accumulate_steps`, the rate of an update is that of its first step, so whole updates are frozen. If steps are
     skipped (`on_nonfinite`), the last update before that may contain zeros in place of gradients.

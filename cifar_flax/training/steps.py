@@ -66,10 +66,10 @@ class Task:
 
 
 def phases(task: Task, start: int = 0) -> list[tuple[int, Task]]:
-    """Return the tasks of the steps after `start` steps, in order, each with the number of steps that come before it.
+    """Return the tasks of a run from step `start` on, in order, each with the number of finished steps it starts at.
 
-    There is one at the start, and another one from each step on at which groups are frozen. Only their gradients
-    differ: those of frozen groups are 0, so that XLA removes what computes them.
+    A new task starts at each step at which groups are frozen. The tasks differ only in the gradients: those of frozen
+    groups are 0, so that XLA removes the operations that compute them.
     """
     starts = sorted({start, *(step for step in task.frozen_from.values() if step > start)})
     frozen = [frozenset(name for name, step in task.frozen_from.items() if step <= first) for first in starts]

@@ -27,7 +27,7 @@ class Timetable:
         # a signal, so only data.pipeline=resident makes them.
         is_single = pipeline == "streaming" or (config.data.pipeline == "auto" and task.layout.platform == "cpu")
         self._limit = 1 if is_single else config.train.steps_per_call
-        self.steps_per_call = max(self.lengths())  # of the longest call
+        self.steps_per_call = max(self.lengths())  # length of the longest call
 
     def epoch(self, step: int) -> float:
         """Return the number of finished epochs after `step` steps."""
@@ -54,7 +54,7 @@ class Timetable:
             yield start
 
     def lengths(self, start: int = 0) -> set[int]:
-        """Return the numbers of steps that the calls of the whole run, and those from step `start` on, have."""
+        """Return the lengths in steps of all calls of a run that starts at step 0 and of one that resumes at `start`."""
         if self._limit == 1:
             return {1}
         found = set()
