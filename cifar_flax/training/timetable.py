@@ -54,7 +54,7 @@ class Timetable:
             yield start
 
     def lengths(self, start: int = 0) -> set[int]:
-        """Return the lengths in steps of all calls of a run that starts at step 0 and of one that resumes at `start`."""
+        """Return the lengths, in steps, of the calls of a run from step 0 and of one that resumes at `start`."""
         if self._limit == 1:
             return {1}
         found = set()
