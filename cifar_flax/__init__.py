@@ -23,6 +23,8 @@ def load(workdir: str | PathLike[str]) -> "Classifier":
 
     from cifar_flax.classifier import Classifier
     from cifar_flax.restore import restore, saved_config
+    from cifar_flax.runtime import settings
 
     folder = Path(workdir)
-    return Classifier(restore(saved_config(folder, "workdir"), folder, "workdir"))
+    with settings.pinned_in_this_thread():  # the caller's own may differ
+        return Classifier(restore(saved_config(folder, "workdir"), folder, "workdir"))

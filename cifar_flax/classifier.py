@@ -13,6 +13,7 @@ from jaxtyping import Float32, UInt8
 from cifar_flax.data.images import read_image, without_pillow_warnings
 from cifar_flax.errors import UserError
 from cifar_flax.restore import RestoredRun
+from cifar_flax.runtime import settings
 from cifar_flax.training import steps
 
 
@@ -33,6 +34,7 @@ class Classifier:
         shape = "x".join(map(str, self.image_shape))
         return f"<Classifier of {shape} images: {len(self.class_names)} classes, {', '.join(self.class_names[:10])}>"
 
+    @settings.pinned_in_this_thread()
     def predict(
         self, images: UInt8[Any, "n height width channels"] | Iterable[str | PathLike[str]]
     ) -> Float32[np.ndarray, "n classes"]:

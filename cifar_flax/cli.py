@@ -62,13 +62,15 @@ def _report_installation(error: UserError) -> int:
 def main() -> int:
     """Run the mode in `sys.argv` and return the exit code. Errors that the user can fix are printed as one line."""
     from cifar_flax import arguments
-    from cifar_flax.runtime import compilation, devices, processes, signals
+    from cifar_flax.runtime import compilation, devices, processes, settings, signals
 
     def fail(line: str, code: int) -> int:
         with contextlib.suppress(OSError):  # stderr may be closed
             print(f"{processes.label()}{line}", file=sys.stderr)
         return code
 
+    for line in settings.pin():
+        fail(line, 0)
     compilation.enable_cache()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a killed run loses no printed line

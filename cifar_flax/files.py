@@ -121,9 +121,34 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path, aside: Path) -> None:
-    """Remove `folder`, renamed to `aside` first so that no reader finds it half deleted."""
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove `folder` unless it is `in_use`; rename it to `aside` first, so that no reader finds it half deleted."""
+    try:
+        with in_use(folder, exclusively=True):
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    except BlockingIOError:
+        pass
+
+
+@contextmanager
+def in_use(folder: Path, *, exclusively: bool = False) -> Iterator[None]:
+    """Keep other processes from removing `folder` with `remove_folder` inside the block, on file systems with locks.
+
+    Raise `BlockingIOError` if `exclusively` is True and another process uses `folder`.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusively else fcntl.LOCK_SH)
+        except BlockingIOError:
+            raise
+        except (ImportError, OSError):
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -4,8 +4,9 @@ It holds the values that a run needs to resume, the shapes of the arrays, and th
 and of the metadata itself. This module needs neither Orbax, nor JAX's devices, nor the other processes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cifar_flax import files
 from cifar_flax.errors import UserError, one_line
@@ -17,6 +18,7 @@ _FORMAT = 1
 CHECKPOINTS = "checkpoints"  # folder in the workdir
 
 Metadata = dict[str, Any]
+T = TypeVar("T")
 
 
 class DamagedError(UserError):
@@ -53,6 +55,17 @@ def read_metadata(folder: Path, step: int) -> Metadata:
     if metadata.get("format") != _FORMAT:
         raise UserError(f"the checkpoint {path} has the format {metadata.get('format')}; this version reads {_FORMAT}")
     return metadata
+
+
+def while_training(folder: Path, read: Callable[[], T]) -> T:
+    """Return `read()`; if it fails and a run has saved or removed checkpoints in `folder` meanwhile, repeat it."""
+    while True:
+        steps = saved_steps(folder)
+        try:
+            return read()
+        except (UserError, FileNotFoundError):
+            if saved_steps(folder) == steps:
+                raise
 
 
 def unreadable(folder: Path, step: int, error: Exception) -> UserError:

@@ -117,7 +117,7 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
     info = builder.info
     _, _, image_shape = _features(config, info)
     folder = Path(builder.data_dir)
-    if not builder.is_prepared():
+    if not folder.exists():  # as TFDS decides; its is_prepared fails if the name of a folder is a glob pattern
         return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
     for split in splits:
         _require_split(config, info.splits, split)
