@@ -111,7 +111,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_reported(examination, tmp_path, mo
     """The doctor saves and restores one, in a folder of which nothing is left."""
     before = snapshot(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "finish", lambda storage: None)  # no file is merged
+        patch.setattr(Storage, "verify", lambda storage, path, described: 1 / 0)
         assert re.search("^exit code 1: .*workdir: .*step 1 could not be saved in .*/run;", examination()[1])
     assert examination()[1] is None
     assert snapshot(tmp_path) == before
