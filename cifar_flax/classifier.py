@@ -34,7 +34,6 @@ class Classifier:
         shape = "x".join(map(str, self.image_shape))
         return f"<Classifier of {shape} images: {len(self.class_names)} classes, {', '.join(self.class_names[:10])}>"
 
-    @settings.pinned_in_this_thread()
     def predict(
         self, images: UInt8[Any, "n height width channels"] | Iterable[str | PathLike[str]]
     ) -> Float32[np.ndarray, "n classes"]:
@@ -68,6 +67,7 @@ class Classifier:
                     raise UserError(f"{path}: {error}") from error
         return pixels
 
+    @settings.pinned_in_this_thread()
     def _probabilities(self, images: UInt8[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n classes"]:
         layout = self._task.layout
         # Pad to a power of two, so that only a few batch sizes are compiled.
