@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,10 +41,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     names `folder` if it already exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    partial.mkdir()  # with the permissions of the umask, which those of mkdtemp ignore
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp creates folders that only their owner can read
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

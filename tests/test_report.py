@@ -6,6 +6,7 @@ import json
 import re
 
 import made_up
+import matplotlib
 import numpy as np
 import pages
 import pytest
@@ -25,6 +26,12 @@ def test_confusion_matrix_is_drawn(tmp_path, classes):
     pixels = image.imread(path)
     assert min(pixels.shape[:2]) > 300
     assert pixels[..., :3].std() > 0.01  # not an empty page
+
+
+def test_the_plot_does_not_depend_on_the_users_settings_of_matplotlib(tmp_path):
+    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight"}):
+        size = confusion.plot(tmp_path / "matrix.png", made_up.evaluation(2)[0])
+    assert Image.open(tmp_path / "matrix.png").size == size
 
 
 def test_report_contains_the_results_of_the_evaluation(tmp_path):

@@ -41,6 +41,9 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     import PIL
 
     Image = packages.load("pillow")
+    from PIL import PngImagePlugin
+
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # comments and color profiles may exceed 1 MB
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
@@ -71,16 +74,27 @@ def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channe
     """Return the pixels of a Pillow image in its original size, as grey (1 channel) or RGB (3)."""
     from PIL import Image, ImageOps
 
+    _scale_transparent_level(image)
     image.load()
-    with contextlib.suppress(Exception):  # ignore damaged EXIF
-        image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # ignore damaged EXIF; in place, it may raise only after the transposition
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        grey, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _scale_transparent_level(image: Any) -> None:
+    """Scale the transparent level of an undecoded grey PNG of 1, 2 or 4 bits to 8 bits, as Pillow scales the pixels."""
+    level, factor = image.info.get("transparency"), {"1": 255, "L;2": 85, "L;4": 17}
+    if image.format == "PNG" and isinstance(level, int) and (bits := image.tile[0][3]) in factor:
+        image.info["transparency"] = min(level * factor[bits], 255)  # recent releases of Pillow scale 1 bit themselves
 
 
 def resize(pixels: UInt8[np.ndarray, "h w channels"], shape: Shape) -> UInt8[np.ndarray, "height width channels"]:

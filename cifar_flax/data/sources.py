@@ -120,7 +120,7 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
     if not builder.is_prepared():
         return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
     for split in splits:
-        _require_split(config, info.splits, split)
+        _require_files(config, info, split)
     decoded = sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
     return Preparation(folder, True, {}, decoded)
 
@@ -139,7 +139,7 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
         builder = _tfds_builder(config)  # again, since another process may just have prepared the data
         info = builder.info
         _prepare(config, builder)
-        _require_split(config, info.splits, split)
+        _require_files(config, info, split)
         folder = cache_folder(config, split, str(info.version))
         assert folder is not None
         return cache.load(folder) or cache.store(  # another process may have decoded it
@@ -167,6 +167,14 @@ def _tfds() -> Any:
 def _require_split(config: DataConfig, splits: Iterable[str], split: str) -> None:
     field = "data.train_split" if split == config.train_split else "data.eval_split"
     require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
+
+
+def _require_files(config: DataConfig, info: Any, split: str) -> None:
+    """Raise `ConfigError` if there is no such split, and `UserError` if a file is missing, as in an incomplete copy."""
+    _require_split(config, info.splits, split)
+    for path in info.splits[split].filepaths:
+        if not os.path.exists(path):
+            raise UserError(f"{path} is missing; complete its folder, or remove it to let TFDS prepare it again")
 
 
 def _tfds_builder(config: DataConfig) -> Any:

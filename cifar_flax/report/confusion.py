@@ -38,11 +38,16 @@ def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
     """
     pyplot = packages.load("matplotlib")
     pyplot.switch_backend("Agg")
+    with pyplot.style.context("default"):  # not the user's matplotlibrc, which may need LaTeX or change the size
+        return _plot(pyplot, path, result)
+
+
+def _plot(pyplot: Any, path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
     counts, names = np.asarray(result["confusion_matrix"]), list(result["per_class"])
     normalized = fractions(counts)
     size = min(2.5 + 0.5 * len(names), 16)  # inches
     font = min(10, 400 / len(names))  # points
-    figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(size, size), dpi=120, layout="constrained")
     axes.imshow(normalized, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
     axes.set_yticks(range(len(names)), names, fontsize=font)
@@ -55,7 +60,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
             if count:
                 color = "white" if normalized[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None})
     width, height = map(int, figure.canvas.get_width_height())
     pyplot.close(figure)
     return width, height
