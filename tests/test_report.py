@@ -31,7 +31,8 @@ def test_confusion_matrix_is_drawn(tmp_path, classes):
 def test_the_plot_does_not_depend_on_the_users_settings_of_matplotlib(tmp_path):
     with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight"}):
         size = confusion.plot(tmp_path / "matrix.png", made_up.evaluation(2)[0])
-    assert Image.open(tmp_path / "matrix.png").size == size
+    with Image.open(tmp_path / "matrix.png") as plot:
+        assert plot.size == size
 
 
 def test_report_contains_the_results_of_the_evaluation(tmp_path):

@@ -38,12 +38,10 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
 
     Raise `UserError`, with the reason alone, without the path, if the file cannot be read as an image.
     """
-    import PIL
-
     Image = packages.load("pillow")
-    from PIL import PngImagePlugin
+    import PIL.PngImagePlugin as png
 
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # comments and color profiles may exceed 1 MB
+    png.MAX_TEXT_CHUNK = png.MAX_TEXT_MEMORY  # comments and color profiles may exceed the default of 1 MB
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
@@ -59,7 +57,7 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
             return resize(_pixels(image, shape[2]), shape)
     except UserError:
         raise
-    except PIL.UnidentifiedImageError as error:
+    except Image.UnidentifiedImageError as error:
         raise UserError(f"not an image in a supported format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"too many pixels; at most {MAX_PIXELS:,} are allowed") from error
