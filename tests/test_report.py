@@ -28,9 +28,12 @@ def test_confusion_matrix_is_drawn(tmp_path, classes):
     assert pixels[..., :3].std() > 0.01  # not an empty page
 
 
-def test_the_plot_does_not_depend_on_the_users_settings_of_matplotlib(tmp_path):
-    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight"}):
-        size = confusion.plot(tmp_path / "matrix.png", made_up.evaluation(2)[0])
+@pytest.mark.parametrize("names", [("dark", "bright"), ("$5", "$\\frac{$"), ("\u732b", "\u72ac\n")])
+def test_any_class_names_and_settings_of_matplotlib_can_be_plotted(tmp_path, names):
+    result = made_up.evaluation(2)[0]
+    result["per_class"] = dict(zip(names, result["per_class"].values(), strict=True))
+    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight", "savefig.dpi": 50}):
+        size = confusion.plot(tmp_path / "matrix.png", result)
     with Image.open(tmp_path / "matrix.png") as plot:
         assert plot.size == size
 

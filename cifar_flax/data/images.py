@@ -72,7 +72,9 @@ def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channe
     """Return the pixels of a Pillow image in its original size, as grey (1 channel) or RGB (3)."""
     from PIL import Image, ImageOps
 
-    _scale_transparent_level(image)
+    level, factors = image.info.get("transparency"), {"1": 255, "L;2": 85, "L;4": 17}
+    if image.format == "PNG" and isinstance(level, int) and (bits := image.tile[0][3]) in factors:
+        image.info["transparency"] = min(level * factors[bits], 255)  # Pillow scales the pixels to 8 bits, but not this
     image.load()
     with contextlib.suppress(Exception):  # ignore damaged EXIF; in place, it may raise only after the transposition
         ImageOps.exif_transpose(image, in_place=True)
@@ -86,13 +88,6 @@ def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channe
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return pixels.reshape(*pixels.shape[:2], channels)
-
-
-def _scale_transparent_level(image: Any) -> None:
-    """Scale the transparent level of an undecoded grey PNG of 1, 2 or 4 bits to 8 bits, as Pillow scales the pixels."""
-    level, factor = image.info.get("transparency"), {"1": 255, "L;2": 85, "L;4": 17}
-    if image.format == "PNG" and isinstance(level, int) and (bits := image.tile[0][3]) in factor:
-        image.info["transparency"] = min(level * factor[bits], 255)  # recent releases of Pillow scale 1 bit themselves
 
 
 def resize(pixels: UInt8[np.ndarray, "h w channels"], shape: Shape) -> UInt8[np.ndarray, "height width channels"]:

@@ -1,5 +1,6 @@
 """The confusion matrix as text, PNG and SVG. Rows are true classes, columns are predicted classes."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
     """
     pyplot = packages.load("matplotlib")
     pyplot.switch_backend("Agg")
-    with pyplot.style.context("default"):  # not the user's matplotlibrc, which may need LaTeX or change the size
+    settings = {"text.usetex": False, "text.parse_math": False, "savefig.bbox": None, "savefig.dpi": "figure"}
+    # Ignore those of the user that need LaTeX or change the size, and warnings about characters that no font has.
+    with pyplot.rc_context(settings), warnings.catch_warnings(action="ignore", category=UserWarning):
         return _plot(pyplot, path, result)
 
 
