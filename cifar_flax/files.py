@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cifar_flax.paths import local_path
+
 _SEAL = "seal"
 PARTIAL = ".partial"  # suffix of files that are still being written
 
@@ -132,7 +134,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
     The kernel releases the lock when the process ends. On file systems without locks, nothing is locked. Raise
     `BlockingIOError` if another process holds the lock and `wait` is False, `OSError` if `path` cannot be written.
     """
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             import fcntl
 
@@ -155,15 +157,18 @@ def lock_holder(path: Path) -> str | None:
     try:
         import fcntl
 
-        with path.open() as file:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return path.read_text(errors="replace") or "another process"
+        return path.read_text("utf-8", errors="replace") or "another process"
     except (ImportError, OSError):
         pass
     return None
 
 
 def user_cache() -> Path:
-    """Return this project's folder in the user's cache folder; it may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_flax"
+    """Return this project's folder in the user's cache folder; it may not exist.
+
+    Raise `ConfigError` if the home folder is unknown and XDG_CACHE_HOME is not set, or names no local folder.
+    """
+    return local_path("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cifar_flax"

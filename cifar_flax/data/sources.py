@@ -19,6 +19,7 @@ from cifar_flax.data.cache import Arrays
 from cifar_flax.data.images import resize
 from cifar_flax.data.pipelines import PIPELINES
 from cifar_flax.errors import ConfigError, UserError, one_line, require
+from cifar_flax.paths import local_path
 
 _DECODE_BATCH = 1000  # images
 # Names become folders in the cache, so they must not contain "..".
@@ -63,10 +64,10 @@ def load(config: DataConfig, split: str) -> Arrays:
     """
     if config.archive:
         _require_split(config, ("train", "test"), split)
-        arrays = read_archive(Path(config.archive).expanduser(), split)
+        arrays = read_archive(local_path("data.archive", config.archive), split)
     elif config.name in datasets.DATASETS:
         _require_split(config, datasets.DATASETS[config.name].splits, split)
-        arrays = datasets.read(config.name, split, Path(config.data_dir).expanduser())
+        arrays = datasets.read(config.name, split, local_path("data.data_dir", config.data_dir))
     else:
         return _load_tfds(config, split)
     return _resize(arrays, config.image_size) if config.image_size else arrays
@@ -83,7 +84,7 @@ def _resize(arrays: Arrays, size: int) -> Arrays:
 
 def cache_dir(config: DataConfig) -> Path:
     """Return the folder of decoded arrays; it may not exist."""
-    return Path(config.cache_dir).expanduser() if config.cache_dir else files.user_cache()
+    return local_path("data.cache_dir", config.cache_dir) if config.cache_dir else files.user_cache()
 
 
 def cache_folder(config: DataConfig, split: str, version: str | None = None) -> Path | None:
@@ -179,9 +180,12 @@ def _require_files(config: DataConfig, info: Any, split: str) -> None:
 
 def _tfds_builder(config: DataConfig) -> Any:
     tfds = _tfds()
-    data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR", "")  # which TFDS itself reads only on import
+    if config.data_dir:
+        data_dir = local_path("data.data_dir", config.data_dir)
+    else:  # TFDS itself reads this variable only on import
+        data_dir = local_path("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     try:
-        return tfds.builder(config.name, data_dir=os.path.expanduser(data_dir) or None)
+        return tfds.builder(config.name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
         allowed = f"must be {', '.join(datasets.DATASETS)} or a TFDS image-classification set such as cifar10"
         raise ConfigError(f"data.name={config.name!r}: {allowed} ({one_line(error)})") from error
