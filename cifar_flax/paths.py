@@ -17,9 +17,9 @@ def local_path(field: str, value: str | PathLike[str]) -> Path:
     Every path of the user passes through this function. Raise `ConfigError` if `value` is a URL, or if the home folder
     is unknown and no file has the name `value`.
     """
-    path = Path(value)
-    remote = "must be a local path; mount the bucket (with rclone, for example) and name the folder below its mount"
+    remote = "must be a local path; mount the bucket (with rclone, for example) or download the file first"
     require(not _URL.match(os.fspath(value)), field, str(value), remote)
+    path = Path(value)
     try:
         return path.expanduser()
     except RuntimeError as error:
