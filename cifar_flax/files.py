@@ -6,11 +6,12 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from cifar_flax.paths import local_path
 
 _SEAL = "seal"
 PARTIAL = ".partial"  # suffix of files that are still being written
@@ -42,10 +43,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     names `folder` if it already exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    partial.mkdir()  # with the permissions of the umask, which those of mkdtemp ignore
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp creates folders that only their owner can read
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -158,7 +159,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
     The kernel releases the lock when the process ends. On file systems without locks, nothing is locked. Raise
     `BlockingIOError` if another process holds the lock and `wait` is False, `OSError` if `path` cannot be written.
     """
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             import fcntl
 
@@ -181,15 +182,18 @@ def lock_holder(path: Path) -> str | None:
     try:
         import fcntl
 
-        with path.open() as file:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return path.read_text(errors="replace") or "another process"
+        return path.read_text("utf-8", errors="replace") or "another process"
     except (ImportError, OSError):
         pass
     return None
 
 
 def user_cache() -> Path:
-    """Return this project's folder in the user's cache folder; it may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_flax"
+    """Return this project's folder in the user's cache folder; it may not exist.
+
+    Raise `ConfigError` if the home folder is unknown and XDG_CACHE_HOME is not set, or names no local folder.
+    """
+    return local_path("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cifar_flax"

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -29,6 +30,18 @@ def test_a_failed_write_leaves_no_partial_file(tmp_path, monkeypatch):
         files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_new_folders_have_the_permissions_of_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with files.new_folder(tmp_path / "new") as folder:
+            (folder / "file").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_sealed_files_keep_all_json_values(tmp_path):

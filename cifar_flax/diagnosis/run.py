@@ -140,7 +140,7 @@ def _try_checkpoint(workdir: Path) -> None:
 
 def _existing(folder: Path) -> Path:
     """Return `folder`, or the first of its parents that exists."""
-    place = folder.expanduser().absolute()
+    place = folder.absolute()
     while not os.path.exists(place):  # not Path.exists, which raises if a folder is not readable
         place = place.parent
     return place
