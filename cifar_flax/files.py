@@ -139,17 +139,22 @@ def in_use(folder: Path, *, exclusively: bool = False) -> Iterator[None]:
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusively else fcntl.LOCK_SH)
-        except BlockingIOError:
-            raise
-        except (ImportError, OSError):
-            pass
+        _lock(handle, exclusively=exclusively, wait=not exclusively)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(file: int, *, exclusively: bool, wait: bool) -> None:
+    """Lock the open `file`. Raise `BlockingIOError` if it is locked and `wait` is False."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):
+        pass
 
 
 @contextmanager
@@ -160,14 +165,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
     `BlockingIOError` if another process holds the lock and `wait` is False, `OSError` if `path` cannot be written.
     """
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except (ImportError, OSError):
-            pass
+        _lock(file.fileno(), exclusively=True, wait=wait)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -180,13 +178,11 @@ def lock_holder(path: Path) -> str | None:
     Nothing is written: the test takes a shared lock for a moment.
     """
     try:
-        import fcntl
-
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _lock(file.fileno(), exclusively=False, wait=False)
     except BlockingIOError:
         return path.read_text("utf-8", errors="replace") or "another process"
-    except (ImportError, OSError):
+    except OSError:
         pass
     return None
 
