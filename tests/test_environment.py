@@ -70,7 +70,7 @@ def test_changes_that_round_differently_are_named(monkeypatch):
     hardware, flags = environment.changes(before, environment.provenance("cpu"))
     assert hardware.startswith("hardware: ")
     assert "now 99 cores of " in hardware
-    assert flags == "XLA_FLAGS: None, now --xla_cpu_enable_fast_math=true"
+    assert flags == "XLA_FLAGS: not set, now --xla_cpu_enable_fast_math=true"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the process cannot be bound to one core here")

@@ -41,4 +41,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         {"hardware": record["hardware"], "jax": record["versions"].get("jax")} | record.get("settings", {})
         for record in (before, now)
     )
-    return [f"{name}: {old.get(name)}, now {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
+    return [
+        f"{name}: {old.get(name, 'not set')}, now {new.get(name, 'not set')}"
+        for name in old | new
+        if old.get(name) != new.get(name)
+    ]
