@@ -122,39 +122,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path, aside: Path) -> None:
-    """Remove `folder` unless it is `in_use`; rename it to `aside` first, so that no reader finds it half deleted."""
-    try:
-        with in_use(folder, exclusively=True):
-            folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
-    except BlockingIOError:
-        pass
-
-
-@contextmanager
-def in_use(folder: Path, *, exclusively: bool = False) -> Iterator[None]:
-    """Keep other processes from removing `folder` with `remove_folder` inside the block, on file systems with locks.
-
-    Raise `BlockingIOError` if `exclusively` is True and another process uses `folder`.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(handle, exclusively=exclusively, wait=not exclusively)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(file: int, *, exclusively: bool, wait: bool) -> None:
-    """Lock the open `file`. Raise `BlockingIOError` if it is locked and `wait` is False."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise
-    except (ImportError, OSError):
-        pass
+    """Remove `folder`, renamed to `aside` first so that no reader finds it half deleted."""
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -165,7 +135,14 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
     `BlockingIOError` if another process holds the lock and `wait` is False, `OSError` if `path` cannot be written.
     """
     with path.open("a+", encoding="utf-8") as file:
-        _lock(file.fileno(), exclusively=True, wait=wait)
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except (ImportError, OSError):
+            pass
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -178,11 +155,13 @@ def lock_holder(path: Path) -> str | None:
     Nothing is written: the test takes a shared lock for a moment.
     """
     try:
+        import fcntl
+
         with path.open("rb") as file:
-            _lock(file.fileno(), exclusively=False, wait=False)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return path.read_text("utf-8", errors="replace") or "another process"
-    except OSError:
+    except (ImportError, OSError):
         pass
     return None
 

@@ -87,14 +87,13 @@ def _read(checkpoints: Checkpoints, config: Config, where: str) -> RestoredRun:
         step = checkpoints.best_step()
         if step is None:
             raise UserError(f"{where}: no checkpoint has a validation accuracy; use eval.checkpoint=newest")
-    with checkpoints.in_use(step):
-        metadata = checkpoints.metadata(step)
-        saved, info = configs.from_dict(metadata["config"]), DatasetInfo.from_dict(metadata["dataset"])
-        config = dataclasses.replace(saved, data=config.data, eval=config.eval, parallel=config.parallel)
-        task, init = setup(config, info)
-        shapes = jax.eval_shape(lambda: init(config.seed, None))
-        template = jax.tree.map(lambda x: x.update(sharding=task.layout.replicated), shapes)
-        state = checkpoints.restore(step, template)
+    metadata = checkpoints.metadata(step)
+    saved, info = configs.from_dict(metadata["config"]), DatasetInfo.from_dict(metadata["dataset"])
+    config = dataclasses.replace(saved, data=config.data, eval=config.eval, parallel=config.parallel)
+    task, init = setup(config, info)
+    shapes = jax.eval_shape(lambda: init(config.seed, None))
+    template = jax.tree.map(lambda x: x.update(sharding=task.layout.replicated), shapes)
+    state = checkpoints.restore(step, template)
     return RestoredRun(config=config, info=info, task=task, state=state, metadata=metadata)
 
 

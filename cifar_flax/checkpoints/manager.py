@@ -199,10 +199,6 @@ class Checkpoints:
         """Return the metadata of the checkpoint of `step`; raise `UserError` if it cannot be read."""
         return read_metadata(self._folder, step)
 
-    def in_use(self, step: int) -> contextlib.AbstractContextManager[None]:
-        """Keep a training run from removing the checkpoint of `step` inside the block."""
-        return files.in_use(self._path(step))
-
     def restore_newest(self, template: PyTree) -> tuple[PyTree, Metadata] | None:
         """Return state and metadata of the newest intact checkpoint, or None if the run has no checkpoint.
 

@@ -62,7 +62,8 @@ class Storage:
 
     def restore(self, path: str, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Return the saved arrays, with the shardings of `abstract`. Partial matches raise no error."""
-        restored = self._orbax.restore(self._folder / path, unflatten_dict(abstract, sep="/"))
+        with _quiet():
+            restored = self._orbax.restore(self._folder / path, unflatten_dict(abstract, sep="/"))
         arrays: dict[str, jax.Array] = flatten_dict(restored, sep="/")
         return arrays
 

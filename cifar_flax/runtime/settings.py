@@ -12,9 +12,8 @@ PINNED = {
     "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
     "jax_transfer_guard": "allow", "jax_transfer_guard_host_to_device": "allow",
     "jax_transfer_guard_device_to_host": "allow", "jax_transfer_guard_device_to_device": "allow",
-    "jax_disable_jit": False, "jax_debug_key_reuse": False, "jax_no_tracing": False, "jax_no_execution": False,
+    "jax_disable_jit": False, "jax_debug_key_reuse": False, "jax_scan3": False,
     "jax_error_checking_behavior_nan": "ignore", "jax_error_checking_behavior_divide": "ignore",
-    "jax_error_checking_behavior_oob": "ignore", "jax_scan3": False,
 }  # fmt: skip
 
 # Settings that change the rounding, and their defaults. They are not pinned: users choose a precision with them.
