@@ -258,7 +258,7 @@ def test_a_result_that_cannot_be_saved_is_printed(tiny_config, finished, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(evaluate, "write_json", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"eval\.json .*No space"):
         evaluate.evaluate(tiny_config, finished)
     assert "expected calibration error" in capsys.readouterr().out
 

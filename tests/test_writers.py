@@ -133,7 +133,9 @@ def test_tensorboard_has_the_latest_evaluation_and_its_plot(events, tmp_path):
     figures = {"top5_accuracy": 1.0, "loss": 0.25, "expected_calibration_error": 0.125, "split": "test"}
     for step, size in ((5, (3, 4)), (7, (8, 6))):
         Image.new("RGBA", size, "red").save(tmp_path / "matrix.png")
-        write_evaluation_events(tmp_path, figures | {"step": step, "accuracy": 0.5}, tmp_path / "matrix.png", size)
+        write_evaluation_events(
+            tmp_path / "tensorboard" / "evaluation", figures | {"step": step, "accuracy": 0.5}, tmp_path / "matrix.png"
+        )
     values = events(tmp_path / "tensorboard" / "evaluation")
     image = values.pop(("confusion_matrix", 7)).image
     assert (image.width, image.height) == (8, 6)

@@ -1,6 +1,5 @@
 """Check Python and the installed packages. Imports only the standard library."""
 
-import importlib
 import platform
 import sys
 from collections.abc import Iterator
@@ -44,10 +43,9 @@ def optional_packages(needed: tuple[str, ...] = ()) -> Iterator[Finding]:
 
 
 def _import_fault(name: str) -> str | None:
-    if name.startswith("tensorflow"):  # its import takes seconds, and a run that needs it reports the error
-        return None
-    try:
-        importlib.import_module(packages.PACKAGES[name].module.partition(".")[0])  # not pyplot: it writes files
-    except Exception as error:
-        return str(packages.broken(name, error))
+    if not name.startswith("tensorflow"):  # its import takes seconds; later checks import it if the run does
+        try:
+            packages.load(name)
+        except UserError as error:
+            return str(error)
     return None

@@ -1,5 +1,6 @@
 """The confusion matrix as text, PNG and SVG. Rows are true classes, columns are predicted classes."""
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cifar_flax import packages
+from cifar_flax import files, packages
 from cifar_flax.report.charts import coordinate, rectangle, short, svg, text
 from cifar_flax.report.page import Markup, element, percent, scrolling
 
@@ -31,18 +32,18 @@ def text_lines(counts: Int[np.ndarray, "classes classes"], class_names: Sequence
         yield "  ".join([f"{name:{width}}", *(f"{n:{size}}" for n, size in zip(row, columns, strict=True))])
 
 
-def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
-    """Write the confusion matrix of an evaluation as a PNG and return its width and height in pixels.
+def plot(path: Path, result: Mapping[str, Any]) -> None:
+    """Write the confusion matrix of an evaluation as a PNG.
 
     Raise `UserError` if matplotlib is missing, too old or broken.
     """
-    pyplot = packages.load("matplotlib")
-    pyplot.switch_backend("Agg")
     counts, names = np.asarray(result["confusion_matrix"]), list(result["per_class"])
     normalized = fractions(counts)
     size = min(2.5 + 0.5 * len(names), 16)  # inches
     font = min(10, 400 / len(names))  # points
-    figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
+    # Without pyplot, whose backend depends on the environment.
+    figure = packages.load("matplotlib").Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(normalized, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
     axes.set_yticks(range(len(names)), names, fontsize=font)
@@ -55,10 +56,9 @@ def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
             if count:
                 color = "white" if normalized[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    width, height = map(int, figure.canvas.get_width_height())
-    pyplot.close(figure)
-    return width, height
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120, metadata={"Software": None})
+    files.replace(path, png.getvalue())
 
 
 def fractions(counts: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:
