@@ -12,7 +12,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from cifar_flax.telemetry.metrics_log import MetricsWriter
 from cifar_flax.telemetry.progress import Progress
-from cifar_flax.telemetry.tensorboard import write_evaluation_events
+from cifar_flax.telemetry.tensorboard import Events, write_evaluation_events
 
 
 def record(step, split="train", **figures):
@@ -84,6 +84,16 @@ def test_a_full_disk_raises_at_once(tmp_path):
     os.close(kept)
     writer.close()
     assert steps_in(tmp_path) == [1, 2]
+
+
+def test_an_error_of_tensorboardx_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def crash(*arguments):
+        raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setattr(Events, "scalars", crash)
+    write(tmp_path, [1, 2])
+    assert steps_in(tmp_path) == [1, 2]
+    assert capsys.readouterr().out.count("no TensorBoard events are written: TypeError: Descriptors") == 1
 
 
 def test_lines_are_flushed_at_once(tmp_path):

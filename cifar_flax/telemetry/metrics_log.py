@@ -76,7 +76,10 @@ class MetricsWriter:
         except OSError:
             raise
         except Exception as error:  # tensorboardX and protobuf can raise anything
-            self._events = None
+            events, self._events = self._events, None
+            if events is not None:
+                with contextlib.suppress(Exception):
+                    events.close()
             processes.log(f"no TensorBoard events are written: {one_line(error)}")
 
     def mark(self) -> dict[str, Any] | None:
