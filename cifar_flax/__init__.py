@@ -16,9 +16,12 @@ def load(workdir: str | PathLike[str]) -> "Classifier":
         model = cifar_flax.load("runs/default")
         probabilities = model.predict(images)
 
-    Raise `errors.UserError` if the folder has no checkpoint, or if the checkpoint is damaged.
+    Raise `errors.UserError` if the folder has no checkpoint or a damaged one, or if a package is missing or too old.
     """
     # Imported here because they take seconds.
+    from cifar_flax import packages
+
+    packages.require(packages.REQUIRED)
     from cifar_flax.classifier import Classifier
     from cifar_flax.paths import local_path
     from cifar_flax.restore import restore, saved_config

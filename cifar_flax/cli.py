@@ -4,6 +4,7 @@ Nothing heavy is imported before the installed packages are checked.
 """
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def entry_point() -> NoReturn:
     """Run the command in `sys.argv` and exit with its exit code."""
     streams.prepare()
+    os.environ["MPLBACKEND"] = "agg"  # the value of a notebook may name a module that this process does not have
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C interrupts the imports
     allocator.keep_freed_memory()  # re-executes the process, so it precedes the slow imports
@@ -39,7 +41,11 @@ def check_installation() -> UserError | None:
     """
     try:
         packages.require(packages.REQUIRED)
-        from cifar_flax import arguments  # noqa: F401  # imports JAX, Flax, Optax and Orbax too
+        with contextlib.suppress(UserError):  # JAX imports it, and can do without it if it is missing, but not broken
+            packages.load("flatbuffers")
+        for required in packages.REQUIRED:
+            packages.load(required)
+        from cifar_flax import arguments  # noqa: F401
     except UserError as error:
         return error
     except Exception as error:  # importing incompatible packages can raise anything
@@ -82,6 +88,11 @@ def main() -> int:
             _run(command)
     except UserError as error:
         return fail(f"error: {error}", error.exit_code)
+    except ImportError as error:  # of a module that a package imports only when it needs it
+        name = packages.culprit(error)
+        if name is None:
+            raise
+        return fail(f"error: {packages.broken(name, error)}", 1)
     except OSError as error:  # such as a full disk or a read-only folder
         return fail(f"error: {error}", 1)
     except signals.Stopped as stopped:

@@ -18,7 +18,9 @@ class ConfigError(UserError):
 
 
 def one_line(error: Exception) -> str:
-    """Return type and text of `error` on one line, shortened if it is long."""
+    """Return type and text of `error` on one line, shortened if it is long; of a `UserError`, the text alone."""
+    if isinstance(error, UserError):
+        return str(error)
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"  # the cause is often at the end
     return f"{type(error).__name__}: {text}"

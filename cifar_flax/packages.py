@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import cifar_flax
@@ -29,20 +28,20 @@ class Package:
     used_for: str = ""  # feature that needs the package; "": every run needs it
 
 
-# By the name of the distribution.
+# By the name of the distribution. Packages follow those that they import, which are then named if they are broken.
 PACKAGES = {
+    "numpy": Package("numpy", "2.0"),
     "jax": Package("jax", "0.10"),
-    "flax": Package("flax", "0.12.6"),
+    "flax": Package("flax.nnx", "0.12.6"),
     "optax": Package("optax", "0.2.6"),
     "orbax-checkpoint": Package("orbax.checkpoint", "0.12"),
-    "numpy": Package("numpy", "2.0"),
     "ml-collections": Package("ml_collections", "1.1"),
     "absl-py": Package("absl", "2.1"),
     "jaxtyping": Package("jaxtyping", "0.3.2"),
     "tensorflow": Package("tensorflow", "2.20", "data.pipeline=streaming and preparing TFDS datasets"),
     "tensorflow-datasets": Package("tensorflow_datasets", "4.9.10", "preparing TFDS datasets"),
     "scikit-learn": Package("sklearn.datasets", "1.6", "data.name=digits"),
-    "matplotlib": Package("matplotlib.pyplot", "3.9", "confusion_matrix.png"),
+    "matplotlib": Package("matplotlib.figure", "3.9", "confusion_matrix.png"),
     "tensorboardX": Package("tensorboardX", "2.6.2", "TensorBoard events"),
     "tqdm": Package("tqdm", "4.66", "the progress bar"),
     "pillow": Package("PIL.Image", "10.1", "--mode=predict"),
@@ -53,6 +52,7 @@ PACKAGES = {
 _TENSORFLOWS = ("tensorflow", "tensorflow-cpu", "tensorflow-macos", "tf-nightly")
 REQUIRED = tuple(name for name, package in PACKAGES.items() if not package.used_for)
 OPTIONAL = tuple(name for name in PACKAGES if name not in REQUIRED)
+_broken: dict[str, UserError] = {}  # by name, the errors of packages that `load` could not import
 
 
 def version(name: str) -> str | None:
@@ -85,7 +85,9 @@ def has_module(module: str) -> bool:
 
 
 def fault(name: str) -> str | None:
-    """Return why the package `name` cannot be used (missing or too old), or None if its version is recent enough."""
+    """Return why the package `name` cannot be used (missing, too old, or `load` failed), or None."""
+    if name in _broken:
+        return str(_broken[name])
     wanted, found = PACKAGES[name].oldest, version(name)
     if not installed(name):
         if not _is_available(name):
@@ -105,38 +107,57 @@ def require(names: Iterable[str], purpose: str = "") -> None:
     """Raise `UserError` if packages in `names` are missing or too old; `purpose` begins the message."""
     faults = {name: reason for name in names if (reason := fault(name))}
     if faults:
-        advice = _advice(filter(_is_available, faults))
+        advice = _advice(name for name in faults if _is_available(name) and name not in _broken)
         raise UserError(f"{purpose}{': ' if purpose else ''}{'; '.join(faults.values())}{advice}")
 
 
-def load(name: str) -> ModuleType:
-    """Import and return the module of the optional package `name`.
+def load(name: str, module: str = "") -> ModuleType:
+    """Import and return `module` of the package `name`, by default the one in `PACKAGES`.
 
     Raise `UserError` that names the required version if the package is missing, too old or cannot be imported.
     """
+    if name in _broken:
+        raise _broken[name]
     package = PACKAGES[name]
     require([name], package.used_for)
     try:
-        return importlib.import_module(package.module)
+        loaded = importlib.import_module(module or package.module)
+        if loaded.__file__ is None:  # the folder is left of an uninstalled package
+            raise ImportError("its files are missing")
+        return loaded
     except Exception as error:  # importing incompatible packages can raise anything
-        raise broken(name, error) from error
+        _broken[name] = broken(culprit(error) or name, error)
+        # Libraries that use the package if it is there ignore only the ImportError of a missing one.
+        sys.modules.setdefault(package.module.partition(".")[0], None)  # type: ignore[arg-type]
+        raise _broken[name] from error
 
 
 def culprit(error: Exception) -> str | None:
     """Return the package whose import raised `error`, or None if it is not in `PACKAGES`."""
-    modules = [str(error.name)] if isinstance(error, ModuleNotFoundError) else []
-    frames = traceback.extract_tb(error.__traceback__)
-    modules += [part for frame in reversed(frames) for part in Path(frame.filename).parts]
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    named = [str(error.name)] if isinstance(error, ImportError) else []
+    # A missing module is at fault itself. A module that lacks a name may have been imported by an older package.
+    modules = named + frames[::-1] if isinstance(error, ModuleNotFoundError) else frames[::-1] + named
     by_module = {package.module.partition(".")[0]: name for name, package in PACKAGES.items()} | {"jaxlib": "jax"}
-    return next(
-        (by_module[module.partition(".")[0]] for module in modules if module.partition(".")[0] in by_module), None
-    )
+    return next(filter(None, (by_module.get(module.partition(".")[0]) for module in modules)), None)
+
+
+def cuda_fault() -> str | None:
+    """Return why JAX cannot use CUDA: its plugin is not installed, or has another version than jaxlib."""
+    jaxlib = version("jaxlib") or ""
+    found = {name: version(name) or "" for name in ("jax-cuda13-plugin", "jax-cuda12-plugin") if version(name)}
+    if any(numbers(plugin) == numbers(jaxlib) for plugin in found.values()):
+        return None
+    if not found:
+        return "JAX's CUDA plugin is not installed"
+    name = next(iter(found))
+    return f"{name} is {found[name]}, jaxlib {jaxlib}: their versions must be equal"
 
 
 def broken(name: str, error: Exception) -> UserError:
     """Return the error to raise if importing the package `name` raised `error`."""
-    reason = f"{name} {version(name)} cannot be imported ({one_line(error)}); {name}>={PACKAGES[name].oldest} is needed"
-    return UserError(f"{reason}{_advice([name])}")
+    found, wanted = version(name) or "(version unknown)", f"{name}>={PACKAGES[name].oldest} is needed"
+    return UserError(f"{name} {found} cannot be imported ({one_line(error)}); {wanted}{_advice([name])}")
 
 
 def _advice(names: Iterable[str]) -> str:

@@ -46,6 +46,7 @@ def environment(**variables):
     ours = {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "MPLBACKEND": "module://not_installed",  # as in a notebook, for whose processes it is set
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     return os.environ | ours | variables

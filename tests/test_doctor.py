@@ -54,6 +54,7 @@ def test_an_unavailable_platform_is_reported(examination, monkeypatch):
 
     monkeypatch.setattr(jax, "devices", fail)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(packages, "cuda_fault", lambda: None)
     found, reasons = examination()
     wanted = "devices JAX_PLATFORMS=cuda: RuntimeError: Unable to initialize backend 'cuda'"
     assert one(found, "FAIL") == f"FAIL {wanted}"

@@ -1,11 +1,15 @@
 """Test the reasons that the doctor reports for an unused NVIDIA GPU."""
 
+import logging
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from cifar_flax import packages
 from cifar_flax.diagnosis import nvidia
+from cifar_flax.errors import UserError
+from cifar_flax.runtime import devices
 
 
 @pytest.fixture
@@ -56,6 +60,35 @@ def test_jaxs_warning_is_the_reason_if_there_is_no_other(gpu):
         reason = nvidia.why_unused("cuDNN is too old")
         assert driver in reason
         assert reason.endswith("cuDNN is too old")
+
+
+@pytest.mark.parametrize(
+    ("plugins", "parts"),
+    [
+        ({}, ("plugin is not installed", INSTALL.format(13))),
+        ({CUDA13: "0.10.1"}, (f"{CUDA13} is 0.10.1", "jaxlib 0.10.2")),
+        ({CUDA12: "0.10.2"}, ("unknown backend cuda", "Exception in the plugin no driver")),
+    ],
+)
+def test_a_requested_gpu_that_jax_cannot_use(gpu, monkeypatch, caplog, plugins, parts):
+    """The error line has JAX's log, whose tracebacks are not printed."""
+
+    def fail():
+        try:
+            raise RuntimeError("no\ndriver")
+        except RuntimeError:
+            logging.getLogger("jax._src.xla_bridge").exception("Exception in the plugin")
+        raise RuntimeError("unknown backend cuda")
+
+    gpu.packages |= plugins
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS=cuda,cpu: ") as raised:
+        devices.all_devices()
+    for part in parts:
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("variable", "value"), [("JAX_PLATFORMS", "cpu"), ("CUDA_VISIBLE_DEVICES", "")])

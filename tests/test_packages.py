@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import REPOSITORY, needs_tensorflow, python_path
 
+import cifar_flax
 from cifar_flax import packages
 from cifar_flax.errors import UserError
 
@@ -27,10 +28,10 @@ def old(folder, name, version):
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def broken(folder, module):
+def broken(folder, module, error="ImportError"):
     """Write a module that cannot be imported."""
     (folder / module).mkdir(parents=True)
-    (folder / module / "__init__.py").write_text("raise ImportError('it was built for\\nanother NumPy')\n")
+    (folder / module / "__init__.py").write_text(f"raise {error}('it was built for\\nanother NumPy')\n")
 
 
 def start(folder, *arguments):
@@ -77,7 +78,7 @@ def test_other_old_packages_are_reported_in_one_line(tmp_path, name, version):
     assert_one_line(done.stderr, f"{name} {version}", "too old", advice(name))
 
 
-@pytest.mark.parametrize(("module", "name"), [("optax", "optax"), ("orbax", "orbax-checkpoint")])
+@pytest.mark.parametrize(("module", "name"), [("numpy", "numpy"), ("optax", "optax"), ("orbax", "orbax-checkpoint")])
 @pytest.mark.parametrize("mode", ["--config=quickstart", "--mode=doctor"])
 def test_a_broken_package_that_every_mode_needs_is_reported_in_one_line(tmp_path, module, name, mode):
     broken(tmp_path / "first", module)
@@ -89,12 +90,17 @@ def test_a_broken_package_that_every_mode_needs_is_reported_in_one_line(tmp_path
 
 
 def test_a_run_works_without_broken_optional_packages(tmp_path):
-    for module in ("matplotlib", "tensorboardX"):
-        broken(tmp_path / "first", module)
+    """JAX imports flatbuffers and ignores only an ImportError."""
+    for module, error in (("PIL", "OSError"), ("tensorboardX", "TypeError"), ("flatbuffers", "RuntimeError")):
+        broken(tmp_path / "first", module, error)
+    names = ["pillow", "tensorboardX"]  # matplotlib imports Pillow
+    if packages.installed("tensorflow"):
+        broken(tmp_path / "first", "tensorflow", "TypeError")
+        names.append("tensorflow")
     small = ("--config.train.epochs=1.5", "--config.model.width=2", "--config.model.hidden=8")
-    done = start(tmp_path, "--config=quickstart", *small)
+    done = start(tmp_path, "--config=quickstart", "--config.data.pipeline=auto", *small)
     assert (done.returncode, done.stderr) == (0, "")
-    for name in ("matplotlib", "tensorboardX"):
+    for name in names:
         (line,) = [line for line in done.stdout.splitlines() if name in line]
         assert f"{name} {packages.version(name)}" in line
         assert f"{name}>={packages.PACKAGES[name].oldest}" in line
@@ -130,6 +136,38 @@ def test_a_broken_package_that_a_mode_needs_is_reported_in_one_line(straight, tm
     assert done.returncode == 1
     assert_one_line(done.stderr, f"{name} {packages.version(name)}", "ImportError", advice(name))
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("import jax.not_there", "jax"),
+        ("from optax import not_there", "optax"),
+        ("import optax; optax.adam()", None),
+        ("import json; json.loads('')", None),
+    ],
+)
+def test_the_package_at_fault_is_found(code, name):
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        exec(code)
+    assert packages.culprit(raised.value) == name
+
+
+def test_a_folder_left_of_an_uninstalled_package_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "left_over").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(packages.PACKAGES, "left-over", packages.Package("left_over", "1.0"))
+    monkeypatch.setattr(packages, "_broken", {})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"left-over \(version unknown\) .*files are missing.*left-over>=1\.0"):
+            packages.load("left-over")
+
+
+def test_an_old_required_package_is_reported_to_programs(tmp_path, monkeypatch):
+    old(tmp_path, "flax", "0.8.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"flax 0\.8\.0 .*too old.*flax>="):
+        cifar_flax.load("run")
 
 
 def test_old_optional_packages_are_refused(tmp_path, monkeypatch):

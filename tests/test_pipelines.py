@@ -1,9 +1,12 @@
 """Test which pipeline `data.pipeline=auto` selects."""
 
+import sys
+
 import pytest
 from conftest import needs_tensorflow
+from doctors import examine, one
 
-from cifar_flax import packages
+from cifar_flax import data, packages
 from cifar_flax.data import pipelines
 from cifar_flax.errors import UserError
 from cifar_flax.modes import doctor, evaluate
@@ -79,3 +82,17 @@ def test_the_doctor_does_not_ask_for_tensorflow(tiny_config, tmp_path, monkeypat
     tiny_config.data.pipeline = "streaming"
     with pytest.raises(UserError, match="tensorflow is not installed"):
         doctor.doctor(tiny_config, tmp_path / "run")
+
+
+def test_auto_does_without_a_tensorflow_that_cannot_be_imported(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(packages._broken, "tensorflow", UserError("tensorflow 1.0 cannot be imported"))
+    monkeypatch.setattr(pipelines, "resolve", lambda *arguments: "streaming")
+    for module in ("streaming", "tensorflow"):
+        monkeypatch.delitem(sys.modules, f"cifar_flax.data.{module}", raising=False)
+        monkeypatch.delattr(data, module, raising=False)
+    tiny_config.data.pipeline = "auto"
+    found, reasons = examine(tiny_config, tmp_path / "run")
+    assert one(found, "note start").endswith("data.pipeline is resident: tensorflow 1.0 cannot be imported")
+    assert reasons is None
+    tiny_config.data.pipeline = "streaming"
+    assert "tensorflow 1.0 cannot be imported" in examine(tiny_config, tmp_path / "run")[1]

@@ -253,12 +253,27 @@ def test_divergence_in_the_last_step_is_reported(tiny_config, workdir):
     assert not any(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
 
 
+def test_a_failing_plot_or_report_does_not_prevent_the_other_files(tiny_config, finished, monkeypatch, capsys):
+    def crash(*arguments):
+        raise AttributeError("module 'numpy' has no attribute 'float'")
+
+    monkeypatch.setattr(evaluate, "write_report", crash)
+    monkeypatch.setattr(evaluate.confusion, "plot", crash)
+    before = (finished / "eval.json").stat().st_mtime_ns
+    evaluate.evaluate(tiny_config, finished)
+    *_, report, _, plot, _, written = capsys.readouterr().out.splitlines()
+    for line, name in ((report, "report.html"), (plot, "confusion_matrix.png")):
+        assert re.fullmatch(rf".*{name} is not written: AttributeError: .*", line)
+    assert written == f"written: {finished}/eval.json, {finished}/tensorboard/evaluation"
+    assert (finished / "eval.json").stat().st_mtime_ns > before
+
+
 def test_a_result_that_cannot_be_saved_is_printed(tiny_config, finished, monkeypatch, capsys):
     def full(path, value):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(evaluate, "write_json", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"eval\.json .*No space"):
         evaluate.evaluate(tiny_config, finished)
     assert "expected calibration error" in capsys.readouterr().out
 

@@ -12,7 +12,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from cifar_flax.telemetry.metrics_log import MetricsWriter
 from cifar_flax.telemetry.progress import Progress
-from cifar_flax.telemetry.tensorboard import write_evaluation_events
+from cifar_flax.telemetry.tensorboard import Events, write_evaluation_events
 
 
 def record(step, split="train", **figures):
@@ -86,6 +86,16 @@ def test_a_full_disk_raises_at_once(tmp_path):
     assert steps_in(tmp_path) == [1, 2]
 
 
+def test_an_error_of_tensorboardx_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def crash(*arguments):
+        raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setattr(Events, "scalars", crash)
+    write(tmp_path, [1, 2])
+    assert steps_in(tmp_path) == [1, 2]
+    assert capsys.readouterr().out.count("no TensorBoard events are written: TypeError: Descriptors") == 1
+
+
 def test_lines_are_flushed_at_once(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.write(record(1))
@@ -133,7 +143,9 @@ def test_tensorboard_has_the_latest_evaluation_and_its_plot(events, tmp_path):
     figures = {"top5_accuracy": 1.0, "loss": 0.25, "expected_calibration_error": 0.125, "split": "test"}
     for step, size in ((5, (3, 4)), (7, (8, 6))):
         Image.new("RGBA", size, "red").save(tmp_path / "matrix.png")
-        write_evaluation_events(tmp_path, figures | {"step": step, "accuracy": 0.5}, tmp_path / "matrix.png", size)
+        write_evaluation_events(
+            tmp_path / "tensorboard" / "evaluation", figures | {"step": step, "accuracy": 0.5}, tmp_path / "matrix.png"
+        )
     values = events(tmp_path / "tensorboard" / "evaluation")
     image = values.pop(("confusion_matrix", 7)).image
     assert (image.width, image.height) == (8, 6)

@@ -74,7 +74,7 @@ def load(config: DataConfig, split: str) -> Arrays:
 
 
 def _resize(arrays: Arrays, size: int) -> Arrays:
-    packages.require(["pillow"], "data.image_size")
+    packages.load("pillow")
     shape = (size, size, arrays.images.shape[-1])
     resized = np.empty((len(arrays.images), *shape), np.uint8)
     for i, image in enumerate(arrays.images):

@@ -1,8 +1,5 @@
 """Check the devices, the persistent compilation cache and the memory allocator."""
 
-import contextlib
-import logging
-import logging.handlers
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,24 +12,22 @@ from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.packages import has_module
 from cifar_flax.runtime import allocator, compilation
-from cifar_flax.runtime.devices import all_devices
+from cifar_flax.runtime.devices import find_devices
 from cifar_flax.runtime.environment import machine
 
 
 def devices(examination: Examination) -> Iterator[Finding]:
     """Check that JAX finds devices, and report why a GPU or TPU is not used."""
-    with _jax_warnings() as records:
-        try:
-            found = all_devices()
-        except UserError as error:
-            yield Finding(FAIL, str(error))
-            found = []
+    try:
+        found, warned = find_devices()
+    except UserError as error:
+        yield Finding(FAIL, str(error))
+        found, warned = [], ""
     if found:
         examination.platform = found[0].platform
         kinds = Counter(device.device_kind for device in found)
         names = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         yield Finding(OK, f"{names}; {machine()}")
-    warned = " ".join("; ".join(record.getMessage() for record in records).split())
     if examination.platform in ("", "cpu"):
         if reason := nvidia.why_unused(warned):
             yield Finding(NOTE, f"NVIDIA GPU: {reason}")
@@ -43,19 +38,6 @@ def devices(examination: Examination) -> Iterator[Finding]:
                 yield Finding(NOTE, f"TPU: libtpu is installed, but JAX finds no TPU ({one_line(error)})")
         elif warned:  # such as a TPU without libtpu
             yield Finding(NOTE, warned)
-
-
-@contextlib.contextmanager
-def _jax_warnings() -> Iterator[list[logging.LogRecord]]:
-    """Collect the warnings that JAX and its plugins log while they search for devices, and do not print them."""
-    handler, loggers = logging.handlers.BufferingHandler(1000), [logging.getLogger(n) for n in ("jax", "jax_plugins")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        yield handler.buffer
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
 
 
 def programs(examination: Examination) -> Iterator[Finding]:

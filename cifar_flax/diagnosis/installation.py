@@ -1,6 +1,6 @@
 """Check Python and the installed packages. Imports only the standard library."""
 
-import importlib
+import contextlib
 import platform
 import sys
 from collections.abc import Iterator
@@ -39,15 +39,8 @@ def required_packages() -> Iterator[Finding]:
 def optional_packages(needed: tuple[str, ...] = ()) -> Iterator[Finding]:
     """Check the optional packages. A missing or broken package is a FAIL if it is in `needed`, otherwise a NOTE."""
     for name in packages.OPTIONAL:
-        if reason := packages.fault(name) or _import_fault(name):
+        if not name.startswith("tensorflow"):  # its import takes seconds; later checks import it if the run does
+            with contextlib.suppress(UserError):
+                packages.load(name)
+        if reason := packages.fault(name):
             yield Finding(FAIL if name in needed else NOTE, f"{reason}, for {packages.PACKAGES[name].used_for}")
-
-
-def _import_fault(name: str) -> str | None:
-    if name.startswith("tensorflow"):  # its import takes seconds, and a run that needs it reports the error
-        return None
-    try:
-        importlib.import_module(packages.PACKAGES[name].module.partition(".")[0])  # not pyplot: it writes files
-    except Exception as error:
-        return str(packages.broken(name, error))
-    return None

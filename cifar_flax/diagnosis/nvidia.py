@@ -40,15 +40,12 @@ def _reason(driver: str | None, warned: str) -> str:
     if not usable:
         return f"the driver is too old; update it to {OLDEST_DRIVER[13]} or newer"
     install = f'pip install -U "jax[cuda{usable[0]}]"'
-    plugins = {cuda: version for cuda in OLDEST_DRIVER if (version := packages.version(f"jax-cuda{cuda}-plugin"))}
-    if not plugins:
-        return f"JAX's CUDA plugin is not installed; {install}"
-    cuda, version = next(iter(plugins.items()))  # the newer one, which JAX prefers
+    # JAX prefers the newer one.
+    cuda = next((cuda for cuda in OLDEST_DRIVER if packages.version(f"jax-cuda{cuda}-plugin")), usable[0])
     if cuda not in usable:
         return f"jax-cuda{cuda}-plugin needs driver {OLDEST_DRIVER[cuda]} or newer; update the driver, or {install}"
-    jaxlib = packages.version("jaxlib") or ""
-    if packages.numbers(version)[:3] != packages.numbers(jaxlib)[:3]:
-        return f"jax-cuda{cuda}-plugin is {version}, jaxlib {jaxlib}: their versions must be equal; {install}"
+    if fault := packages.cuda_fault():
+        return f"{fault}; {install}"
     return warned or "JAX reports no reason; JAX_PLATFORMS=cuda makes it raise the error"
 
 

@@ -107,6 +107,8 @@ def start(examination: Examination) -> Iterator[Finding]:
             raise
         except Exception as error:
             raise UserError(one_line(error)) from error
+    if trainer.no_streaming:
+        yield Finding(NOTE, trainer.no_streaming)
     examination.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.initial_state))
     yield Finding(OK, f"config, data and devices work together: {trainer.total_steps} steps on {trainer.layout}")
 

@@ -1,12 +1,12 @@
 """--mode=eval: evaluate a checkpoint of a run, and write eval.json and the report."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
+from cifar_flax import packages
 from cifar_flax.config import Config
 from cifar_flax.data import pipelines, resident, sources
-from cifar_flax.errors import UserError
+from cifar_flax.errors import UserError, one_line
 from cifar_flax.files import write_json
 from cifar_flax.report import confusion
 from cifar_flax.report.run import write_report
@@ -32,21 +32,33 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     result |= evaluation.summary
     if processes.is_main():
         show(evaluation_table(result))  # first, so that it is not lost if the disk is full
-        write_json(workdir / "eval.json", result)
-        write_report(workdir, result, run.metadata, arrays, evaluation.probabilities)
-        written = [workdir / "eval.json", workdir / "report.html", *_plot(workdir, result)]
-        show(f"\nwritten: {', '.join(map(str, written))}")
+        _write(workdir, result, run.metadata, arrays, evaluation.probabilities)
     return result
 
 
-def _plot(workdir: Path, result: dict[str, Any]) -> list[Path]:
-    """Write the confusion matrix as a PNG and to TensorBoard, unless a package is missing; return the PNG's path."""
-    path = workdir / "confusion_matrix.png"
-    try:
-        size = confusion.plot(path, result)
-    except UserError as error:
-        show(f"\n{path.name} is not written: {error}")
-        return []
-    with contextlib.suppress(UserError):  # training reports a missing tensorboardX
-        write_evaluation_events(workdir, result, path, size)
-    return [path]
+def _write(workdir: Path, result: dict[str, Any], *evaluated: Any) -> None:
+    """Write the files of an evaluation and print their paths. If one cannot be written, write the others.
+
+    Print the reason or, if it is an `OSError`, raise `UserError` at the end.
+    """
+    plot, events = workdir / "confusion_matrix.png", workdir / "tensorboard" / "evaluation"
+    written, failed = [], []
+    for path, write in (
+        (workdir / "eval.json", lambda: write_json(workdir / "eval.json", result)),
+        (workdir / "report.html", lambda: write_report(workdir, result, *evaluated)),
+        (plot, lambda: confusion.plot(plot, result)),
+        (events, lambda: write_evaluation_events(events, result, plot if plot in written else None)),
+    ):
+        if path == events and packages.fault("tensorboardX"):  # reported by training
+            continue
+        try:
+            write()
+        except OSError as error:
+            failed.append(f"{path} is not written: {error}")
+        except Exception as error:  # plotting libraries can raise anything
+            show(f"\n{path} is not written: {one_line(error)}")
+        else:
+            written.append(path)
+    show(f"\nwritten: {', '.join(map(str, written))}")
+    if failed:
+        raise UserError("; ".join(failed))

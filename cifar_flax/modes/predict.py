@@ -49,7 +49,7 @@ def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path |
     if output is not None:
         require(output.suffix in _FORMATS, "--output", str(output), f"must end with {', '.join(_FORMATS)}")
         require(output.parent.is_dir(), "--output", str(output), "its folder does not exist")
-    packages.require(["pillow"], "image files cannot be read")
+    packages.load("pillow")  # before anything is compiled
     run = restore(config, workdir)
     model, start = Classifier(run), time.perf_counter()
     found = list(find(paths, model.class_names))

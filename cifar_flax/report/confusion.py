@@ -1,5 +1,6 @@
 """The confusion matrix as text, PNG and SVG. Rows are true classes, columns are predicted classes."""
 
+import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cifar_flax import packages
+from cifar_flax import files, packages
 from cifar_flax.report.charts import coordinate, rectangle, short, svg, text
 from cifar_flax.report.page import Markup, element, percent, scrolling
 
@@ -32,25 +33,27 @@ def text_lines(counts: Int[np.ndarray, "classes classes"], class_names: Sequence
         yield "  ".join([f"{name:{width}}", *(f"{n:{size}}" for n, size in zip(row, columns, strict=True))])
 
 
-def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
-    """Write the confusion matrix of an evaluation as a PNG and return its width and height in pixels.
+def plot(path: Path, result: Mapping[str, Any]) -> None:
+    """Write the confusion matrix of an evaluation as a PNG.
 
     Raise `UserError` if matplotlib is missing, too old or broken.
     """
-    pyplot = packages.load("matplotlib")
-    pyplot.switch_backend("Agg")
-    settings = {"text.usetex": False, "text.parse_math": False, "savefig.bbox": None, "savefig.dpi": "figure"}
+    Figure = packages.load("matplotlib").Figure  # without pyplot, whose backend depends on the environment
+    import matplotlib
+
+    settings: Any = {"text.usetex": False, "text.parse_math": False, "savefig.bbox": None, "savefig.dpi": "figure"}
     # Ignore those of the user that need LaTeX or change the size, and warnings about characters that no font has.
-    with pyplot.rc_context(settings), warnings.catch_warnings(action="ignore", category=UserWarning):
-        return _plot(pyplot, path, result)
+    with matplotlib.rc_context(settings), warnings.catch_warnings(action="ignore", category=UserWarning):
+        files.replace(path, _png(Figure, result))
 
 
-def _plot(pyplot: Any, path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
+def _png(Figure: Any, result: Mapping[str, Any]) -> bytes:
     counts, names = np.asarray(result["confusion_matrix"]), list(result["per_class"])
     normalized = fractions(counts)
     size = min(2.5 + 0.5 * len(names), 16)  # inches
     font = min(10, 400 / len(names))  # points
-    figure, axes = pyplot.subplots(figsize=(size, size), dpi=120, layout="constrained")
+    figure = Figure(figsize=(size, size), dpi=120, layout="constrained")
+    axes = figure.subplots()
     axes.imshow(normalized, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
     axes.set_yticks(range(len(names)), names, fontsize=font)
@@ -63,10 +66,9 @@ def _plot(pyplot: Any, path: Path, result: Mapping[str, Any]) -> tuple[int, int]
             if count:
                 color = "white" if normalized[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
-    figure.savefig(path, metadata={"Software": None})
-    width, height = map(int, figure.canvas.get_width_height())
-    pyplot.close(figure)
-    return width, height
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()
 
 
 def fractions(counts: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:

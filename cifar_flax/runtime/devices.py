@@ -1,5 +1,7 @@
 """Data parallelism: run a step function on all devices with jit, shard_map or pmap."""
 
+import logging
+import logging.handlers
 import math
 import os
 from collections import Counter
@@ -11,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cifar_flax import packages
 from cifar_flax.errors import UserError, one_line, require
 from cifar_flax.runtime import compilation
 
@@ -156,12 +159,38 @@ class Layout:
 
 
 def all_devices() -> list[jax.Device]:
-    """Return the devices that JAX uses. Raise `UserError` if the requested platform has none."""
+    """Return the devices that JAX uses. Raise `UserError` if the requested platform has none.
+
+    Log the warnings of JAX and its plugins on one line, without the tracebacks that they log.
+    """
+    found, warned = find_devices()
+    if warned:
+        logging.getLogger(__name__).warning(warned)
+    return found
+
+
+def find_devices() -> tuple[list[jax.Device], str]:
+    """Return the devices that JAX uses, and the warnings that `all_devices` logs. Raise its errors."""
+    records, loggers = logging.handlers.BufferingHandler(1000), [logging.getLogger(n) for n in ("jax", "jax_plugins")]
+    found, reasons = [], []
+    for logger in loggers:
+        logger.addHandler(records)
+        logger.propagate = False
     try:
-        return jax.devices()
+        found = jax.devices()
     except Exception as error:  # plugins may raise anything
-        asked = f"JAX_PLATFORMS={platforms}: " if (platforms := os.environ.get("JAX_PLATFORMS")) else ""
-        raise UserError(f"{asked}{one_line(error) if str(error) else 'there is no such device'}") from error
+        reasons = [one_line(error) if str(error) else "there is no such device"]
+    for logger in loggers:
+        logger.removeHandler(records)
+        logger.propagate = True
+    warned = [f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}" for record in records.buffer]
+    text = " ".join("; ".join(reasons + warned).split())
+    if found:
+        return found, text
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if {"cuda", "gpu"} & set(asked.split(",")) and (fault := packages.cuda_fault()):
+        text = f'{fault}; pip install -U "jax[cuda13]"'
+    raise UserError(f"JAX_PLATFORMS={asked}: {text}" if asked else text)
 
 
 def make_layout(

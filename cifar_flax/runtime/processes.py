@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from cifar_flax import files
 from cifar_flax.errors import ConfigError, UserError, one_line
 from cifar_flax.packages import has_module
-from cifar_flax.runtime.devices import Layout, ParallelConfig
+from cifar_flax.runtime.devices import Layout, ParallelConfig, all_devices
 
 # Seconds that a process with an error waits for the others before it exits. The main process hosts the coordination
 # service, and the others abort as soon as it exits, so it waits longer to let them report their errors.
@@ -56,6 +56,7 @@ def start(config: ParallelConfig) -> None:
         return
     except RuntimeError as error:
         raise UserError(f"the other processes of the run cannot be reached ({one_line(error)})") from error
+    all_devices()  # before other calls that would raise JAX's own error for a missing device
     if jax.process_count() > 1:
         _label = f"[process {jax.process_index()} of {jax.process_count()}, {socket.gethostname()}] "
         print(f"{_label}{jax.local_device_count()} of {jax.device_count()} devices", flush=True)

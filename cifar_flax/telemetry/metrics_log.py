@@ -1,15 +1,16 @@
 """Read and write metrics.jsonl: one line of JSON per logging step and per evaluation."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cifar_flax import files
-from cifar_flax.errors import UserError
+from cifar_flax.errors import one_line
 from cifar_flax.runtime import processes
 from cifar_flax.telemetry.tensorboard import Events
 
@@ -40,17 +41,16 @@ class MetricsWriter:
         kept = _written_until(path, start_step, mark)
         self._hash, self._size = hashlib.sha256(kept), len(kept)
         self._file = path.open("ab")
-        try:
+        with self._without_events_on_errors():
             self._events = Events(workdir / "tensorboard")
-        except UserError as error:
-            processes.log(f"no TensorBoard events are written: {error}")
-            return
-        self._events.start(start_step, settings or {})
+            self._events.start(start_step, settings or {})
 
     def close(self) -> None:
-        for file in (self._file, self._events):
-            if file is not None:
-                file.close()
+        if self._events is not None:
+            with self._without_events_on_errors():
+                self._events.close()
+        if self._file is not None:
+            self._file.close()
 
     def write(self, metrics: Metrics) -> None:
         if self._file is None:
@@ -63,9 +63,24 @@ class MetricsWriter:
             self._size += len(line)
             if self._events is not None:
                 scalars = {name: value for name, value in metrics.items() if name not in ("step", "split")}
-                self._events.scalars(metrics["step"], metrics["split"], scalars)
+                with self._without_events_on_errors():
+                    self._events.scalars(metrics["step"], metrics["split"], scalars)
         except OSError as error:
             raise OSError(error.errno, error.strerror, f"{self._file.name} or tensorboard beside it") from error
+
+    @contextlib.contextmanager
+    def _without_events_on_errors(self) -> Iterator[None]:
+        """Write no more events if the block raises an error other than `OSError`, and log the error."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # tensorboardX and protobuf can raise anything
+            events, self._events = self._events, None
+            if events is not None:
+                with contextlib.suppress(Exception):
+                    events.close()
+            processes.log(f"no TensorBoard events are written: {one_line(error)}")
 
     def mark(self) -> dict[str, Any] | None:
         """Flush metrics.jsonl to disk and return its size and checksum, to be saved in the checkpoint of this step."""

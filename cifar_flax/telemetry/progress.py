@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from cifar_flax import packages
-from cifar_flax.errors import UserError
+from cifar_flax.errors import one_line
 from cifar_flax.runtime import processes
 from cifar_flax.telemetry.metrics_log import Metrics
 
@@ -32,8 +32,8 @@ class Progress:
             try:
                 tqdm = packages.load("tqdm").tqdm
                 self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True)
-            except UserError as error:
-                processes.log(f"no progress bar: {error}")
+            except Exception as error:  # tqdm reads settings from environment variables
+                processes.log(f"no progress bar: {one_line(error)}")
         self._train: Metrics = {}
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """TensorBoard event files. Only this module imports tensorboardX, which is optional."""
 
 import shutil
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +20,13 @@ class Events:
 
     def __init__(self, folder: Path):
         with without("torch"):  # its import takes seconds and hundreds of megabytes, and is not needed
-            packages.load("tensorboardX")
-            from tensorboardX import event_file_writer, summary
-            from tensorboardX.proto import event_pb2, summary_pb2
-        self._summary, self._event, self._image = summary, event_pb2, summary_pb2.Summary
+            writer, self._summary, self._event, summary = (
+                packages.load("tensorboardX", f"tensorboardX.{module}")
+                for module in ("event_file_writer", "summary", "proto.event_pb2", "proto.summary_pb2")
+            )
+        self._image = summary.Summary
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        self._writer = writer.EventsWriter(str(folder / "events"))
 
     def start(self, step: int, settings: Mapping[str, Any]) -> None:
         """Start a session at `step`: hide later events of earlier sessions and write the hyperparameters."""
@@ -44,9 +46,9 @@ class Events:
                 self._write(step, summary=self._summary.scalar(f"{split}/{name}", value))
         self._writer.flush()
 
-    def image(self, step: int, name: str, png: bytes, size: tuple[int, int]) -> None:
-        """Write a PNG of `size` (width, height)."""
-        width, height = size
+    def image(self, step: int, name: str, png: bytes) -> None:
+        """Write a PNG."""
+        width, height = struct.unpack(">II", png[16:24])
         image = self._image.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
         self._write(step, summary=self._image(value=[self._image.Value(tag=name, image=image)]))
 
@@ -57,14 +59,14 @@ class Events:
         self._writer.write_event(self._event.Event(wall_time=time.time(), step=step, **content))
 
 
-def write_evaluation_events(workdir: Path, result: Mapping[str, Any], plot: Path, size: tuple[int, int]) -> None:
-    """Write the evaluation `result` and `plot`, a PNG of the confusion matrix, and delete earlier evaluation events.
+def write_evaluation_events(folder: Path, result: Mapping[str, Any], plot: Path | None) -> None:
+    """Write the evaluation `result` and `plot`, a PNG of the confusion matrix, and delete earlier events in `folder`.
 
-    `size` is the (width, height) of `plot`. Raise `UserError` if tensorboardX is missing, too old or broken.
+    Raise `UserError` if tensorboardX is missing, too old or broken.
     """
-    folder = workdir / "tensorboard" / "evaluation"
     shutil.rmtree(folder, ignore_errors=True)
     events = Events(folder)
-    events.image(result["step"], "confusion_matrix", plot.read_bytes(), size)
+    if plot is not None:
+        events.image(result["step"], "confusion_matrix", plot.read_bytes())
     events.scalars(result["step"], result["split"], scalars(result))
     events.close()

@@ -58,5 +58,5 @@ class Profiled:
             self._tracing = False
             try:
                 jax.profiler.stop_trace()
-            except jax.errors.JaxRuntimeError as error:
+            except Exception as error:  # of the disk or of the profiler
                 processes.log(f"the trace could not be written ({one_line(error)})")

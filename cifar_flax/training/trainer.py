@@ -52,6 +52,14 @@ class Trainer:
         self.layout = self.task.layout
         self.layout.require_divides("train.batch_size", config.train.batch_size)
         self.pipeline = pipelines.resolve(config.data.pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes)
+        self.no_streaming = ""  # why data.pipeline=auto cannot use TensorFlow although it is installed
+        if self.pipeline == "streaming":
+            try:
+                from cifar_flax.data import streaming  # noqa: F401  # takes seconds, hence not imported earlier
+            except UserError as error:
+                if config.data.pipeline == "streaming":
+                    raise
+                self.pipeline, self.no_streaming = "resident", f"data.pipeline is resident: {error}"
         processes.require_agreement(data=self.arrays.digest(), pipeline=self.pipeline)
         # Copied to the devices once, for all seeds.
         size = models.network_class(config.model).sample_size
