@@ -19,6 +19,7 @@ from cifar_flax.data.cache import Arrays
 from cifar_flax.data.images import resize
 from cifar_flax.data.pipelines import PIPELINES
 from cifar_flax.errors import ConfigError, UserError, one_line, require
+from cifar_flax.runtime.environment import usable_cores
 
 _DECODE_BATCH = 1000  # images
 # Names become folders in the cache, so they must not contain "..".
@@ -240,7 +241,7 @@ def _decode(
             image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
         return image, example[label_key]
 
-    dataset = dataset.map(image_and_label, num_parallel_calls=os.cpu_count()).batch(_DECODE_BATCH)
+    dataset = dataset.map(image_and_label, num_parallel_calls=usable_cores()).batch(_DECODE_BATCH)
     try:
         yield from dataset.with_options(dataset_options()).as_numpy_iterator()
     except tf.errors.OpError as error:
