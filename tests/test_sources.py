@@ -83,7 +83,9 @@ def test_missing_test_split_needs_eval_split():
     config = DataConfig(name="fake_no_test")
     with pytest.raises(ConfigError, match=r"data\.eval_split='test': .*train, validation"):
         sources.load(config, config.eval_split)
-    assert len(sources.load(config, "validation").labels) == 20
+    with pytest.raises(ConfigError, match=r"data\.eval_split='test'"):  # before the train split is decoded
+        sources.load(config, config.train_split)
+    assert len(sources.load(DataConfig(name="fake_no_test", eval_split="validation"), "validation").labels) == 20
 
 
 def test_sets_that_do_not_classify_images_are_refused():

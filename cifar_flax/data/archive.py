@@ -46,8 +46,8 @@ def read_archive(path: Path, split: str) -> Arrays:
     missing = [name for name in wanted if name not in found]
     if missing:
         closest = min(others, key=lambda name: ("batch" not in name, name), default="")
-        content = f"{closest[:60]!r} and {len(others) - 1} more" if others else "nothing"
-        raise UserError(f"{setting}: {missing[0]} not found; {_ALLOWED}. It contains {content}")
+        holds = f"{closest[:60]!r} and {len(others) - 1} more" if others else "nothing"
+        raise UserError(f"{setting}: {missing[0]} not found; {_ALLOWED}. It contains {holds}")
     records = np.frombuffer(b"".join(found[name] for name in wanted), np.uint8).reshape(-1, _RECORD)
     labels = records[:, 0].astype(np.int32)
     if labels.max() >= len(_CLASS_NAMES):

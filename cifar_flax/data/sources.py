@@ -63,10 +63,10 @@ def load(config: DataConfig, split: str) -> Arrays:
     `UserError` if the data cannot be downloaded, prepared or read.
     """
     if config.archive:
-        _require_split(config, ("train", "test"), split)
+        _require_splits(config, ("train", "test"))
         arrays = read_archive(Path(config.archive).expanduser(), split)
     elif config.name in datasets.DATASETS:
-        _require_split(config, datasets.DATASETS[config.name].splits, split)
+        _require_splits(config, datasets.DATASETS[config.name].splits)
         arrays = datasets.read(config.name, split, Path(config.data_dir).expanduser())
     else:
         return _load_tfds(config, split)
@@ -120,8 +120,7 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
     folder = Path(builder.data_dir)
     if not builder.is_prepared():
         return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
-    for split in splits:
-        _require_split(config, info.splits, split)
+    _require_splits(config, info.splits)
     decoded = sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
     return Preparation(folder, True, {}, decoded)
 
@@ -140,7 +139,7 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
         builder = _tfds_builder(config)  # again, since another process may just have prepared the data
         info = builder.info
         _prepare(config, builder)
-        _require_split(config, info.splits, split)
+        _require_splits(config, info.splits)
         folder = cache_folder(config, split, str(info.version))
         assert folder is not None
         return cache.load(folder) or cache.store(  # another process may have decoded it
@@ -165,9 +164,10 @@ def _tfds() -> Any:
     return packages.load("tensorflow-datasets")
 
 
-def _require_split(config: DataConfig, splits: Iterable[str], split: str) -> None:
-    field = "data.train_split" if split == config.train_split else "data.eval_split"
-    require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
+def _require_splits(config: DataConfig, splits: Iterable[str]) -> None:
+    """Raise `ConfigError` unless both splits of the config exist, before one of them is decoded."""
+    for field, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split)):
+        require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
 
 
 def _tfds_builder(config: DataConfig) -> Any:

@@ -18,7 +18,7 @@ from cifar_flax.diagnosis.examination import Examination
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.runtime import compilation
-from cifar_flax.training.trainer import Trainer
+from cifar_flax.training.trainer import Trainer, require_startable
 from cifar_flax.workdir import require_usable
 
 _TIMEOUT = 3.0  # seconds that a host has to accept a connection
@@ -90,6 +90,8 @@ def _unreachable(urls: Iterable[str]) -> list[str]:
 
 def start(examination: Examination) -> Iterator[Finding]:
     """Load the data and build the initial state as a run does, without compiling the step or writing files."""
+    if examination.platform:
+        require_startable(examination.config)
     if not (examination.platform and examination.has_data):
         missing = "the images are not decoded yet" if examination.platform else "no device found"
         yield Finding(NOTE, f"not tried: {missing}")
