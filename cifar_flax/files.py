@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _SEAL = "seal"
+_LOCK = ".writing"  # in a temporary folder: its process holds a lock on it
 PARTIAL = ".partial"  # suffix of files that are still being written
 
 
@@ -38,17 +39,35 @@ def replace(path: Path, content: bytes) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder, which is renamed to `folder` at the end of the block.
 
-    Readers never see an incomplete `folder`. If the block raises, the temporary folder is removed. Raise `OSError` that
-    names `folder` if it already exists and is not empty.
+    Readers never see an incomplete `folder`. If the block raises, the temporary folder is removed; those that killed
+    processes left are removed first. Raise `OSError` that names `folder` if it already exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    prefix = f".{folder.name}."
+    for left in [path for path in folder.parent.iterdir() if path.name.startswith(prefix)]:
+        if _is_abandoned(left / _LOCK):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp creates folders that only their owner can read
-        publish(partial, folder)
+        with locked(partial / _LOCK, wait=True):
+            yield partial
+            (partial / _LOCK).unlink()
+            partial.chmod(0o755)  # mkdtemp creates folders that only their owner can read
+            publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_abandoned(lock: Path) -> bool:
+    """Return whether `lock` exists and its process has ended. False where locks do not work."""
+    try:
+        import fcntl
+
+        with lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def publish(partial: Path, folder: Path) -> None:

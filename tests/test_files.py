@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -72,3 +73,26 @@ def test_lock_holder_does_not_take_the_lock(tmp_path):
         with pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
             pytest.fail("two holders")
     assert files.lock_holder(tmp_path / "lock") is None
+
+
+def test_leftovers_of_killed_processes_are_removed_but_not_those_of_live_ones(tmp_path):
+    program = (
+        "import pathlib, time\nfrom cifar_flax import files\n"
+        f"with files.new_folder(pathlib.Path({str(tmp_path / '[new]')!r})) as folder:\n"
+        "    (folder / 'a').touch()\n    print(folder.name, flush=True)\n    time.sleep(60)\n"
+    )
+    (tmp_path / ".[new].backup").mkdir()  # not made by `new_folder`
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as process:
+        partial = process.stdout.readline().strip()
+        with files.new_folder(tmp_path / "[new]") as folder:
+            (folder / "b").touch()
+        assert {path.name for path in tmp_path.iterdir()} == {"[new]", partial, ".[new].backup"}
+        process.kill()
+        process.wait()
+    shutil.rmtree(tmp_path / "[new]")
+    with files.new_folder(tmp_path / "[new]") as folder:
+        (folder / "c").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"[new]", ".[new].backup"}
+    assert [path.name for path in (tmp_path / "[new]").iterdir()] == ["c"]

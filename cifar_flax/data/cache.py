@@ -5,13 +5,14 @@ to their final names, so readers never see a partial one.
 """
 
 import hashlib
+import os
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -112,25 +113,24 @@ def store(
     """
     try:
         with files.new_folder(folder) as partial:
-            open_array = np.lib.format.open_memmap
-            images = open_array(partial / _FILES[0], mode="w+", dtype=np.uint8, shape=(num_examples, *image_shape))
-            labels = open_array(partial / _FILES[1], mode="w+", dtype=np.int32, shape=(num_examples,))
             filled = 0
-            for some_images, some_labels in batches:
-                end = filled + len(some_images)
-                if end <= num_examples:
+            with (
+                _written(partial / _FILES[0], np.uint8, (num_examples, *image_shape)) as images,
+                _written(partial / _FILES[1], np.int32, (num_examples,)) as labels,
+            ):
+                for some_images, some_labels in batches:
                     if some_labels.min() < 0 or some_labels.max() >= len(class_names):
                         raise UserError(
                             f"{dataset}: labels must be 0 to {len(class_names) - 1}; choose a split with labels"
                         )
-                    images[filled:end], labels[filled:end] = some_images, some_labels
-                filled = end
+                    images.write(np.ascontiguousarray(some_images, np.uint8))
+                    labels.write(np.ascontiguousarray(some_labels, np.int32))
+                    filled += len(some_images)
             if filled != num_examples:
                 raise UserError(f"{dataset}: decoded {filled} examples, expected {num_examples}")
-            images.flush()
-            labels.flush()
             checksums = files.checksums(partial)
-            manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names, "sha256": checksums}
+            manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names}
+            manifest["sha256"] = {file: checksums[file] for file in _FILES}
             files.write_sealed(partial / _MANIFEST, manifest)
     except OSError as error:
         if not (folder / _MANIFEST).exists():  # another process may have stored the same bytes first
@@ -139,6 +139,20 @@ def store(
     if arrays is None or arrays.dataset != dataset:
         raise UserError(f"data.cache_dir: {folder} cannot be read back as {dataset}")
     return arrays
+
+
+@contextmanager
+def _written(path: Path, dtype: type, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """Write the header of a new `.npy` file; yield the file, for the bytes of the array.
+
+    A memory map is only read: a write through one ends the process with SIGBUS if the disk is full.
+    """
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    with path.open("xb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _remove(folder: Path) -> None:
