@@ -124,11 +124,17 @@ def test_unwritable_folder_is_named(tmp_path):
         store(tmp_path / "file" / "train")
 
 
-def test_versions_are_compared_as_numbers(tmp_path):
-    assert cache.newest_version(tmp_path, "set") is None
+def test_the_newest_version_of_a_key_is_found(tmp_path):
+    folder = tmp_path / "set" / "*" / "train"
+    assert cache.newest(folder) is None
     for version in ("3.0.2", "3.0.10", "2.9.9"):
-        store(tmp_path / "set" / version / "train")
-    assert cache.newest_version(tmp_path, "set") == "3.0.10"
+        store(tmp_path / "set" / version / "train.ab.1")
+    store(tmp_path / "set" / "3.0.2" / "train.cd.1")
+    store(tmp_path / "set" / "3.0.11" / "train_32px.ab.1")
+    assert cache.newest(folder) == cache.newest(folder, "ab.") == tmp_path / "set" / "3.0.10" / "train.ab.1"
+    assert cache.newest(folder, "cd.") == tmp_path / "set" / "3.0.2" / "train.cd.1"
+    assert cache.newest(folder, "ab.2") is None
+    assert cache.newest(tmp_path / "set" / "2.9.9" / "train") == tmp_path / "set" / "2.9.9" / "train.ab.1"
 
 
 FULL_DISK = """

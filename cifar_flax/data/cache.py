@@ -1,7 +1,8 @@
 """Cache of decoded arrays: memory-mapped `.npy` files, and a manifest with their SHA-256 checksums and its own.
 
-Layout: `<cache_dir>/<dataset>/<version>/<split>/{images.npy, labels.npy, manifest.json}`. Complete folders are renamed
-to their final names, so readers never see a partial one.
+Layout: `<cache_dir>/<dataset>/<version>/<split>.<key>/{images.npy, labels.npy, manifest.json}`. The key identifies the
+data that was decoded (see `key`); a split that another program stored may have none. Complete folders are renamed to
+their final names, so readers never see a partial one.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,11 +45,31 @@ class Arrays:
         return hashlib.sha256(np.asarray(self.labels).tobytes()).hexdigest()
 
 
-def newest_version(cache_dir: Path, name: str) -> str | None:
-    """Return the highest cached version of the dataset `name`, such as "3.0.2", or None if there is none."""
-    versions = {path.parent.parent.name for path in (cache_dir / name).glob(f"*/*/{_MANIFEST}")}
-    numbered = [version for version in versions if version.replace(".", "").isdigit()]
-    return max(numbered, key=lambda version: [int(part) for part in version.split(".")], default=None)
+def newest(folder: Path, key: str = "") -> Path | None:
+    """Return the cached split `folder`, without its key, whose key starts with `key`; None if there is none.
+
+    The version in `folder` may be "*". Of several, choose the highest version, and of this, the last one decoded.
+    """
+    found = []
+    for manifest in folder.parent.parent.glob(f"{folder.parent.name}/{folder.name}*/{_MANIFEST}"):
+        (name, _, its_key), version = manifest.parent.name.partition("."), manifest.parent.parent.name.split(".")
+        if name == folder.name and its_key.startswith(key) and all(map(str.isdigit, version)):
+            found.append((list(map(int, version)), manifest.stat().st_mtime_ns, manifest.parent))
+    return max(found)[-1] if found else None
+
+
+def key(data_dir: str, name: str) -> tuple[str, str]:
+    """Return two parts of the key of the dataset `name` that is prepared in the folder `data_dir`.
+
+    The first stands for the folder, the second for the names, sizes and times of the dataset's files; "" without files.
+    """
+    found = []
+    for folder, _, names in os.walk(os.path.join(data_dir, name)):
+        for path in (os.path.join(folder, file) for file in names):
+            with suppress(OSError):  # TFDS removes temporary files while it prepares a dataset
+                found.append((os.path.relpath(path, data_dir), os.stat(path).st_size, os.stat(path).st_mtime_ns))
+    where, what = files.json_checksum(os.path.realpath(data_dir)), files.json_checksum(sorted(found))
+    return f"{where[:8]}.", what[:8] if found else ""
 
 
 @contextmanager

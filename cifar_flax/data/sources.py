@@ -19,6 +19,7 @@ from cifar_flax.data.cache import Arrays
 from cifar_flax.data.images import resize
 from cifar_flax.data.pipelines import PIPELINES
 from cifar_flax.errors import ConfigError, UserError, one_line, require
+from cifar_flax.runtime import processes
 from cifar_flax.runtime.environment import usable_cores
 
 _DECODE_BATCH = 1000  # images
@@ -87,15 +88,31 @@ def cache_dir(config: DataConfig) -> Path:
     return Path(config.cache_dir).expanduser() if config.cache_dir else files.user_cache()
 
 
-def cache_folder(config: DataConfig, split: str, version: str | None = None) -> Path | None:
-    """Return the folder of the decoded split in the cache, or None if no version of the dataset is cached.
-
-    The version is `version`, or the one in `data.name`, or the newest in the cache.
-    """
-    folder, (name, _, wanted) = cache_dir(config), config.name.partition(":")
-    version = version or wanted or cache.newest_version(folder, name)
+def cache_folder(config: DataConfig, split: str, version: str) -> Path:
+    """Return the folder of the decoded split in the cache, without a key; it may not exist."""
     size = f"_{config.image_size}px" if config.image_size else ""
-    return folder / name / version / f"{split}{size}" if version else None
+    return cache_dir(config) / config.name.partition(":")[0] / version / f"{split}{size}"
+
+
+def find_cached(config: DataConfig, split: str) -> tuple[Path | None, str]:
+    """Return the folder of the decoded split in the cache (None: decode it), and a line to log ("": none).
+
+    The files in `data.data_dir` must be as they were when they were decoded. If they are gone, their cache is still
+    used, and if `data.data_dir` is not set, also a cache of files from elsewhere. Raise `ConfigError` if
+    `data.data_dir` does not exist.
+    """
+    (name, _, version), data_dir = config.name.partition(":"), _data_dir(config)
+    is_remote = "://" in data_dir
+    allowed = "must be an existing folder, or empty for TFDS_DATA_DIR, ~/tensorflow_datasets or data in the cache"
+    require(is_remote or not config.data_dir or os.path.isdir(data_dir), "data.data_dir", config.data_dir, allowed)
+    wanted, (where, what) = cache_folder(config, split, version or "*"), cache.key(data_dir, name)
+    if cached := cache.newest(wanted, where + what):
+        return cached, ""
+    if cache.newest(wanted, where):
+        return None, f"{config.name}: its files in {data_dir} have changed since they were decoded; decoding them again"
+    elsewhere = None if what or config.data_dir or is_remote else cache.newest(wanted)
+    has_key = elsewhere is not None and elsewhere.suffix
+    return elsewhere, f"{config.name} is not in {data_dir}; using data from elsewhere in {elsewhere}" if has_key else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +144,9 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
 
 def _load_tfds(config: DataConfig, split: str) -> Arrays:
     """Return the split from the cache if possible, so that later starts neither import TFDS nor decode."""
-    folder = cache_folder(config, split)
+    folder, line = find_cached(config, split)
+    if line:
+        processes.log(line)
     cached = cache.load(folder) if folder else None
     if cached is not None:
         return cached
@@ -135,13 +154,14 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
     builder = _tfds_builder(config)
     info = builder.info
     image_key, label_key, image_shape = _features(config, info)
-    with cache.filling(cache_dir(config) / config.name.partition(":")[0]):
+    name = config.name.partition(":")[0]
+    with cache.filling(cache_dir(config) / name):
         builder = _tfds_builder(config)  # again, since another process may just have prepared the data
         info = builder.info
         _prepare(config, builder)
         _require_splits(config, info.splits)
         folder = cache_folder(config, split, str(info.version))
-        assert folder is not None
+        folder = folder.with_name(f"{folder.name}.{''.join(cache.key(_data_dir(config), name))}")
         return cache.load(folder) or cache.store(  # another process may have decoded it
             folder,
             _decode(builder, split, image_key, label_key, config.image_size),
@@ -170,11 +190,16 @@ def _require_splits(config: DataConfig, splits: Iterable[str]) -> None:
         require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
 
 
+def _data_dir(config: DataConfig) -> str:
+    """Return the folder of all datasets that TFDS prepares. TFDS itself reads the variable only on import."""
+    data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return os.path.expanduser(data_dir)
+
+
 def _tfds_builder(config: DataConfig) -> Any:
     tfds = _tfds()
-    data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR", "")  # which TFDS itself reads only on import
     try:
-        return tfds.builder(config.name, data_dir=os.path.expanduser(data_dir) or None)
+        return tfds.builder(config.name, data_dir=_data_dir(config))
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
         allowed = f"must be {', '.join(datasets.DATASETS)} or a TFDS image-classification set such as cifar10"
         raise ConfigError(f"data.name={config.name!r}: {allowed} ({one_line(error)})") from error

@@ -35,9 +35,11 @@ def data(examination: Examination) -> Iterator[Finding]:
         return
     intact = []
     for split in splits:
-        folder = sources.cache_folder(data, split)
+        folder, line = sources.find_cached(data, split)
+        if line:
+            yield Finding(NOTE, line)
         try:
-            if folder is not None and folder.exists():
+            if folder is not None:
                 cache.verify(folder)
                 intact.append(split)
         except ValueError as error:
