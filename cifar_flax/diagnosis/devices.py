@@ -6,6 +6,7 @@ import logging.handlers
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
@@ -62,9 +63,14 @@ def programs(examination: Examination) -> Iterator[Finding]:
     """Check the persistent compilation cache."""
     if not examination.platform:
         return
-    reason = compilation.cache_problem()
-    cached = f"compiled once and cached in {compilation.program_cache()}"
-    yield Finding(NOTE, f"compiled at each start: {reason}") if reason else Finding(OK, cached)
+    reason, folder = compilation.cache_problem(), compilation.program_cache()
+    if reason:
+        yield Finding(NOTE, f"compiled at each start: {reason}")
+        return
+    damaged = sum(compilation.is_damaged(path.read_bytes()) for path in Path(folder or "").glob("*-cache"))
+    yield Finding(OK, f"compiled once and cached in {folder}")
+    if damaged:
+        yield Finding(NOTE, f"{damaged} damaged programs will be removed and compiled again")
 
 
 def memory(examination: Examination) -> Iterator[Finding]:
