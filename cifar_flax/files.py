@@ -1,5 +1,6 @@
 """Atomic writes of files and folders, checksums, file locks, and the user's cache folder."""
 
+import glob
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}."
-    for left in [path for path in folder.parent.iterdir() if path.name.startswith(prefix)]:
-        if _is_abandoned(left / _LOCK):
-            shutil.rmtree(left, ignore_errors=True)
+    for lock in folder.parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
+        with suppress(OSError), locked(lock, wait=False) as is_locked:
+            if is_locked:
+                shutil.rmtree(lock.parent, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         with locked(partial / _LOCK, wait=True):
@@ -56,18 +58,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
             publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_abandoned(lock: Path) -> bool:
-    """Return whether `lock` exists and its process has ended. False where locks do not work."""
-    try:
-        import fcntl
-
-        with lock.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
 
 
 def publish(partial: Path, folder: Path) -> None:
@@ -109,7 +99,7 @@ def json_checksum(content: Any) -> str:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Return a dict from relative path to SHA-256 of all files below `folder`. Raise `OSError` if one is unreadable."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _LOCK)
     return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
 
 
@@ -146,13 +136,14 @@ def remove_folder(folder: Path, aside: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on `path`; the file records the holder's PID and host.
 
-    The kernel releases the lock when the process ends. On file systems without locks, nothing is locked. Raise
+    The kernel releases the lock when the process ends. On file systems without locks, yield False. Raise
     `BlockingIOError` if another process holds the lock and `wait` is False, `OSError` if `path` cannot be written.
     """
     with path.open("a+") as file:
+        works = True
         try:
             import fcntl
 
@@ -160,11 +151,11 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
         except BlockingIOError:
             raise
         except (ImportError, OSError):
-            pass
+            works = False
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        yield works
 
 
 def lock_holder(path: Path) -> str | None:

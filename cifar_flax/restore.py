@@ -96,11 +96,6 @@ def _no_checkpoint(workdir: Path, field: str) -> UserError:
 _FIELD = "train.init_from"
 
 
-def config_of_init_from(config: Config) -> Config:
-    """Return the saved config of the run `config.train.init_from`. Raise `UserError` if it has no checkpoint."""
-    return saved_config(Path(config.train.init_from), _FIELD)
-
-
 def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) -> TrainState:
     """Return the initial state `state` with the matching weights of the run `config.train.init_from`.
 
@@ -110,7 +105,8 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
 
     Raise `UserError` if that run has no checkpoint or if none of its parameters matches.
     """
-    folder, saved = Path(config.train.init_from), config_of_init_from(config)
+    folder = Path(config.train.init_from)
+    saved = saved_config(folder, _FIELD)
     saved.parallel = config.parallel
     run = restore(saved, folder, _FIELD)
     own = state.params, state.batch_stats

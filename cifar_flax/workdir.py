@@ -46,7 +46,7 @@ def require_usable(workdir: Path, config: Config) -> None:
         raise _taken(field, holder)
     _require_same(workdir, config, field)
     if config.train.init_from and not saved_steps(workdir / CHECKPOINTS):
-        restore.config_of_init_from(config)
+        restore.saved_config(Path(config.train.init_from), "train.init_from")
 
 
 def _taken(field: str, holder: str) -> UserError:

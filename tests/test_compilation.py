@@ -130,9 +130,8 @@ def test_the_compilation_cache_is_limited_in_size(monkeypatch, no_folder_yet):
     assert len(list(folder.glob("*-cache"))) == 10
     monkeypatch.setattr(compilation, "_MAX_BYTES", 3500)
     compilation.enable_cache()
-    assert (
-        len(list(folder.glob("*-cache"))) == 10
-    )  # the folder is set already, perhaps by the user, so nothing is removed
+    # The folder is set already, perhaps by the user, so nothing is removed.
+    assert len(list(folder.glob("*-cache"))) == 10
     jax.config.update("jax_compilation_cache_dir", None)
     compilation.enable_cache()
     assert sorted(path.name for path in folder.iterdir()) == ["0-cache", "1-cache", "2-cache", "autotuned"]
@@ -204,15 +203,19 @@ DAMAGES = {
 def test_damaged_programs_are_removed_with_one_line(cache_folder, capfd, damage):
     def compile_all():
         jax.clear_caches()
-        hits = []
-        jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+        events = []
+
+        def listen(event, **_):
+            events.append(event)
+
+        jax.monitoring.register_event_listener(listen)
         try:
             for function in (jnp.sin, jnp.cos, jnp.tan):
                 for size in (3, 4):
                     jax.jit(lambda x, function=function: function(x) + 1)(np.zeros(size))
         finally:
-            jax.monitoring.clear_event_listeners()
-        return sum(event.endswith("/cache_hits") for event in hits)
+            jax.monitoring.unregister_event_listener(listen)
+        return sum(event.endswith("/cache_hits") for event in events)
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     compile_all()

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import zlib
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from cifar_flax import config as configs
 from cifar_flax import packages, workdir
 from cifar_flax.checkpoints import metadata
 from cifar_flax.diagnosis import devices, nvidia
-from cifar_flax.runtime import allocator
+from cifar_flax.runtime import allocator, compilation
 
 
 @pytest.fixture
@@ -45,6 +46,16 @@ def test_a_run_that_can_start(tiny_config, tmp_path, monkeypatch):
     assert re.search(r"\b34 steps\b.*\bcpu\b", one(found, "ok start"))
     assert one(found, "ok programs").endswith(str(compiled))
     assert (snapshot(tmp_path), {path.name for path in compiled.glob("jit*")}) == before
+
+
+def test_damaged_programs_are_counted_and_not_removed(examination, tmp_path, monkeypatch):
+    (tmp_path / "compiled").mkdir()
+    for name, content in (("a-cache", b""), ("b-cache", zlib.compress(b"a program")), ("c-atime", b"")):
+        (tmp_path / "compiled" / name).write_bytes(content)
+    monkeypatch.setattr(compilation, "program_cache", lambda: str(tmp_path / "compiled"))
+    before = snapshot(tmp_path)
+    assert one(examination()[0], "note programs").startswith("note programs 1 damaged programs will be removed")
+    assert snapshot(tmp_path) == before
 
 
 def test_an_unavailable_platform_is_reported(examination, monkeypatch):

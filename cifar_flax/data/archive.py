@@ -57,13 +57,11 @@ def read_archive(path: Path, split: str) -> Arrays:
 
 
 def _folder_members(path: Path, wanted: tuple[str, ...], others: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield what `_tar_members` does, from the folder `path`."""
-    for file in path.iterdir():
-        if file.name in wanted and file.is_file():
-            with file.open("rb") as opened:
-                yield file.name, opened.read(_FILE_SIZE + 1)
-        else:
-            others.append(file.name)
+    others += [file.name for file in path.iterdir() if file.name not in wanted]
+    for name in wanted:
+        if (path / name).is_file():
+            with (path / name).open("rb") as file:
+                yield name, file.read(_FILE_SIZE + 1)
 
 
 def _tar_members(path: Path, wanted: tuple[str, ...], others: list[str]) -> Iterator[tuple[str, bytes]]:

@@ -135,10 +135,10 @@ def store(
     try:
         with files.new_folder(folder) as partial:
             filled = 0
-            with (
-                _written(partial / _FILES[0], np.uint8, (num_examples, *image_shape)) as images,
-                _written(partial / _FILES[1], np.int32, (num_examples,)) as labels,
-            ):
+            # Not through a memory map: if the disk is full, a write through one ends the process with SIGBUS.
+            with (partial / _FILES[0]).open("xb") as images, (partial / _FILES[1]).open("xb") as labels:
+                _write_header(images, np.uint8, (num_examples, *image_shape))
+                _write_header(labels, np.int32, (num_examples,))
                 for some_images, some_labels in batches:
                     if some_labels.min() < 0 or some_labels.max() >= len(class_names):
                         raise UserError(
@@ -150,8 +150,7 @@ def store(
             if filled != num_examples:
                 raise UserError(f"{dataset}: decoded {filled} examples, expected {num_examples}")
             checksums = files.checksums(partial)
-            manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names}
-            manifest["sha256"] = {file: checksums[file] for file in _FILES}
+            manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names, "sha256": checksums}
             files.write_sealed(partial / _MANIFEST, manifest)
     except OSError as error:
         if not (folder / _MANIFEST).exists():  # another process may have stored the same bytes first
@@ -162,18 +161,10 @@ def store(
     return arrays
 
 
-@contextmanager
-def _written(path: Path, dtype: type, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
-    """Write the header of a new `.npy` file; yield the file, for the bytes of the array.
-
-    A memory map is only read: a write through one ends the process with SIGBUS if the disk is full.
-    """
+def _write_header(file: BinaryIO, dtype: type, shape: tuple[int, ...]) -> None:
+    """Write the start of a `.npy` file, which the bytes of the array follow."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    with path.open("xb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _remove(folder: Path) -> None:

@@ -109,7 +109,7 @@ def find_cached(config: DataConfig, split: str) -> tuple[Path | None, str]:
     if cached := cache.newest(wanted, where + what):
         return cached, ""
     if cache.newest(wanted, where):
-        return None, f"{config.name}: its files in {data_dir} have changed since they were decoded; decoding them again"
+        return None, f"{name}: its files in {data_dir} have changed since the {split} split was decoded; decoding again"
     elsewhere = None if what or config.data_dir or is_remote else cache.newest(wanted)
     has_key = elsewhere is not None and elsewhere.suffix
     return elsewhere, f"{config.name} is not in {data_dir}; using data from elsewhere in {elsewhere}" if has_key else ""

@@ -74,9 +74,10 @@ def _remove_damaged(show: Callable[..., None]) -> None:
 
     JAX neither removes nor overwrites an incomplete file, such as one that a full disk has cut off.
     """
-    printed = []
+    printed = False
 
     def handle(message: Warning | str, *where: Any, **options: Any) -> None:
+        nonlocal printed
         found = re.match(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", str(message))
         folder = program_cache()
         if not found or folder is None:
@@ -90,10 +91,10 @@ def _remove_damaged(show: Callable[..., None]) -> None:
         if action == "writing":
             jax.config.update(_MIN_SECONDS, _NEVER)
             effect = "written; they will be compiled again at the next start"
-        if not printed:
-            printed.append(action)
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if not printed:
                 print(f"compiled programs in {folder} cannot be {effect} ({reason})", file=sys.stderr)
+        printed = True
 
     warnings.showwarning = handle
 

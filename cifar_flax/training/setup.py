@@ -29,10 +29,7 @@ Init = Callable[[int, UInt8[Any, "n height width c"] | None], TrainState]
 
 
 def checked_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> Layout:
-    """Return the layout of the run on `devices` (default: all), after the checks that need devices but no data.
-
-    Raise `ConfigError` if the config does not fit the devices, and `UserError` if the processes of one run disagree.
-    """
+    """Return the layout of the run on `devices` (default: all). Raise `UserError` if the config does not fit them."""
     layout, sync_batchnorm = make_layout(config.parallel, devices, config.deterministic), config.train.sync_batchnorm
     processes.require_agreement(config=configs.shared(config), backend=layout.backend)
     fits = sync_batchnorm or layout.backend != "jit" or layout.num_devices == 1
