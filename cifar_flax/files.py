@@ -56,6 +56,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             (partial / _LOCK).unlink()
             partial.chmod(0o755)  # mkdtemp creates folders that only their owner can read
             publish(partial, folder)
+    except OSError as error:  # such as a full disk, which no file name comes with
+        raise OSError(error.errno, error.strerror, str(error.filename or folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

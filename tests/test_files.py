@@ -32,6 +32,12 @@ def test_a_failed_write_leaves_no_partial_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
 
 
+def test_a_full_disk_is_reported_with_the_folder(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/new'"), files.new_folder(tmp_path / "new"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sealed_files_keep_all_json_values(tmp_path):
     content = {"a": [1, 2.5, None, True, '\u00e4 "x"'], "b": {"c": 1 / 3, "": {}}, "f": 1e-300}
     files.write_sealed(tmp_path / "a", content)

@@ -256,8 +256,10 @@ def _decode(
     """Yield batches of images and labels in the order in which TFDS stores them."""
     from cifar_flax.data.tensorflow import dataset_options, tf
 
-    # Read one file after another: with interleaving, the order would depend on TFDS's defaults.
-    dataset = builder.as_dataset(split=split, read_config=_tfds().ReadConfig(interleave_cycle_length=1))
+    # Read one file after another: with interleaving, the order would depend on TFDS's defaults. Its cache in memory
+    # would only take space, and log a warning if the disk is full.
+    read_config = _tfds().ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    dataset = builder.as_dataset(split=split, read_config=read_config)
 
     def image_and_label(example: Any) -> tuple[Any, Any]:
         image = example[image_key]
