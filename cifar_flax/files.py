@@ -7,11 +7,12 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from cifar_flax.paths import local_path
 
 _SEAL = "seal"
 _LOCK = ".writing"  # in a temporary folder: its process holds a lock on it
@@ -49,12 +50,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         with suppress(OSError), locked(lock, wait=False) as is_locked:
             if is_locked:
                 shutil.rmtree(lock.parent, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    partial = folder.with_name(f"{prefix}{secrets.token_hex(4)}")
+    partial.mkdir()  # with the permissions of the umask, which those of mkdtemp ignore
     try:
         with locked(partial / _LOCK, wait=True):
             yield partial
             (partial / _LOCK).unlink()
-            partial.chmod(0o755)  # mkdtemp creates folders that only their owner can read
             publish(partial, folder)
     except OSError as error:  # such as a full disk, which no file name comes with
         raise OSError(error.errno, error.strerror, str(error.filename or folder)) from error
@@ -144,7 +145,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     The kernel releases the lock when the process ends. On file systems without locks, yield False. Raise
     `BlockingIOError` if another process holds the lock and `wait` is False, `OSError` if `path` cannot be written.
     """
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         works = True
         try:
             import fcntl
@@ -168,15 +169,18 @@ def lock_holder(path: Path) -> str | None:
     try:
         import fcntl
 
-        with path.open() as file:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return path.read_text(errors="replace") or "another process"
+        return path.read_text("utf-8", errors="replace") or "another process"
     except (ImportError, OSError):
         pass
     return None
 
 
 def user_cache() -> Path:
-    """Return this project's folder in the user's cache folder; it may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_flax"
+    """Return this project's folder in the user's cache folder; it may not exist.
+
+    Raise `ConfigError` if the home folder is unknown and XDG_CACHE_HOME is not set, or names no local folder.
+    """
+    return local_path("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cifar_flax"

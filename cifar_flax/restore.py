@@ -12,6 +12,7 @@ from cifar_flax.checkpoints.metadata import CHECKPOINTS, Metadata, read_metadata
 from cifar_flax.config import Config
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import ConfigError, UserError, first_of
+from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.runtime.trees import named_leaves
@@ -105,7 +106,7 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
 
     Raise `UserError` if that run has no checkpoint or if none of its parameters matches.
     """
-    folder = Path(config.train.init_from)
+    folder = local_path(_FIELD, config.train.init_from)
     saved = saved_config(folder, _FIELD)
     saved.parallel = config.parallel
     run = restore(saved, folder, _FIELD)

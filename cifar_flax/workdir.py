@@ -9,6 +9,7 @@ from cifar_flax import files, restore
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, DamagedError, read_metadata, saved_steps
 from cifar_flax.config import Config
 from cifar_flax.errors import ConfigError, UserError, first_of
+from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
 
 _CONFIG = "config.json"
@@ -46,7 +47,7 @@ def require_usable(workdir: Path, config: Config) -> None:
         raise _taken(field, holder)
     _require_same(workdir, config, field)
     if config.train.init_from and not saved_steps(workdir / CHECKPOINTS):
-        restore.saved_config(Path(config.train.init_from), "train.init_from")
+        restore.saved_config(local_path("train.init_from", config.train.init_from), "train.init_from")
 
 
 def _taken(field: str, holder: str) -> UserError:
@@ -58,7 +59,7 @@ def _lock(stack: contextlib.ExitStack, workdir: Path, field: str) -> None:
     try:
         stack.enter_context(files.locked(path, wait=False))
     except BlockingIOError as error:
-        raise _taken(field, path.read_text(errors="replace") or "another process") from error
+        raise _taken(field, path.read_text("utf-8", errors="replace") or "another process") from error
     for left in workdir.glob(f".*{files.PARTIAL}"):  # remains of killed runs
         left.unlink(missing_ok=True)
 

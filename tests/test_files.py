@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,18 @@ def test_a_full_disk_is_reported_with_the_folder(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: '.*/new'"), files.new_folder(tmp_path / "new"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_new_folders_have_the_permissions_of_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with files.new_folder(tmp_path / "new") as folder:
+            (folder / "file").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_sealed_files_keep_all_json_values(tmp_path):

@@ -123,15 +123,20 @@ def test_damaged_cache_is_rebuilt_with_a_warning():
     np.testing.assert_array_equal(after.images, before)
 
 
-def test_data_dir_and_cache_dir_are_used(tmp_path):
+def test_data_dir_and_cache_dir_are_used(tmp_path, monkeypatch):
+    """`~` is expanded in the settings and in the environment variables."""
+    for name, folder in {"HOME": str(tmp_path), "TFDS_DATA_DIR": "~/tfds", "XDG_CACHE_HOME": "~/cache"}.items():
+        monkeypatch.setenv(name, folder)
     (tmp_path / "here").mkdir()
-    config = DataConfig(name="fake_gray", data_dir=str(tmp_path / "here"), cache_dir=str(tmp_path / "there"))
+    config = DataConfig(name="fake_gray", data_dir="~/here", cache_dir="~/there")
     sources.load(config, "test")
     assert (tmp_path / "here" / "fake_gray" / "1.0.0").is_dir()
     assert len(list((tmp_path / "there").glob("fake_gray/1.0.0/test.*/manifest.json"))) == 1
     assert not (tmp_path / "tfds").exists()
     sources.load(DataConfig(name="fake_gray"), "test")
     assert (tmp_path / "tfds" / "fake_gray" / "1.0.0").is_dir()  # TFDS_DATA_DIR
+    assert (tmp_path / "cache" / "cifar_flax" / "fake_gray").is_dir()
+    assert not (tmp_path / "~").exists()
 
 
 def load_from(data_dir, **settings):

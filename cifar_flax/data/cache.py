@@ -58,7 +58,7 @@ def newest(folder: Path, key: str = "") -> Path | None:
     return max(found)[-1] if found else None
 
 
-def key(data_dir: str, name: str) -> tuple[str, str]:
+def key(data_dir: Path, name: str) -> tuple[str, str]:
     """Return two parts of the key of the dataset `name` that is prepared in the folder `data_dir`.
 
     The first stands for the folder, the second for the names, sizes and times of the dataset's files; "" without files.

@@ -19,6 +19,7 @@ from cifar_flax.data.cache import Arrays
 from cifar_flax.data.images import resize
 from cifar_flax.data.pipelines import PIPELINES
 from cifar_flax.errors import ConfigError, UserError, one_line, require
+from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.environment import usable_cores
 
@@ -65,10 +66,10 @@ def load(config: DataConfig, split: str) -> Arrays:
     """
     if config.archive:
         _require_splits(config, ("train", "test"))
-        arrays = read_archive(Path(config.archive).expanduser(), split)
+        arrays = read_archive(local_path("data.archive", config.archive), split)
     elif config.name in datasets.DATASETS:
         _require_splits(config, datasets.DATASETS[config.name].splits)
-        arrays = datasets.read(config.name, split, Path(config.data_dir).expanduser())
+        arrays = datasets.read(config.name, split, local_path("data.data_dir", config.data_dir))
     else:
         return _load_tfds(config, split)
     return _resize(arrays, config.image_size) if config.image_size else arrays
@@ -85,7 +86,7 @@ def _resize(arrays: Arrays, size: int) -> Arrays:
 
 def cache_dir(config: DataConfig) -> Path:
     """Return the folder of decoded arrays; it may not exist."""
-    return Path(config.cache_dir).expanduser() if config.cache_dir else files.user_cache()
+    return local_path("data.cache_dir", config.cache_dir) if config.cache_dir else files.user_cache()
 
 
 def cache_folder(config: DataConfig, split: str, version: str) -> Path:
@@ -102,15 +103,14 @@ def find_cached(config: DataConfig, split: str) -> tuple[Path | None, str]:
     `data.data_dir` does not exist.
     """
     (name, _, version), data_dir = config.name.partition(":"), _data_dir(config)
-    is_remote = "://" in data_dir
     allowed = "must be an existing folder, or empty for TFDS_DATA_DIR, ~/tensorflow_datasets or data in the cache"
-    require(is_remote or not config.data_dir or os.path.isdir(data_dir), "data.data_dir", config.data_dir, allowed)
+    require(not config.data_dir or os.path.isdir(data_dir), "data.data_dir", config.data_dir, allowed)
     wanted, (where, what) = cache_folder(config, split, version or "*"), cache.key(data_dir, name)
     if cached := cache.newest(wanted, where + what):
         return cached, ""
     if cache.newest(wanted, where):
         return None, f"{name}: its files in {data_dir} have changed since the {split} split was decoded; decoding again"
-    elsewhere = None if what or config.data_dir or is_remote else cache.newest(wanted)
+    elsewhere = None if what or config.data_dir else cache.newest(wanted)
     has_key = elsewhere is not None and elsewhere.suffix
     return elsewhere, f"{config.name} is not in {data_dir}; using data from elsewhere in {elsewhere}" if has_key else ""
 
@@ -138,6 +138,8 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
     if not builder.is_prepared():
         return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
     _require_splits(config, info.splits)
+    for split in splits:
+        _require_files(info, split)
     decoded = sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
     return Preparation(folder, True, {}, decoded)
 
@@ -160,6 +162,7 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
         info = builder.info
         _prepare(config, builder)
         _require_splits(config, info.splits)
+        _require_files(info, split)
         folder = cache_folder(config, split, str(info.version))
         folder = folder.with_name(f"{folder.name}.{''.join(cache.key(_data_dir(config), name))}")
         return cache.load(folder) or cache.store(  # another process may have decoded it
@@ -190,10 +193,18 @@ def _require_splits(config: DataConfig, splits: Iterable[str]) -> None:
         require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
 
 
-def _data_dir(config: DataConfig) -> str:
+def _data_dir(config: DataConfig) -> Path:
     """Return the folder of all datasets that TFDS prepares. TFDS itself reads the variable only on import."""
-    data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return os.path.expanduser(data_dir)
+    if config.data_dir:
+        return local_path("data.data_dir", config.data_dir)
+    return local_path("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+
+
+def _require_files(info: Any, split: str) -> None:
+    """Raise `UserError` if a file of the split is missing, as in an incomplete copy."""
+    for path in info.splits[split].filepaths:
+        if not os.path.exists(path):
+            raise UserError(f"{path} is missing; complete its folder, or remove it to let TFDS prepare it again")
 
 
 def _tfds_builder(config: DataConfig) -> Any:

@@ -123,7 +123,7 @@ def disk(examination: Examination) -> Iterator[Finding]:
     """Check that each disk has room for what earlier checks found to be needed."""
     needed: Counter[int] = Counter()  # device -> bytes
     for what, folder, size in examination.needs:
-        place = folder.expanduser().absolute()
+        place = folder.absolute()
         while not os.path.exists(place):  # not Path.exists, which raises if a folder is not readable
             place = place.parent
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

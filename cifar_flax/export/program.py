@@ -68,7 +68,7 @@ def run_in_new_process(
         # -P: do not import modules from the script's folder.
         command = [sys.executable, "-P", run_program.__file__, str(folder), str(inputs), str(outputs)]
         environment = os.environ | variables_beside(platform)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no error message"])[-1]
             raise UserError(f"the program is not exported: another process cannot run it ({reason})")

@@ -17,7 +17,7 @@ _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: "200000 100000" f
 def processor() -> str:
     """Return the processor's name or, if the operating system does not report it, its architecture."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
