@@ -30,7 +30,7 @@ from benchmarks.campaign import REPOSITORY, Settings
 from benchmarks.speedrun import scripts_of
 from benchmarks.stages import STAGES
 from cifar_flax import files
-from cifar_flax.data import sources
+from cifar_flax.data import cache, sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError, require
 
@@ -142,9 +142,8 @@ def data_cache(paths: list[Path]) -> str:
         return ""
     if paths[0].is_dir():
         require(len(paths) == 1, "--data", " ".join(map(str, paths)), "must be one folder, or archives")
-        cached = sources.cache_folder(DataConfig(cache_dir=str(paths[0])), "train")
-        found = cached is not None and cached.is_dir()
-        require(found, "--data", str(paths[0]), "contains no decoded cifar10, such as cifar10/3.0.2/train")
+        cached = cache.newest(sources.cache_folder(DataConfig(cache_dir=str(paths[0])), "train", "*"))
+        require(cached is not None, "--data", str(paths[0]), "contains no decoded cifar10, such as cifar10/3.0.2/train")
         return str(paths[0].absolute())
     sheets.unpack(paths, files.user_cache())
     return ""

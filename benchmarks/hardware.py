@@ -1,7 +1,6 @@
 """Name, published peak and measured speed of the machine."""
 
 import datetime
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cifar_flax.runtime.environment import processor
+from cifar_flax.runtime.environment import processor, usable_cores
 
 # JAX's `device_kind` -> dense bfloat16 operations per second, from the vendors' data sheets.
 PEAKS = {
@@ -75,4 +74,4 @@ def median_seconds(run: Callable[[], Any], seconds: float = 1.0) -> float:
 
 
 def machine() -> dict[str, Any]:
-    return {"cpu": processor(), "cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
+    return {"cpu": processor(), "cores": usable_cores(), "date": datetime.date.today().isoformat()}

@@ -89,6 +89,8 @@ class Config:
             part: Any = getattr(self, member.name)
             if hasattr(part, "validate"):
                 part.validate()
+        warmup, allowed = self.optim.warmup_epochs, f"must be shorter than the run of {self.train.epochs:g} epochs"
+        require(warmup <= self.train.epochs, "optim.warmup_epochs", warmup, allowed)
         whitening = self.optim.whitening
         fits = "whitening" in models.network_class(self.model).groups.values() or whitening == GroupConfig()
         allowed = f"does not apply to {self.model.name}, which has no whitening layer"

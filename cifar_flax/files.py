@@ -1,5 +1,6 @@
 """Atomic writes of files and folders, checksums, file locks, and the user's cache folder."""
 
+import glob
 import hashlib
 import json
 import os
@@ -7,13 +8,14 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cifar_flax.paths import local_path
 
 _SEAL = "seal"
+_LOCK = ".writing"  # in a temporary folder: its process holds a lock on it
 PARTIAL = ".partial"  # suffix of files that are still being written
 
 
@@ -39,15 +41,24 @@ def replace(path: Path, content: bytes) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder, which is renamed to `folder` at the end of the block.
 
-    Readers never see an incomplete `folder`. If the block raises, the temporary folder is removed. Raise `OSError` that
-    names `folder` if it already exists and is not empty.
+    Readers never see an incomplete `folder`. If the block raises, the temporary folder is removed; those that killed
+    processes left are removed first. Raise `OSError` that names `folder` if it already exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    prefix = f".{folder.name}."
+    for lock in folder.parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
+        with suppress(OSError), locked(lock, wait=False) as is_locked:
+            if is_locked:
+                shutil.rmtree(lock.parent, ignore_errors=True)
+    partial = folder.with_name(f"{prefix}{secrets.token_hex(4)}")
     partial.mkdir()  # with the permissions of the umask, which those of mkdtemp ignore
     try:
-        yield partial
-        publish(partial, folder)
+        with locked(partial / _LOCK, wait=True):
+            yield partial
+            (partial / _LOCK).unlink()
+            publish(partial, folder)
+    except OSError as error:  # such as a full disk, which no file name comes with
+        raise OSError(error.errno, error.strerror, str(error.filename or folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -91,7 +102,7 @@ def json_checksum(content: Any) -> str:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Return a dict from relative path to SHA-256 of all files below `folder`. Raise `OSError` if one is unreadable."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _LOCK)
     return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
 
 
@@ -128,13 +139,14 @@ def remove_folder(folder: Path, aside: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on `path`; the file records the holder's PID and host.
 
-    The kernel releases the lock when the process ends. On file systems without locks, nothing is locked. Raise
+    The kernel releases the lock when the process ends. On file systems without locks, yield False. Raise
     `BlockingIOError` if another process holds the lock and `wait` is False, `OSError` if `path` cannot be written.
     """
     with path.open("a+", encoding="utf-8") as file:
+        works = True
         try:
             import fcntl
 
@@ -142,11 +154,11 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
         except BlockingIOError:
             raise
         except (ImportError, OSError):
-            pass
+            works = False
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        yield works
 
 
 def lock_holder(path: Path) -> str | None:

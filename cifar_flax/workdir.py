@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cifar_flax import config as configs
-from cifar_flax import files
+from cifar_flax import files, restore
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, DamagedError, read_metadata, saved_steps
 from cifar_flax.config import Config
 from cifar_flax.errors import ConfigError, UserError, first_of
+from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
 
 _CONFIG = "config.json"
@@ -40,11 +41,13 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
 
 
 def require_usable(workdir: Path, config: Config) -> None:
-    """Raise the errors that `opened` would raise for the run in `workdir`, without writing anything."""
+    """Raise `UserError` if a run of `config` cannot start or resume in `workdir`; write nothing and need no data."""
     field = f"--workdir={str(workdir)!r}"
     if holder := files.lock_holder(workdir / _LOCK):
         raise _taken(field, holder)
     _require_same(workdir, config, field)
+    if config.train.init_from and not saved_steps(workdir / CHECKPOINTS):
+        restore.saved_config(local_path("train.init_from", config.train.init_from), "train.init_from")
 
 
 def _taken(field: str, holder: str) -> UserError:

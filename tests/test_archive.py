@@ -7,6 +7,10 @@ import pytest
 from cifar_flax.data import archive
 from cifar_flax.errors import ConfigError, UserError
 
+NEEDED = (
+    "data_batch_1.bin not found; must be cifar-10-binary.tar.gz (with cifar-10-batches-bin/*.bin) or the folder it "
+    "unpacks to"
+)
 RECORDS = 6  # per file of the test archives; a file of the real archive has 10,000
 NAMES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 
@@ -91,6 +95,31 @@ def test_truncated_archives_are_refused(tmp_path, contents, keep):
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(UserError, match=r"data\.archive"):
         archive.read_archive(path, "test")
+
+
+@pytest.mark.parametrize(
+    ("members", "found"),
+    [
+        ("./cifar-10-batches-bin/{}.bin", "'./cifar-10-batches-bin/data_batch_1.bin'"),
+        ("{}.bin", "'data_batch_1.bin'"),
+        ("cifar-10-batches-py/{}", "'cifar-10-batches-py/data_batch_1'"),
+    ],
+    ids=["dot", "flat", "Python version"],
+)
+def test_what_other_archives_contain_is_reported(tmp_path, contents, members, found):
+    named = [(members.format(name.removesuffix(".bin")), content) for name, content in contents.items()]
+    with pytest.raises(UserError) as caught:
+        archive.read_archive(write_tar(tmp_path / "a.tar.gz", named), "train")
+    assert str(caught.value).endswith(f"a.tar.gz': {NEEDED}. It contains {found} and 5 more")
+
+
+def test_what_other_folders_contain_is_reported(tmp_path):
+    (tmp_path / "parent" / "cifar-10-batches-bin").mkdir(parents=True)
+    (tmp_path / "parent" / "another").touch()
+    for folder, found in (("parent", "'cifar-10-batches-bin' and 1 more"), ("parent/cifar-10-batches-bin", "nothing")):
+        with pytest.raises(UserError) as caught:
+            archive.read_archive(tmp_path / folder, "train")
+        assert str(caught.value).endswith(f"/{folder}': {NEEDED}. It contains {found}")
 
 
 def test_links_are_not_followed(tmp_path, contents):

@@ -1,5 +1,9 @@
+import sys
+
+import namespaces
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 from cifar_flax.data import cache
 from cifar_flax.errors import UserError
@@ -120,8 +124,39 @@ def test_unwritable_folder_is_named(tmp_path):
         store(tmp_path / "file" / "train")
 
 
-def test_versions_are_compared_as_numbers(tmp_path):
-    assert cache.newest_version(tmp_path, "set") is None
+def test_the_newest_version_of_a_key_is_found(tmp_path):
+    folder = tmp_path / "set" / "*" / "train"
+    assert cache.newest(folder) is None
     for version in ("3.0.2", "3.0.10", "2.9.9"):
-        store(tmp_path / "set" / version / "train")
-    assert cache.newest_version(tmp_path, "set") == "3.0.10"
+        store(tmp_path / "set" / version / "train.ab.1")
+    store(tmp_path / "set" / "3.0.2" / "train.cd.1")
+    store(tmp_path / "set" / "3.0.11" / "train_32px.ab.1")
+    assert cache.newest(folder) == cache.newest(folder, "ab.") == tmp_path / "set" / "3.0.10" / "train.ab.1"
+    assert cache.newest(folder, "cd.") == tmp_path / "set" / "3.0.2" / "train.cd.1"
+    assert cache.newest(folder, "ab.2") is None
+    assert cache.newest(tmp_path / "set" / "2.9.9" / "train") == tmp_path / "set" / "2.9.9" / "train.ab.1"
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+import numpy as np
+from cifar_flax.data import cache
+from cifar_flax.errors import UserError
+folder, images = Path(sys.argv[1]), np.ones((2000, 32, 32, 3), np.uint8)
+try:
+    cache.store(
+        folder / "train", [(images, np.zeros(2000, np.int32))],
+        num_examples=2000, image_shape=(32, 32, 3), class_names=("a",), dataset="set/1.0.0",
+    )
+except UserError as error:
+    print(error)
+print(list(folder.iterdir()))
+"""
+
+
+def test_a_full_disk_is_reported_and_nothing_is_left(tmp_path):
+    program = [sys.executable, "-c", FULL_DISK, tmp_path]
+    done = namespaces.run_on_small_disk(tmp_path, "4m", program, cwd=REPOSITORY)
+    wanted = f"data.cache_dir: cannot write {tmp_path}/train: No space left on device\n[]\n"
+    assert (done.returncode, done.stdout) == (0, wanted), done.stderr

@@ -3,9 +3,12 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
+import namespaces
+import numpy as np
 import pytest
 from conftest import REPOSITORY, python_path
 from jax.experimental.compilation_cache import compilation_cache
@@ -121,14 +124,17 @@ def test_the_compilation_cache_is_limited_in_size(monkeypatch, no_folder_yet):
     for age in range(10):
         (folder / f"{age}-cache").write_bytes(bytes(1000))
         os.utime(folder / f"{age}-cache", (10**9 - age, 10**9 - age))
+    (folder / "autotuned").mkdir()
+    os.utime(folder / "autotuned", (1, 1))
     compilation.enable_cache()
-    assert len(list(folder.iterdir())) == 10
+    assert len(list(folder.glob("*-cache"))) == 10
     monkeypatch.setattr(compilation, "_MAX_BYTES", 3500)
     compilation.enable_cache()
-    assert len(list(folder.iterdir())) == 10  # the folder is set already, perhaps by the user, so nothing is removed
+    # The folder is set already, perhaps by the user, so nothing is removed.
+    assert len(list(folder.glob("*-cache"))) == 10
     jax.config.update("jax_compilation_cache_dir", None)
     compilation.enable_cache()
-    assert sorted(path.name for path in folder.iterdir()) == ["0-cache", "1-cache", "2-cache"]
+    assert sorted(path.name for path in folder.iterdir()) == ["0-cache", "1-cache", "2-cache", "autotuned"]
 
 
 def test_the_cache_folder_becomes_accessible_to_its_owner_only(tmp_path, no_folder_yet):
@@ -184,3 +190,75 @@ def test_why_programs_are_not_cached(cache_folder, tmp_path):
     assert compilation.cache_problem().startswith(f"{files.user_cache()}/compiled ")
     jax.config.update("jax_enable_compilation_cache", False)
     assert "JAX_ENABLE_COMPILATION_CACHE" in compilation.cache_problem()
+
+
+DAMAGES = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(bytes(range(256)) * 9),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_programs_are_removed_with_one_line(cache_folder, capfd, damage):
+    def compile_all():
+        jax.clear_caches()
+        events = []
+
+        def listen(event, **_):
+            events.append(event)
+
+        jax.monitoring.register_event_listener(listen)
+        try:
+            for function in (jnp.sin, jnp.cos, jnp.tan):
+                for size in (3, 4):
+                    jax.jit(lambda x, function=function: function(x) + 1)(np.zeros(size))
+        finally:
+            jax.monitoring.unregister_event_listener(listen)
+        return sum(event.endswith("/cache_hits") for event in events)
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compile_all()
+    programs = [path for path in cache_folder.iterdir() if path.name.endswith("-cache")]
+    (cache_folder / "another_file").touch()
+    for path in programs:
+        DAMAGES[damage](path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        compilation.enable_cache()
+        assert compile_all() == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"compiled programs in {cache_folder} cannot be read; they are removed")
+    assert compile_all() == len(programs) > 3
+    assert (cache_folder / "another_file").exists()
+
+
+FULL_DISK = """
+import os
+import jax, jax.numpy as jnp
+from cifar_flax.runtime import compilation
+
+def compile_all():
+    jax.clear_caches()
+    compilation.enable_cache()
+    for function in (jnp.sin, jnp.cos, jnp.sort, jnp.tan):
+        jax.jit(function)(jnp.ones(3))
+
+compilation.enable_cache()
+filling = compilation.program_cache() + "/filling"
+with open(filling, "wb") as file:
+    file.write(bytes(95_000))
+compile_all()
+print(compilation.cache_problem())
+os.remove(filling)
+compile_all()  # prints a line if it finds an incomplete program
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_incomplete_program(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": python_path(REPOSITORY)}
+    done = namespaces.run_on_small_disk(tmp_path, "100k", [sys.executable, "-c", FULL_DISK], env=environment)
+    folder = tmp_path / "cifar_flax" / "compiled"
+    assert re.match(f"{folder} cannot be used .*No space left on device", done.stdout), done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.match(f"compiled programs in {folder} cannot be written; .*No space left on device", line)

@@ -56,6 +56,21 @@ def test_damaged_data_are_reported_and_not_changed(examination, tiny_config, tmp
     assert snapshot(tmp_path) == before
 
 
+def test_data_from_elsewhere_are_a_note(examination, tiny_config, tmp_path):
+    tiny_config.data.name = "squares"
+    for split in ("train.ab.cd", "test.ab.cd"):
+        store(split)
+    found, reasons = examination()
+    assert reasons is None
+    notes = [finding for finding in found if finding.startswith("note data")]
+    assert [re.search(r"squares is not in .*/tfds; using .*/(\w+)\.ab\.cd$", note)[1] for note in notes] == [
+        "train",
+        "test",
+    ]
+    tiny_config.data.data_dir = str(tmp_path / "nowhere")
+    assert re.search("data: data.data_dir='.*nowhere': must be an existing folder", examination()[1])
+
+
 def test_prepared_data_that_are_not_decoded_yet(examination, tiny_config, tmp_path, capsys):
     tiny_config.data.name, tiny_config.data.data_dir = "fake_color", str(tmp_path / "[tfds]")  # a glob pattern
     sources._tfds_builder(tiny_config.data).download_and_prepare()

@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import assert_same_run, make_tiny_config
+from conftest import REPOSITORY, assert_same_run, make_tiny_config
 
 import cifar_flax
 from cifar_flax import cli
@@ -73,11 +73,14 @@ def test_changes_that_round_differently_are_named(monkeypatch):
     assert flags == "XLA_FLAGS: not set, now --xla_cpu_enable_fast_math=true"
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the process cannot be bound to one core here")
-def test_only_usable_cores_count():
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        assert environment.usable_cores() == 1
-    finally:
-        os.sched_setaffinity(0, cores)
+@pytest.mark.parametrize("cores", [1, 4])
+def test_only_usable_cores_are_counted(monkeypatch, cores):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(3, 3 + cores)), raising=False)
+    assert environment.usable_cores() == cores
+    assert environment.machine().startswith(f"{cores} core{'s' if cores > 1 else ''} of ")
+
+
+def test_cores_are_counted_in_one_place():
+    files = [*REPOSITORY.glob("cifar_flax/**/*.py"), *REPOSITORY.glob("benchmarks/**/*.py")]
+    assert [path.name for path in files if "cpu_count" in path.read_text()] == ["environment.py"]

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -30,6 +31,12 @@ def test_a_failed_write_leaves_no_partial_file(tmp_path, monkeypatch):
         files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_a_full_disk_is_reported_with_the_folder(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/new'"), files.new_folder(tmp_path / "new"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
@@ -85,3 +92,26 @@ def test_lock_holder_does_not_take_the_lock(tmp_path):
         with pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
             pytest.fail("two holders")
     assert files.lock_holder(tmp_path / "lock") is None
+
+
+def test_leftovers_of_killed_processes_are_removed_but_not_those_of_live_ones(tmp_path):
+    program = (
+        "import pathlib, time\nfrom cifar_flax import files\n"
+        f"with files.new_folder(pathlib.Path({str(tmp_path / '[new]')!r})) as folder:\n"
+        "    (folder / 'a').touch()\n    print(folder.name, flush=True)\n    time.sleep(60)\n"
+    )
+    (tmp_path / ".[new].backup").mkdir()  # not made by `new_folder`
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as process:
+        partial = process.stdout.readline().strip()
+        with files.new_folder(tmp_path / "[new]") as folder:
+            (folder / "b").touch()
+        assert {path.name for path in tmp_path.iterdir()} == {"[new]", partial, ".[new].backup"}
+        process.kill()
+        process.wait()
+    shutil.rmtree(tmp_path / "[new]")
+    with files.new_folder(tmp_path / "[new]") as folder:
+        (folder / "c").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"[new]", ".[new].backup"}
+    assert [path.name for path in (tmp_path / "[new]").iterdir()] == ["c"]

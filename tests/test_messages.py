@@ -7,12 +7,15 @@ can be reworded in one place.
 import sys
 
 import fake_tfds  # noqa: F401  registers the datasets
+import jax
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax import cli
+from cifar_flax import arguments, cli, packages, workdir
 from cifar_flax import config as configs
+from cifar_flax.data import datasets
 from cifar_flax.errors import ConfigError
+from cifar_flax.runtime import devices
 
 DIGITS = str(REPOSITORY / "configs" / "quickstart.py")
 CIFAR = str(REPOSITORY / "configs" / "default.py")
@@ -221,6 +224,41 @@ def test_bad_input_prints_one_line_and_changes_no_file(folder, monkeypatch, caps
     assert lines[0].startswith("error: ")
     assert message.format(tmp=folder, DIGITS=DIGITS) in lines[0]
     assert snapshot(folder) == before
+
+
+# Settings that are refused without reading the data, on two devices.
+NEEDS_NO_DATA = [
+    ("optim.warmup_epochs=6 train.epochs=5", "optim.warmup_epochs=6.0: must be shorter than the run of 5 epochs"),
+    ("train.batch_size=33", "train.batch_size=33: must be a multiple of the number of devices, 2"),
+    ("parallel.backend=jit train.sync_batchnorm=False", "train.sync_batchnorm=False: must be True"),
+    ("data.pipeline=streaming", "tensorflow is not installed"),
+    ("data.eval_split=dev", "data.eval_split='dev': must be a split of digits"),
+    ("train.init_from={tmp}", "train.init_from='{tmp}': holds no checkpoint"),
+    ("seed=1", "run': holds a run with another config (seed: 0 in config.json, 1 in the config)"),
+]
+
+
+@pytest.mark.parametrize("mode", ["train", "doctor"])
+@pytest.mark.parametrize(("settings", "message"), NEEDS_NO_DATA, ids=[row[0] for row in NEEDS_NO_DATA])
+def test_settings_that_no_data_fits_are_refused_before_the_data_is_read(
+    tmp_path, monkeypatch, capsys, settings, message, mode
+):
+    config = arguments.parse(["--config", DIGITS]).config
+    with workdir.opened(tmp_path / "run", config):
+        (tmp_path / "run" / "checkpoints").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+
+    def read(split, data_dir):
+        raise OSError("the data was read")
+
+    monkeypatch.setitem(datasets.DATASETS, "digits", datasets.Dataset(read=read))
+    monkeypatch.setattr(devices, "all_devices", lambda: jax.devices()[:1] * 2)
+    monkeypatch.setattr(packages, "installed", lambda name: name != "tensorflow")
+    flags = [f"--config.{setting}" for setting in settings.format(tmp=tmp_path).split()]
+    folder = "run" if settings == "seed=1" else "new"
+    monkeypatch.setattr(sys, "argv", ["main.py", f"--mode={mode}", "--config", DIGITS, f"--workdir={folder}", *flags])
+    assert cli.main() != 0
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("values", "message"), SAVED, ids=[message for _, message in SAVED])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.runner import Workload
+from cifar_flax.runtime.environment import usable_cores
 
 VERSIONS = {"torch": torch.__version__}
 
@@ -16,7 +17,7 @@ class Runner:
     def __init__(self, workload: Workload):
         config = workload.config
         torch.manual_seed(config.seed)
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(usable_cores())
         self._config, self._batch_size = config, config.train.batch_size
         build = cnn if config.model.name == "cnn" else airbench
         self._model = build(config.model).to(memory_format=torch.channels_last)

@@ -19,6 +19,7 @@ _RECORD = 1 + 3 * 32 * 32  # bytes
 _FILE_SIZE = 10_000 * _RECORD
 _FOLDER = "cifar-10-batches-bin"
 _FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
+_ALLOWED = f"must be cifar-10-binary.tar.gz (with {_FOLDER}/*.bin) or the folder it unpacks to"
 _CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -30,21 +31,23 @@ def read_archive(path: Path, split: str) -> Arrays:
     """
     setting = f"data.archive={str(path)!r}"
     if not path.exists():
-        raise ConfigError(f"{setting}: must be cifar-10-binary.tar.gz or the folder it unpacks to")
+        raise ConfigError(f"{setting}: {_ALLOWED}")
     wanted = _FILES[split]
     found: dict[str, bytes] = {}
+    others: list[str] = []
+    read_members = _folder_members if path.is_dir() else _tar_members
     try:
-        for name, content in _folder_members(path, wanted) if path.is_dir() else _tar_members(path, wanted):
+        for name, content in read_members(path, wanted, others):
             if len(content) != _FILE_SIZE or name in found:
                 raise UserError(f"{setting}: {name} is damaged: must occur once and have {_FILE_SIZE} bytes")
             found[name] = content
     except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
-        raise UserError(
-            f"{setting}: cannot be read ({error}); must be cifar-10-binary.tar.gz or its unpacked folder"
-        ) from error
+        raise UserError(f"{setting}: cannot be read ({error}); {_ALLOWED}") from error
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise UserError(f"{setting}: {', '.join(missing)} not found")
+        closest = min(others, key=lambda name: ("batch" not in name, name), default="")
+        holds = f"{closest[:60]!r} and {len(others) - 1} more" if others else "nothing"
+        raise UserError(f"{setting}: {missing[0]} not found; {_ALLOWED}. It contains {holds}")
     records = np.frombuffer(b"".join(found[name] for name in wanted), np.uint8).reshape(-1, _RECORD)
     labels = records[:, 0].astype(np.int32)
     if labels.max() >= len(_CLASS_NAMES):
@@ -53,17 +56,19 @@ def read_archive(path: Path, split: str) -> Arrays:
     return Arrays(images, labels, _CLASS_NAMES, "cifar10/binary")
 
 
-def _folder_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+def _folder_members(path: Path, wanted: tuple[str, ...], others: list[str]) -> Iterator[tuple[str, bytes]]:
+    others += [file.name for file in path.iterdir() if file.name not in wanted]
     for name in wanted:
         if (path / name).is_file():
             with (path / name).open("rb") as file:
                 yield name, file.read(_FILE_SIZE + 1)
 
 
-def _tar_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+def _tar_members(path: Path, wanted: tuple[str, ...], others: list[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (name, content) of the wanted members, in one pass; content is at most one byte longer than `_FILE_SIZE`.
 
-    Read the file to its end, where gzip's checksum is: tarfile alone would not verify it.
+    Append the names of the other files to `others`. Read the file to its end, where gzip's checksum is: tarfile alone
+    would not verify it.
     """
     with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
@@ -72,5 +77,7 @@ def _tar_members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, byt
                 file = archive.extractfile(member)
                 assert file is not None
                 yield name, file.read(_FILE_SIZE + 1)
+            elif member.isfile():
+                others.append(member.name)
         while stream.read(2**20):
             pass

@@ -1,17 +1,19 @@
 """Cache of decoded arrays: memory-mapped `.npy` files, and a manifest with their SHA-256 checksums and its own.
 
-Layout: `<cache_dir>/<dataset>/<version>/<split>/{images.npy, labels.npy, manifest.json}`. Complete folders are renamed
-to their final names, so readers never see a partial one.
+Layout: `<cache_dir>/<dataset>/<version>/<split>.<key>/{images.npy, labels.npy, manifest.json}`. The key identifies the
+data that was decoded (see `key`); a split that another program stored may have none. Complete folders are renamed to
+their final names, so readers never see a partial one.
 """
 
 import hashlib
+import os
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -43,11 +45,31 @@ class Arrays:
         return hashlib.sha256(np.asarray(self.labels).tobytes()).hexdigest()
 
 
-def newest_version(cache_dir: Path, name: str) -> str | None:
-    """Return the highest cached version of the dataset `name`, such as "3.0.2", or None if there is none."""
-    versions = {path.parent.parent.name for path in (cache_dir / name).glob(f"*/*/{_MANIFEST}")}
-    numbered = [version for version in versions if version.replace(".", "").isdigit()]
-    return max(numbered, key=lambda version: [int(part) for part in version.split(".")], default=None)
+def newest(folder: Path, key: str = "") -> Path | None:
+    """Return the cached split `folder`, without its key, whose key starts with `key`; None if there is none.
+
+    The version in `folder` may be "*". Of several, choose the highest version, and of this, the last one decoded.
+    """
+    found = []
+    for manifest in folder.parent.parent.glob(f"{folder.parent.name}/{folder.name}*/{_MANIFEST}"):
+        (name, _, its_key), version = manifest.parent.name.partition("."), manifest.parent.parent.name.split(".")
+        if name == folder.name and its_key.startswith(key) and all(map(str.isdigit, version)):
+            found.append((list(map(int, version)), manifest.stat().st_mtime_ns, manifest.parent))
+    return max(found)[-1] if found else None
+
+
+def key(data_dir: Path, name: str) -> tuple[str, str]:
+    """Return two parts of the key of the dataset `name` that is prepared in the folder `data_dir`.
+
+    The first stands for the folder, the second for the names, sizes and times of the dataset's files; "" without files.
+    """
+    found = []
+    for folder, _, names in os.walk(os.path.join(data_dir, name)):
+        for path in (os.path.join(folder, file) for file in names):
+            with suppress(OSError):  # TFDS removes temporary files while it prepares a dataset
+                found.append((os.path.relpath(path, data_dir), os.stat(path).st_size, os.stat(path).st_mtime_ns))
+    where, what = files.json_checksum(os.path.realpath(data_dir)), files.json_checksum(sorted(found))
+    return f"{where[:8]}.", what[:8] if found else ""
 
 
 @contextmanager
@@ -112,23 +134,21 @@ def store(
     """
     try:
         with files.new_folder(folder) as partial:
-            open_array = np.lib.format.open_memmap
-            images = open_array(partial / _FILES[0], mode="w+", dtype=np.uint8, shape=(num_examples, *image_shape))
-            labels = open_array(partial / _FILES[1], mode="w+", dtype=np.int32, shape=(num_examples,))
             filled = 0
-            for some_images, some_labels in batches:
-                end = filled + len(some_images)
-                if end <= num_examples:
+            # Not through a memory map: if the disk is full, a write through one ends the process with SIGBUS.
+            with (partial / _FILES[0]).open("xb") as images, (partial / _FILES[1]).open("xb") as labels:
+                _write_header(images, np.uint8, (num_examples, *image_shape))
+                _write_header(labels, np.int32, (num_examples,))
+                for some_images, some_labels in batches:
                     if some_labels.min() < 0 or some_labels.max() >= len(class_names):
                         raise UserError(
                             f"{dataset}: labels must be 0 to {len(class_names) - 1}; choose a split with labels"
                         )
-                    images[filled:end], labels[filled:end] = some_images, some_labels
-                filled = end
+                    images.write(np.ascontiguousarray(some_images, np.uint8))
+                    labels.write(np.ascontiguousarray(some_labels, np.int32))
+                    filled += len(some_images)
             if filled != num_examples:
                 raise UserError(f"{dataset}: decoded {filled} examples, expected {num_examples}")
-            images.flush()
-            labels.flush()
             checksums = files.checksums(partial)
             manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names, "sha256": checksums}
             files.write_sealed(partial / _MANIFEST, manifest)
@@ -139,6 +159,12 @@ def store(
     if arrays is None or arrays.dataset != dataset:
         raise UserError(f"data.cache_dir: {folder} cannot be read back as {dataset}")
     return arrays
+
+
+def _write_header(file: BinaryIO, dtype: type, shape: tuple[int, ...]) -> None:
+    """Write the start of a `.npy` file, which the bytes of the array follow."""
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _remove(folder: Path) -> None:

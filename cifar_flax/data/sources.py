@@ -20,6 +20,8 @@ from cifar_flax.data.images import resize
 from cifar_flax.data.pipelines import PIPELINES
 from cifar_flax.errors import ConfigError, UserError, one_line, require
 from cifar_flax.paths import local_path
+from cifar_flax.runtime import processes
+from cifar_flax.runtime.environment import usable_cores
 
 _DECODE_BATCH = 1000  # images
 # Names become folders in the cache, so they must not contain "..".
@@ -63,10 +65,10 @@ def load(config: DataConfig, split: str) -> Arrays:
     `UserError` if the data cannot be downloaded, prepared or read.
     """
     if config.archive:
-        _require_split(config, ("train", "test"), split)
+        _require_splits(config, ("train", "test"))
         arrays = read_archive(local_path("data.archive", config.archive), split)
     elif config.name in datasets.DATASETS:
-        _require_split(config, datasets.DATASETS[config.name].splits, split)
+        _require_splits(config, datasets.DATASETS[config.name].splits)
         arrays = datasets.read(config.name, split, local_path("data.data_dir", config.data_dir))
     else:
         return _load_tfds(config, split)
@@ -87,15 +89,30 @@ def cache_dir(config: DataConfig) -> Path:
     return local_path("data.cache_dir", config.cache_dir) if config.cache_dir else files.user_cache()
 
 
-def cache_folder(config: DataConfig, split: str, version: str | None = None) -> Path | None:
-    """Return the folder of the decoded split in the cache, or None if no version of the dataset is cached.
-
-    The version is `version`, or the one in `data.name`, or the newest in the cache.
-    """
-    folder, (name, _, wanted) = cache_dir(config), config.name.partition(":")
-    version = version or wanted or cache.newest_version(folder, name)
+def cache_folder(config: DataConfig, split: str, version: str) -> Path:
+    """Return the folder of the decoded split in the cache, without a key; it may not exist."""
     size = f"_{config.image_size}px" if config.image_size else ""
-    return folder / name / version / f"{split}{size}" if version else None
+    return cache_dir(config) / config.name.partition(":")[0] / version / f"{split}{size}"
+
+
+def find_cached(config: DataConfig, split: str) -> tuple[Path | None, str]:
+    """Return the folder of the decoded split in the cache (None: decode it), and a line to log ("": none).
+
+    The files in `data.data_dir` must be as they were when they were decoded. If they are gone, their cache is still
+    used, and if `data.data_dir` is not set, also a cache of files from elsewhere. Raise `ConfigError` if
+    `data.data_dir` does not exist.
+    """
+    (name, _, version), data_dir = config.name.partition(":"), _data_dir(config)
+    allowed = "must be an existing folder, or empty for TFDS_DATA_DIR, ~/tensorflow_datasets or data in the cache"
+    require(not config.data_dir or os.path.isdir(data_dir), "data.data_dir", config.data_dir, allowed)
+    wanted, (where, what) = cache_folder(config, split, version or "*"), cache.key(data_dir, name)
+    if cached := cache.newest(wanted, where + what):
+        return cached, ""
+    if cache.newest(wanted, where):
+        return None, f"{name}: its files in {data_dir} have changed since the {split} split was decoded; decoding again"
+    elsewhere = None if what or config.data_dir else cache.newest(wanted)
+    has_key = elsewhere is not None and elsewhere.suffix
+    return elsewhere, f"{config.name} is not in {data_dir}; using data from elsewhere in {elsewhere}" if has_key else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +137,18 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
     folder = Path(builder.data_dir)
     if not folder.exists():  # as TFDS decides; its is_prepared fails if the name of a folder is a glob pattern
         return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
+    _require_splits(config, info.splits)
     for split in splits:
-        _require_files(config, info, split)
+        _require_files(info, split)
     decoded = sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
     return Preparation(folder, True, {}, decoded)
 
 
 def _load_tfds(config: DataConfig, split: str) -> Arrays:
     """Return the split from the cache if possible, so that later starts neither import TFDS nor decode."""
-    folder = cache_folder(config, split)
+    folder, line = find_cached(config, split)
+    if line:
+        processes.log(line)
     cached = cache.load(folder) if folder else None
     if cached is not None:
         return cached
@@ -136,13 +156,15 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
     builder = _tfds_builder(config)
     info = builder.info
     image_key, label_key, image_shape = _features(config, info)
-    with cache.filling(cache_dir(config) / config.name.partition(":")[0]):
+    name = config.name.partition(":")[0]
+    with cache.filling(cache_dir(config) / name):
         builder = _tfds_builder(config)  # again, since another process may just have prepared the data
         info = builder.info
         _prepare(config, builder)
-        _require_files(config, info, split)
+        _require_splits(config, info.splits)
+        _require_files(info, split)
         folder = cache_folder(config, split, str(info.version))
-        assert folder is not None
+        folder = folder.with_name(f"{folder.name}.{''.join(cache.key(_data_dir(config), name))}")
         return cache.load(folder) or cache.store(  # another process may have decoded it
             folder,
             _decode(builder, split, image_key, label_key, config.image_size),
@@ -165,14 +187,21 @@ def _tfds() -> Any:
     return packages.load("tensorflow-datasets")
 
 
-def _require_split(config: DataConfig, splits: Iterable[str], split: str) -> None:
-    field = "data.train_split" if split == config.train_split else "data.eval_split"
-    require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
+def _require_splits(config: DataConfig, splits: Iterable[str]) -> None:
+    """Raise `ConfigError` unless both splits of the config exist, before one of them is decoded."""
+    for field, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split)):
+        require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
 
 
-def _require_files(config: DataConfig, info: Any, split: str) -> None:
-    """Raise `ConfigError` if there is no such split, and `UserError` if a file is missing, as in an incomplete copy."""
-    _require_split(config, info.splits, split)
+def _data_dir(config: DataConfig) -> Path:
+    """Return the folder of all datasets that TFDS prepares. TFDS itself reads the variable only on import."""
+    if config.data_dir:
+        return local_path("data.data_dir", config.data_dir)
+    return local_path("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+
+
+def _require_files(info: Any, split: str) -> None:
+    """Raise `UserError` if a file of the split is missing, as in an incomplete copy."""
     for path in info.splits[split].filepaths:
         if not os.path.exists(path):
             raise UserError(f"{path} is missing; complete its folder, or remove it to let TFDS prepare it again")
@@ -180,12 +209,8 @@ def _require_files(config: DataConfig, info: Any, split: str) -> None:
 
 def _tfds_builder(config: DataConfig) -> Any:
     tfds = _tfds()
-    if config.data_dir:
-        data_dir = local_path("data.data_dir", config.data_dir)
-    else:  # TFDS itself reads this variable only on import
-        data_dir = local_path("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     try:
-        return tfds.builder(config.name, data_dir=data_dir)
+        return tfds.builder(config.name, data_dir=_data_dir(config))
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
         allowed = f"must be {', '.join(datasets.DATASETS)} or a TFDS image-classification set such as cifar10"
         raise ConfigError(f"data.name={config.name!r}: {allowed} ({one_line(error)})") from error
@@ -242,8 +267,10 @@ def _decode(
     """Yield batches of images and labels in the order in which TFDS stores them."""
     from cifar_flax.data.tensorflow import dataset_options, tf
 
-    # Read one file after another: with interleaving, the order would depend on TFDS's defaults.
-    dataset = builder.as_dataset(split=split, read_config=_tfds().ReadConfig(interleave_cycle_length=1))
+    # Read one file after another: with interleaving, the order would depend on TFDS's defaults. Its cache in memory
+    # would only take space, and log a warning if the disk is full.
+    read_config = _tfds().ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    dataset = builder.as_dataset(split=split, read_config=read_config)
 
     def image_and_label(example: Any) -> tuple[Any, Any]:
         image = example[image_key]
@@ -252,7 +279,7 @@ def _decode(
             image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
         return image, example[label_key]
 
-    dataset = dataset.map(image_and_label, num_parallel_calls=os.cpu_count()).batch(_DECODE_BATCH)
+    dataset = dataset.map(image_and_label, num_parallel_calls=usable_cores()).batch(_DECODE_BATCH)
     try:
         yield from dataset.with_options(dataset_options()).as_numpy_iterator()
     except tf.errors.OpError as error:

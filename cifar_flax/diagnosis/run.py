@@ -23,7 +23,7 @@ from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.runtime import compilation
 from cifar_flax.training.state import TrainState
-from cifar_flax.training.trainer import Trainer
+from cifar_flax.training.trainer import Trainer, require_startable
 from cifar_flax.workdir import require_usable
 
 _TIMEOUT = 3.0  # seconds that a host has to accept a connection
@@ -40,9 +40,11 @@ def data(examination: Examination) -> Iterator[Finding]:
         return
     intact = []
     for split in splits:
-        folder = sources.cache_folder(data, split)
+        folder, line = sources.find_cached(data, split)
+        if line:
+            yield Finding(NOTE, line)
         try:
-            if folder is not None and folder.exists():
+            if folder is not None:
                 cache.verify(folder)
                 intact.append(split)
         except ValueError as error:
@@ -95,6 +97,8 @@ def _unreachable(urls: Iterable[str]) -> list[str]:
 
 def start(examination: Examination) -> Iterator[Finding]:
     """Load the data and build the initial state as a run does, without compiling the step or writing files."""
+    if examination.platform:
+        require_startable(examination.config)
     if not (examination.platform and examination.has_data):
         missing = "the images are not decoded yet" if examination.platform else "no device found"
         yield Finding(NOTE, f"not tried: {missing}")

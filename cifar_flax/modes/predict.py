@@ -23,6 +23,7 @@ from cifar_flax.data.images import read_image, without_pillow_warnings
 from cifar_flax.errors import UserError, require
 from cifar_flax.report import confusion as confusion_matrix
 from cifar_flax.restore import restore
+from cifar_flax.runtime.environment import usable_cores
 from cifar_flax.telemetry.console import printable, show
 
 _RUNNERS_UP = 2
@@ -125,7 +126,7 @@ def _thread_pool() -> Iterator[ThreadPoolExecutor]:
 
     The garbage collector may close a suspended generator inside `Thread.start`, where a wait would deadlock.
     """
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(usable_cores())
     try:
         yield pool
     finally:

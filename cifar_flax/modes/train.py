@@ -20,6 +20,8 @@ def train(config: Config, folder: Path, *, summary: bool = False) -> None:
 
     Raise `signals.Stopped` if a signal stops the run; its progress is saved.
     """
+    if processes.is_main():
+        workdir.require_usable(folder, config)  # before the data is decoded
     trainer = Trainer(config)
     if config.train.init_from and not saved_steps(folder / CHECKPOINTS):
         trainer.initial_state = restore.init_from(config, trainer.info, trainer.task, trainer.initial_state)

@@ -1,8 +1,11 @@
 """Compiler options, and the persistent compilation cache."""
 
 import contextlib
+import re
 import secrets
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ _NAME = "compiled"  # folder in the user's cache folder
 _FOLDER = "jax_compilation_cache_dir"
 _IS_USED = "jax_enable_compilation_cache"
 _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+_NEVER = 1e9  # seconds
 _MAX_BYTES = 2 * 2**30  # size limit of the folder; the programs of the quickstart take 350 kB
 
 
@@ -58,6 +62,37 @@ def enable_cache() -> None:
         jax.config.update(_FOLDER, str(folder))
         _remove_oldest(folder)
     jax.config.update(_MIN_SECONDS, 0)  # compiling the many small programs takes seconds in total
+    _remove_damaged(warnings.showwarning)
+
+
+def _remove_damaged(show: Callable[..., None]) -> None:
+    """Handle JAX's warnings about the cache: remove the damaged programs, and print one line; `show` other warnings.
+
+    JAX neither removes nor overwrites an incomplete file, such as one that a full disk has cut off.
+    """
+    printed = False
+
+    def handle(message: Warning | str, *where: Any, **options: Any) -> None:
+        nonlocal printed
+        found = re.match(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", str(message))
+        folder = program_cache()
+        if not found or folder is None:
+            return show(message, *where, **options)
+        action, name, reason = found.groups()
+        with contextlib.suppress(OSError):
+            for path in Path(folder).iterdir():
+                if path.name.startswith(f"{name}-"):
+                    path.unlink()
+        effect = "read; they are removed and compiled again"
+        if action == "writing":
+            jax.config.update(_MIN_SECONDS, _NEVER)
+            effect = "written; they will be compiled again at the next start"
+        with contextlib.suppress(OSError):
+            if not printed:
+                print(f"compiled programs in {folder} cannot be {effect} ({reason})", file=sys.stderr)
+        printed = True
+
+    warnings.showwarning = handle
 
 
 def _remove_oldest(folder: Path) -> None:
@@ -68,8 +103,9 @@ def _remove_oldest(folder: Path) -> None:
     """
     total = 0
     with contextlib.suppress(OSError):  # another process may be removing the same files
-        for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            total += path.stat().st_size
+        found = [(path.stat(), path) for path in folder.iterdir() if path.is_file()]
+        for status, path in sorted(found, key=lambda entry: entry[0].st_mtime_ns, reverse=True):
+            total += status.st_size
             if total > _MAX_BYTES:
                 path.unlink()
 
@@ -122,7 +158,7 @@ def _finds_again(folder: Path) -> bool:
 
 def cache_writes_disabled() -> contextlib.AbstractContextManager[None]:
     """Disable writes to the persistent compilation cache inside the block."""
-    return _changed({_MIN_SECONDS: 1e9})
+    return _changed({_MIN_SECONDS: _NEVER})
 
 
 @contextlib.contextmanager

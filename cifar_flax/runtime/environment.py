@@ -21,12 +21,14 @@ def processor() -> str:
 
 def usable_cores() -> int:
     """Return the number of CPU cores that this process may use."""
+    # os.cpu_count() also counts the cores that `taskset`, a scheduler or a container withholds.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> str:
     """Return the number of usable cores and the processor, such as "2 cores of AMD EPYC 9R14 Processor"."""
-    return f"{usable_cores()} cores of {processor()}"
+    cores = usable_cores()
+    return f"{cores} {'core' if cores == 1 else 'cores'} of {processor()}"
 
 
 def provenance(devices: str) -> dict[str, Any]:

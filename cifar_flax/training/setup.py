@@ -15,7 +15,7 @@ from cifar_flax.data.augment import normalize
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import require
 from cifar_flax.runtime import compilation, processes
-from cifar_flax.runtime.devices import make_layout
+from cifar_flax.runtime.devices import Layout, make_layout
 from cifar_flax.training import optimizers, state
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Task
@@ -26,6 +26,16 @@ _FLOAT16_LOSS_SCALE = 2.0**11  # gradients of a mean loss are otherwise below 6e
 # (seed, `Network.sample_size` training images, equal in all processes) -> initial state. The images may be None if a
 # checkpoint replaces the values.
 Init = Callable[[int, UInt8[Any, "n height width c"] | None], TrainState]
+
+
+def checked_layout(config: Config, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """Return the layout of the run on `devices` (default: all). Raise `UserError` if the config does not fit them."""
+    layout, sync_batchnorm = make_layout(config.parallel, devices, config.deterministic), config.train.sync_batchnorm
+    processes.require_agreement(config=configs.shared(config), backend=layout.backend)
+    fits = sync_batchnorm or layout.backend != "jit" or layout.num_devices == 1
+    allowed = "must be True if parallel.backend is jit, which computes on the whole batch only"
+    require(fits, "train.sync_batchnorm", sync_batchnorm, allowed)
+    return layout
 
 
 def setup(
@@ -39,11 +49,8 @@ def setup(
     Raise `ConfigError` if the config does not fit the data or the devices, and `UserError` if the processes of one run
     disagree on config or data, or if the network cannot be trained.
     """
-    layout, sync_batchnorm = make_layout(config.parallel, devices, config.deterministic), config.train.sync_batchnorm
-    processes.require_agreement(config=configs.shared(config), backend=layout.backend, data=info.to_dict())
-    fits = sync_batchnorm or layout.backend != "jit" or layout.num_devices == 1
-    allowed = "must be True if parallel.backend is jit, which computes on the whole batch only"
-    require(fits, "train.sync_batchnorm", sync_batchnorm, allowed)
+    layout, sync_batchnorm = checked_layout(config, devices), config.train.sync_batchnorm
+    processes.require_agreement(data=info.to_dict())
     size, batch_size = info.num_examples, config.train.batch_size
     allowed = f"must be at most the {size} examples of the train split"
     require(batch_size <= size, "train.batch_size", batch_size, allowed)

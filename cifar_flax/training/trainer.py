@@ -19,10 +19,17 @@ from cifar_flax.runtime import processes
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.evaluator import Evaluator
 from cifar_flax.training.metrics import StepMetrics
-from cifar_flax.training.setup import setup
+from cifar_flax.training.setup import checked_layout, setup
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Call
 from cifar_flax.training.timetable import Timetable
+
+
+def require_startable(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
+    """Raise `UserError` if a run of `config` on `devices` (default: all) would fail whatever its data."""
+    checked_layout(config, devices).require_divides("train.batch_size", config.train.batch_size)
+    if config.data.pipeline == "streaming":
+        packages.require(["tensorflow"], "data.pipeline='streaming' needs TensorFlow (resident does not)")
 
 
 class Trainer:
@@ -34,8 +41,7 @@ class Trainer:
         Raise `ConfigError` if the config does not fit the data, `UserError` if the data cannot be loaded.
         """
         self.config = config
-        if config.data.pipeline == "streaming":
-            packages.require(["tensorflow"], "data.pipeline='streaming' needs TensorFlow (resident does not)")
+        require_startable(config, devices)
         self.arrays = sources.load(config.data, config.data.train_split)
         eval_arrays = sources.load(config.data, config.data.eval_split)
         fraction = config.data.validation_fraction
@@ -50,7 +56,6 @@ class Trainer:
         self.info.check(eval_arrays)
         self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
-        self.layout.require_divides("train.batch_size", config.train.batch_size)
         self.pipeline = pipelines.resolve(config.data.pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes)
         self.no_streaming = ""  # why data.pipeline=auto cannot use TensorFlow although it is installed
         if self.pipeline == "streaming":
