@@ -1,23 +1,50 @@
 """Read image files of any size and format as arrays of the model's input shape."""
 
 import contextlib
+import functools
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, Num, UInt8
 
 from cifar_flax import packages
-from cifar_flax.errors import UserError, one_line
+from cifar_flax.errors import UserError, one_line, reason
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 100_000_000  # limit per file, because a small file can decompress to more than the memory
+_MAX_SIDE = 65_535  # pixels, likewise: an image is resized to the target's width first, with all its rows
+_STRIP = 2**18  # pixels that are converted and resized at a time
 
 Shape = tuple[int, int, int]  # height, width, channels
+
+
+class _Budget:
+    """A number of pixels that all threads together may decode at a time."""
+
+    def __init__(self, pixels: int):
+        self._free, self._changed = pixels, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Wait until `pixels` are free, and hold them inside the block."""
+        with self._changed:
+            self._changed.wait_for(lambda: pixels <= self._free)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_budget = _Budget(MAX_PIXELS)
 
 
 @contextlib.contextmanager
@@ -49,11 +76,10 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
             raise UserError("is not a regular file")
         if not found.st_size:
             raise UserError("is empty")
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UserError(f"too many pixels, {width}x{height}; at most {MAX_PIXELS:,} are allowed")
-            return resize(_pixels(image, shape[2]), shape)
+        with open(path, "rb") as file:
+            cost = _cost(*_webp_size(file), copies=2)
+            with _budget.take(cost):
+                return _read(file, shape, is_counted=cost > 0)
     except UserError:
         raise
     except PIL.UnidentifiedImageError as error:
@@ -61,19 +87,66 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     except Image.DecompressionBombError as error:
         raise UserError(f"too many pixels; at most {MAX_PIXELS:,} are allowed") from error
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise UserError(reason[:1].lower() + reason[1:]) from error
+        raise UserError(reason(error)) from error
     except Exception as error:  # Pillow may raise anything for a damaged file
         raise UserError(f"damaged ({one_line(error)})") from error
 
 
-def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channels"]:
-    """Return the pixels of a Pillow image in its original size, as grey (1 channel) or RGB (3)."""
+def _webp_size(file: BinaryIO) -> tuple[int, int]:
+    """Return width and height in the header of a WebP file, or (0, 0) for another format.
+
+    They are needed first: Pillow allocates memory for the pixels already when it opens a WebP file. Source: RFC 9649, sections 2.5 to 2.7.
+    """
+    head = file.read(30)
+    file.seek(0)
+    kind, number = head[8:16], functools.partial(int.from_bytes, byteorder="little")
+    if kind == b"WEBPVP8 ":
+        return number(head[26:28]) % 2**14, number(head[28:30]) % 2**14
+    if kind == b"WEBPVP8L":
+        return 1 + number(head[21:25]) % 2**14, 1 + (number(head[21:25]) >> 14) % 2**14
+    return (1 + number(head[24:27]), 1 + number(head[27:30])) if kind == b"WEBPVP8X" else (0, 0)
+
+
+def _cost(width: int, height: int, *, copies: int) -> int:
+    """Return the pixels to take from the budget for an image of this size; raise `UserError` if it is too large.
+
+    `copies` is 2 for WebP, whose decoder takes 16 bytes per pixel; others take 4 to 8.
+    """
+    if width * height * copies > MAX_PIXELS or max(width, height) > _MAX_SIDE:
+        allowed = f"{MAX_PIXELS // copies:,} are allowed, {_MAX_SIDE:,} per side"
+        raise UserError(f"too many pixels, {width}x{height}; at most {allowed}")
+    return width * height * copies
+
+
+def _read(file: BinaryIO, shape: Shape, *, is_counted: bool) -> UInt8[np.ndarray, "height width channels"]:
     from PIL import Image, ImageOps
 
-    image.load()
-    with contextlib.suppress(Exception):  # ignore damaged EXIF
-        image = ImageOps.exif_transpose(image)
+    image = Image.open(file, formats=FORMATS)
+    with _budget.take(0 if is_counted else _cost(*image.size, copies=1)):
+        image.draft(None, (2 * max(shape[:2]),) * 2)  # JPEG: of a short side of at least four times the target
+        image.load()
+        with contextlib.suppress(Exception):  # ignore damaged EXIF
+            ImageOps.exif_transpose(image, in_place=True)
+        return _resized(image, shape)
+
+
+def _resized(image: Any, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
+    """Return the pixels of a Pillow image, resized; a large one strip by strip, to save memory."""
+    if image.width * image.height <= _STRIP:
+        return resize(_pixels(image, shape[2]), shape)
+    height, width, channels = shape
+    narrow, rows = np.empty((image.height, width, channels), np.float32), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image.crop((0, top, image.width, bottom))
+        narrow[top:bottom] = _scale(_pixels(strip, channels), bottom - top, width)
+    return _rounded(_scale(narrow, height, width))
+
+
+def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channels"]:
+    """Return the pixels of a Pillow image as grey (1 channel) or RGB (3)."""
+    from PIL import Image
+
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -85,11 +158,18 @@ def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channe
 
 def resize(pixels: UInt8[np.ndarray, "h w channels"], shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
     """Resize with an antialiased linear filter and round once, as `tf.image.resize(..., antialias=True)` does."""
+    return pixels if pixels.shape == shape else _rounded(_scale(pixels, *shape[:2]))
+
+
+def _scale(pixels: Num[np.ndarray, "h w channels"], height: int, width: int) -> Float32[np.ndarray, "_ _ channels"]:
     from PIL import Image
 
-    height, width, _ = shape
-    if pixels.shape == shape:
-        return pixels
-    planes = [Image.fromarray(plane.astype(np.float32)) for plane in np.moveaxis(pixels, -1, 0)]
-    resized = [np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes]
-    return np.clip(np.round(np.stack(resized, axis=-1)), 0, 255).astype(np.uint8)
+    def scaled(plane: Num[np.ndarray, "h w"]) -> Float32[np.ndarray, "_ _"]:
+        image = Image.fromarray(plane.astype(np.float32))
+        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+    return np.stack([scaled(plane) for plane in np.moveaxis(pixels, -1, 0)], axis=-1)
+
+
+def _rounded(pixels: Float32[np.ndarray, "h w channels"]) -> UInt8[np.ndarray, "h w channels"]:
+    return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
