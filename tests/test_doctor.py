@@ -106,6 +106,12 @@ def test_an_unwritable_folder_is_reported(examination, tmp_path):
     assert re.search(f"^exit code 1: .*disk: {tmp_path / 'run'} .*writable", examination()[1])
 
 
+def test_a_name_that_the_system_refuses_is_reported(tiny_config, tmp_path, monkeypatch):
+    skip_compilation(monkeypatch)
+    reasons = examine(tiny_config, tmp_path / ("a" * 300))[1]
+    assert re.search("^exit code 1: .*workdir: .*File name too long", reasons)
+
+
 def test_a_run_that_another_process_trains_is_reported(examination, tiny_config, tmp_path):
     with workdir.opened(tmp_path / "run", tiny_config):
         before = snapshot(tmp_path)

@@ -31,6 +31,16 @@ def test_a_failed_write_leaves_no_partial_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
 
 
+def test_names_may_have_the_greatest_length(tmp_path):
+    path = tmp_path / ("a" * 255)
+    files.replace(path, b"content")
+    assert path.read_bytes() == b"content"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"'.*/folder'"):
+        files.replace(tmp_path / "folder", b"content")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, "folder"]
+
+
 def test_sealed_files_keep_all_json_values(tmp_path):
     content = {"a": [1, 2.5, None, True, '\u00e4 "x"'], "b": {"c": 1 / 3, "": {}}, "f": 1e-300}
     files.write_sealed(tmp_path / "a", content)

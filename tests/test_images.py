@@ -3,15 +3,22 @@
 import io
 import os
 import struct
+import subprocess
+import sys
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY, python_path
 from PIL import Image
+from processes import environment
 
 from cifar_flax.data import images
 from cifar_flax.data.images import read_image
 from cifar_flax.errors import UserError
+from cifar_flax.runtime.allocator import SETTINGS
 
 SHAPE = (6, 8, 3)
 RNG = np.random.default_rng(0)
@@ -105,6 +112,101 @@ def test_other_sizes_are_resized_like_training_images(tf, tmp_path, size):
     assert np.mean(result != expected) < 0.01
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1", "I;16"])
+def test_large_images_are_resized_in_strips_as_at_once(tmp_path, monkeypatch, mode):
+    pixels = RNG.integers(0, 256, (61, 47, 4), np.uint8)
+    image = Image.fromarray(pixels.view(np.uint16)[..., 0]) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    at_once = write(tmp_path / "a.png", image, exif=exif).astype(int)
+    for strip in (1, 500, 61 * 47 - 1):
+        monkeypatch.setattr(images, "_STRIP", strip)
+        difference = np.abs(read_image(tmp_path / "a.png", SHAPE) - at_once)
+        assert difference.max() <= 1  # a value near .5 may be rounded either way
+        assert np.mean(difference) < 0.01
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpegs_are_reduced_while_decoding(tmp_path, monkeypatch, orientation):
+    decoded = []
+    pixels_of = images._pixels
+    monkeypatch.setattr(
+        images, "_pixels", lambda image, channels: decoded.append(image.size) or pixels_of(image, channels)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shape = (8, 8, 3)
+    for size, wanted in (((40, 31), (40, 31)), ((40, 32), (20, 16)), ((320, 160), (40, 20))):
+        photo = Image.fromarray(RNG.integers(0, 256, (3, 4, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        photo.save(tmp_path / "a.jpg", exif=exif, quality=95)
+        result = read_image(tmp_path / "a.jpg", shape).astype(int)
+        assert decoded.pop() == (wanted if orientation == 1 else wanted[::-1])
+        whole = images.resize(np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB")), shape).astype(int)
+        whole = whole if orientation == 1 else np.rot90(whole, 3)
+        assert np.abs(result - whole).mean() <= (4 if wanted != size else 0.01)
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0II*\0"])
+def test_sizes_of_webp_files_are_read_from_their_headers(lossless, exif):
+    for size in ((1, 1), (7, 300), (16383, 2), (2, 16383)):
+        stream = io.BytesIO()
+        Image.new("RGBA", size, (1, 2, 3, 255)).save(stream, "WEBP", lossless=lossless, exif=exif, method=0)
+        assert images._webp_size(stream.getvalue()[:30]) == size
+    assert images._webp_size(encoded("PNG")[:30]) == images._webp_size(b"") == (0, 0)
+
+
+def test_threads_together_stay_within_the_budget():
+    budget, lock, held, most = images._Budget(10), threading.Lock(), [], []
+
+    def hold(pixels):
+        with budget.take(pixels):
+            with lock:
+                held.append(pixels)
+                most.append(sum(held))
+            with lock:
+                held.remove(pixels)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, [10, 3, 4, 5, 1] * 40))
+    assert max(most) <= 10
+    assert not held
+
+
+# Reads four files in four threads; prints by how many bytes per pixel of one file the process grew.
+GREW = """
+import resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import PIL.ImageOps, PIL.PngImagePlugin
+from cifar_flax.data import images
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+images._budget = images._Budget(9_000_000)
+before = peak()
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda path: images.read_image(Path(path), (32, 32, 3)), sys.argv[1:] * 4))
+print((peak() - before) / 9_000_000)
+"""
+
+
+def test_memory_of_large_images(tmp_path):
+    """Four bytes per pixel decoded and four rotated, one file at a time; copies in float32 would take 12 more."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGBA", (3000, 3000)).save(tmp_path / "a.png", exif=exif, compress_level=1)
+    done = subprocess.run(
+        [sys.executable, "-c", GREW, str(tmp_path / "a.png")],
+        env=environment(PYTHONPATH=python_path(REPOSITORY), **SETTINGS),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 8 + 8  # and the strips, in each thread
+
+
 def png_of_size(width, height):
     """Return a PNG file whose header states this size, with almost no pixel data."""
     content = b"\x89PNG\r\n\x1a\n"
@@ -130,6 +232,8 @@ def encoded(kind, **settings):
         (b"hello, world\n", "not an image"),
         (png_of_size(10**4, 10**4 + 1), "10000x10001"),
         (png_of_size(10**5, 10**5), "pixels"),
+        (png_of_size(1, 2**16), "1x65536"),  # resizing the width alone would take gigabytes
+        (b"RIFF\0\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0\x0f\x27\0\x88\x13\0", "10000x5001"),
         (encoded("PNG")[:2000], "truncated"),
         (encoded("JPEG")[:1500], "truncated"),
         (encoded("WEBP", lossless=True)[:1000], ""),

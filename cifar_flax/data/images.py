@@ -61,7 +61,8 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     """Return the image in `path`, resized to `shape`.
 
     Apply the EXIF orientation, composite transparency on white, take the first frame of an animation, and convert 16
-    bits per channel to 8. Resize as `data.image_size` does, without keeping the aspect ratio.
+    bits per channel to 8. Resize as `data.image_size` does, without keeping the aspect ratio. Let libjpeg reduce a JPEG
+    whose short side is at least four times the target, to at least twice the target.
 
     Raise `UserError`, with the reason alone, without the path, if the file cannot be read as an image.
     """
@@ -77,7 +78,8 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
         if not found.st_size:
             raise UserError("is empty")
         with open(path, "rb") as file:
-            cost = _cost(*_webp_size(file), copies=2)
+            cost = _cost(*_webp_size(file.read(30)), copies=2)
+            file.seek(0)
             with _budget.take(cost):
                 return _read(file, shape, is_counted=cost > 0)
     except UserError:
@@ -92,13 +94,11 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
         raise UserError(f"damaged ({one_line(error)})") from error
 
 
-def _webp_size(file: BinaryIO) -> tuple[int, int]:
-    """Return width and height in the header of a WebP file, or (0, 0) for another format.
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Return width and height in the first 30 bytes of a WebP file, or (0, 0) for another format.
 
-    They are needed first: Pillow allocates memory for the pixels already when it opens a WebP file. Source: RFC 9649, sections 2.5 to 2.7.
+    Pillow allocates memory for the pixels when it opens a WebP file. Source: RFC 9649, sections 2.5 to 2.7.
     """
-    head = file.read(30)
-    file.seek(0)
     kind, number = head[8:16], functools.partial(int.from_bytes, byteorder="little")
     if kind == b"WEBPVP8 ":
         return number(head[26:28]) % 2**14, number(head[28:30]) % 2**14
@@ -123,7 +123,7 @@ def _read(file: BinaryIO, shape: Shape, *, is_counted: bool) -> UInt8[np.ndarray
 
     image = Image.open(file, formats=FORMATS)
     with _budget.take(0 if is_counted else _cost(*image.size, copies=1)):
-        image.draft(None, (2 * max(shape[:2]),) * 2)  # JPEG: of a short side of at least four times the target
+        image.draft(None, (2 * max(shape[:2]),) * 2)  # JPEG only
         image.load()
         with contextlib.suppress(Exception):  # ignore damaged EXIF
             ImageOps.exif_transpose(image, in_place=True)
