@@ -146,7 +146,14 @@ def test_links_are_followed_under_their_own_names(tmp_path):
     for name in ("far/tabby/1.png", "far/tabby/deep/2.png", "photos/dog/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    links = {"cat": "../far/tabby", "Dogs": "../far/tabby", "gone": "nowhere", "dog/up": "..", "a.png": "dog/1.png"}
+    links = {
+        "cat": "../far/tabby",
+        "Dogs": "../far/tabby",
+        "gone": "nowhere",
+        "dog/up": "..",
+        "dog/over": "../..",
+        "a.png": "dog/1.png",
+    }
     for name, target in links.items():
         (tmp_path / "photos" / name).symlink_to(target)
     (tmp_path / "far" / "tabby" / "back").symlink_to(tmp_path / "photos")
@@ -162,6 +169,7 @@ def test_links_are_followed_under_their_own_names(tmp_path):
         ("cat/back", "cat", True),
         ("cat/deep/2.png", "cat", False),
         ("dog/1.png", "dog", False),
+        ("dog/over", "dog", True),
         ("dog/up", "dog", True),
     ]
     (tmp_path / "dog").symlink_to("far")
