@@ -19,10 +19,11 @@ def load(workdir: str | PathLike[str]) -> "Classifier":
     Raise `errors.UserError` if the folder has no checkpoint, or if the checkpoint is damaged.
     """
     # Imported here because they take seconds.
-    from pathlib import Path
-
     from cifar_flax.classifier import Classifier
+    from cifar_flax.paths import local_path
     from cifar_flax.restore import restore, saved_config
+    from cifar_flax.runtime import settings
 
-    folder = Path(workdir)
-    return Classifier(restore(saved_config(folder, "workdir"), folder, "workdir"))
+    folder = local_path("workdir", workdir)
+    with settings.pinned_in_this_thread():  # the caller's own may differ
+        return Classifier(restore(saved_config(folder, "workdir"), folder, "workdir"))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import operator
 import os
 import re
 import runpy
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 
 from cifar_flax.config import LOCATIONS, Config, describe_field, may_override
 from cifar_flax.errors import ConfigError, require
+from cifar_flax.paths import local_path
 from cifar_flax.restore import saved_config
 
 _DESCRIPTION = """
@@ -101,12 +103,17 @@ def parse(argv: Sequence[str]) -> Command:
     for option in mode.needs:
         if not options[option]:
             raise ConfigError(f"{name} needs {_NEEDED_OPTIONS[option]} (see --help)")
+    workdir = local_path("--workdir", arguments.workdir or f"runs/{Path(arguments.config or name).stem}")
+    output = local_path("--output", arguments.output) if arguments.output else None
     if uses_run or (name == "doctor" and arguments.workdir and not arguments.config):
-        config = saved_config(Path(arguments.workdir))
+        config = saved_config(workdir)
     else:
         config = _load(arguments.config) if arguments.config else Config()
     config, changed, paths = _override(config, rest)
     config.validate()
+    if not uses_run:  # eval, predict and export may not need the places that the saved config names
+        for field in (*LOCATIONS, "train.init_from"):
+            local_path(field, operator.attrgetter(field)(config))
     for path, value in changed.items():
         allowed = f"only {', '.join(LOCATIONS)}, eval.* and parallel.* may change in {name}"
         require(not uses_run or may_override(path), path, value, allowed)
@@ -118,9 +125,9 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(
         mode=name,
         config=config,
-        workdir=Path(arguments.workdir or f"runs/{Path(arguments.config or name).stem}"),
-        paths=tuple(map(Path, paths)),
-        output=Path(arguments.output) if arguments.output else None,
+        workdir=workdir,
+        paths=tuple(local_path("PATH", path) for path in paths),
+        output=output,
         summary=arguments.summary,
     )
 
@@ -166,7 +173,7 @@ def shipped_configs() -> Path:
 
 def _config_file(name: str) -> Path:
     """Return the path of the config file `name`, which is a path or the name of a shipped config."""
-    path = Path(name)
+    path = local_path("--config", name)
     if path.is_file():
         return path
     if path.suffix or os.path.basename(name) != name:

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,9 @@ from jaxtyping import Float32, UInt8
 
 from cifar_flax.data.images import read_image, without_pillow_warnings
 from cifar_flax.errors import UserError
+from cifar_flax.paths import local_path
 from cifar_flax.restore import RestoredRun
+from cifar_flax.runtime import settings
 from cifar_flax.training import steps
 
 
@@ -61,11 +62,12 @@ class Classifier:
         with without_pillow_warnings():
             for i, path in enumerate(paths):
                 try:
-                    pixels[i] = read_image(Path(path), self.image_shape)
+                    pixels[i] = read_image(local_path("images", path), self.image_shape)
                 except UserError as error:
                     raise UserError(f"{path}: {error}") from error
         return pixels
 
+    @settings.pinned_in_this_thread()
     def _probabilities(self, images: UInt8[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n classes"]:
         layout = self._task.layout
         # Pad to a power of two, so that only a few batch sizes are compiled.

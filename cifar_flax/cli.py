@@ -4,7 +4,6 @@ Nothing heavy is imported before the installed packages are checked.
 """
 
 import contextlib
-import io
 import re
 import signal
 import sys
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cifar_flax import packages
 from cifar_flax.errors import UserError
-from cifar_flax.runtime import allocator
+from cifar_flax.runtime import allocator, streams
 
 if TYPE_CHECKING:
     from cifar_flax.arguments import Command
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 def entry_point() -> NoReturn:
     """Run the command in `sys.argv` and exit with its exit code."""
+    streams.prepare()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C interrupts the imports
     allocator.keep_freed_memory()  # re-executes the process, so it precedes the slow imports
@@ -62,16 +62,16 @@ def _report_installation(error: UserError) -> int:
 def main() -> int:
     """Run the mode in `sys.argv` and return the exit code. Errors that the user can fix are printed as one line."""
     from cifar_flax import arguments
-    from cifar_flax.runtime import compilation, devices, processes, signals
+    from cifar_flax.runtime import compilation, devices, processes, settings, signals
 
     def fail(line: str, code: int) -> int:
         with contextlib.suppress(OSError):  # stderr may be closed
             print(f"{processes.label()}{line}", file=sys.stderr)
         return code
 
+    for line in settings.pin():
+        fail(line, 0)
     compilation.enable_cache()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a killed run loses no printed line
     try:
         command = arguments.parse(sys.argv[1:])
         if command.mode in ("train", "eval"):  # the other modes run in one process

@@ -6,11 +6,12 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from cifar_flax.paths import local_path
 
 _SEAL = "seal"
 PARTIAL = ".partial"  # suffix of files that are still being written
@@ -43,10 +44,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     names `folder` if it already exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    partial.mkdir()  # with the permissions of the umask, which those of mkdtemp ignore
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp creates folders that only their owner can read
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -122,9 +123,39 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path, aside: Path) -> None:
-    """Remove `folder`, renamed to `aside` first so that no reader finds it half deleted."""
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove `folder` unless it is `in_use`; rename it to `aside` first, so that no reader finds it half deleted."""
+    try:
+        with in_use(folder, exclusively=True):
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    except BlockingIOError:
+        pass
+
+
+@contextmanager
+def in_use(folder: Path, *, exclusively: bool = False) -> Iterator[None]:
+    """Keep other processes from removing `folder` with `remove_folder` inside the block, on file systems with locks.
+
+    Raise `BlockingIOError` if `exclusively` is True and another process uses `folder`.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, exclusively=exclusively, wait=not exclusively)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(file: int, *, exclusively: bool, wait: bool) -> None:
+    """Lock the open `file`. Raise `BlockingIOError` if it is locked and `wait` is False."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):
+        pass
 
 
 @contextmanager
@@ -134,15 +165,8 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
     The kernel releases the lock when the process ends. On file systems without locks, nothing is locked. Raise
     `BlockingIOError` if another process holds the lock and `wait` is False, `OSError` if `path` cannot be written.
     """
-    with path.open("a+") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except (ImportError, OSError):
-            pass
+    with path.open("a+", encoding="utf-8") as file:
+        _lock(file.fileno(), exclusively=True, wait=wait)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -155,17 +179,18 @@ def lock_holder(path: Path) -> str | None:
     Nothing is written: the test takes a shared lock for a moment.
     """
     try:
-        import fcntl
-
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with path.open("rb") as file:
+            _lock(file.fileno(), exclusively=False, wait=False)
     except BlockingIOError:
-        return path.read_text(errors="replace") or "another process"
-    except (ImportError, OSError):
+        return path.read_text("utf-8", errors="replace") or "another process"
+    except OSError:
         pass
     return None
 
 
 def user_cache() -> Path:
-    """Return this project's folder in the user's cache folder; it may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_flax"
+    """Return this project's folder in the user's cache folder; it may not exist.
+
+    Raise `ConfigError` if the home folder is unknown and XDG_CACHE_HOME is not set, or names no local folder.
+    """
+    return local_path("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cifar_flax"

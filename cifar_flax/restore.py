@@ -1,5 +1,7 @@
 """Restore a run from its workdir, to use the trained model or to initialize another run."""
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +10,11 @@ from jaxtyping import PyTree
 
 from cifar_flax import config as configs
 from cifar_flax.checkpoints.manager import Checkpoints
-from cifar_flax.checkpoints.metadata import CHECKPOINTS, Metadata, read_metadata, saved_steps
+from cifar_flax.checkpoints.metadata import CHECKPOINTS, Metadata, read_metadata, saved_steps, while_training
 from cifar_flax.config import Config
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import ConfigError, UserError, first_of
+from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.runtime.trees import named_leaves
@@ -19,6 +22,8 @@ from cifar_flax.training import averaging
 from cifar_flax.training.setup import setup
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Task
+
+_NO_CHECKPOINT = "holds no finished checkpoint; run --mode=train first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,33 +55,46 @@ def saved_config(workdir: Path, field: str = "--workdir") -> Config:
     not initialized, since this process may have to join others first. Messages refer to the folder as `field`.
     """
     folder = _checkpoint_folder(workdir, field)
-    steps = saved_steps(folder)
-    if not steps:
-        raise _no_checkpoint(workdir, field)
-    config = configs.from_dict(read_metadata(folder, steps[-1])["config"])
-    config.parallel = ParallelConfig()
-    return config
+
+    def read() -> Config:
+        if not (steps := saved_steps(folder)):
+            raise UserError(f"{field}={str(workdir)!r}: {_NO_CHECKPOINT}")
+        return configs.from_dict(read_metadata(folder, steps[-1])["config"])
+
+    return dataclasses.replace(while_training(folder, read), parallel=ParallelConfig())
 
 
 def restore(config: Config, workdir: Path, field: str = "--workdir") -> RestoredRun:
     """Restore the checkpoint in `workdir` that `config.eval.checkpoint` selects, on the devices of `config.parallel`.
 
+    Of `config`, `data`, `eval` and `parallel` are used; the other settings are those saved with this checkpoint. If a
+    training run removes the checkpoint meanwhile, select again.
+
     Raise `UserError` if there is no such checkpoint or if it is damaged.
     """
-    with Checkpoints(_checkpoint_folder(workdir, field), config.checkpoint, read_only=True) as checkpoints:
-        step = checkpoints.newest_step()
+    folder = _checkpoint_folder(workdir, field)
+    with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
+        read = functools.partial(_read, checkpoints, config, f"{field}={str(workdir)!r}")
+        # Not in a multi-process run, whose processes may differ in whether they find the checkpoint.
+        return read() if processes.label() else while_training(folder, read)
+
+
+def _read(checkpoints: Checkpoints, config: Config, where: str) -> RestoredRun:
+    step = checkpoints.newest_step()
+    if step is None:
+        raise UserError(f"{where}: {_NO_CHECKPOINT}")
+    if config.eval.checkpoint == "best":
+        step = checkpoints.best_step()
         if step is None:
-            raise _no_checkpoint(workdir, field)
-        if config.eval.checkpoint == "best":
-            step = checkpoints.best_step()
-            if step is None:
-                raise UserError(
-                    f"{field}={str(workdir)!r}: no checkpoint has a validation accuracy; use eval.checkpoint=newest"
-                )
+            raise UserError(f"{where}: no checkpoint has a validation accuracy; use eval.checkpoint=newest")
+    with checkpoints.in_use(step):
         metadata = checkpoints.metadata(step)
-        info = DatasetInfo.from_dict(metadata["dataset"])
+        saved, info = configs.from_dict(metadata["config"]), DatasetInfo.from_dict(metadata["dataset"])
+        config = dataclasses.replace(saved, data=config.data, eval=config.eval, parallel=config.parallel)
         task, init = setup(config, info)
-        state = checkpoints.restore(step, init(config.seed, None))
+        shapes = jax.eval_shape(lambda: init(config.seed, None))
+        template = jax.tree.map(lambda x: x.update(sharding=task.layout.replicated), shapes)
+        state = checkpoints.restore(step, template)
     return RestoredRun(config=config, info=info, task=task, state=state, metadata=metadata)
 
 
@@ -87,10 +105,6 @@ def _checkpoint_folder(workdir: Path, field: str) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"{field}={str(workdir)!r}: holds no checkpoint; run --mode=train first")
     return folder
-
-
-def _no_checkpoint(workdir: Path, field: str) -> UserError:
-    return UserError(f"{field}={str(workdir)!r}: holds no finished checkpoint; run --mode=train first")
 
 
 _FIELD = "train.init_from"
@@ -105,7 +119,7 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
 
     Raise `UserError` if that run has no checkpoint or if none of its parameters matches.
     """
-    folder = Path(config.train.init_from)
+    folder = local_path(_FIELD, config.train.init_from)
     saved = saved_config(folder, _FIELD)
     saved.parallel = config.parallel
     run = restore(saved, folder, _FIELD)

@@ -56,7 +56,7 @@ def _lock(stack: contextlib.ExitStack, workdir: Path, field: str) -> None:
     try:
         stack.enter_context(files.locked(path, wait=False))
     except BlockingIOError as error:
-        raise _taken(field, path.read_text(errors="replace") or "another process") from error
+        raise _taken(field, path.read_text("utf-8", errors="replace") or "another process") from error
     for left in workdir.glob(f".*{files.PARTIAL}"):  # remains of killed runs
         left.unlink(missing_ok=True)
 

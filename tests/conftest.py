@@ -89,7 +89,7 @@ def own_folders(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def signals_as_in_a_terminal():
-    """Reset SIGINT and SIGTERM: a background job of a script ignores SIGINT, and its children would inherit that."""
+    """Reset the handlers: a background job of a script ignores SIGINT, and its children would inherit that."""
     defaults = dict.fromkeys(signals.SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield

@@ -46,8 +46,8 @@ def one(found, start):
 
 
 def snapshot(folder):
-    """Return the modification times of `folder` and all its content, to detect changes."""
-    return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+    """Return all that is below `folder`, with the modification times of files, to detect changes."""
+    return {path: path.stat().st_mtime_ns * path.is_file() for path in folder.rglob("*")}
 
 
 def disk_with(free):

@@ -68,6 +68,14 @@ def test_embedded_code_does_not_restart_the_process():
     assert run(program).split("\n") == ["started", "continued", ""]
 
 
+@pytest.mark.parametrize("arguments", [[], ["-"], ["-", "--config=default"]])
+def test_a_program_from_standard_input_runs(arguments):
+    clean = {name: value for name, value in os.environ.items() if name not in SETTINGS} | {"JAX_PLATFORMS": "cpu"}
+    command, program = [sys.executable, *arguments], KEEP + "print('continued')"
+    ran = subprocess.run(command, input=program, env=clean, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ran.stdout == "continued\n"
+
+
 @pytest.mark.parametrize(
     ("environment", "restarts"),
     [

@@ -1,5 +1,7 @@
 import contextlib
 import math
+import shutil
+import tempfile
 import threading
 import time
 
@@ -11,7 +13,8 @@ from conftest import make_state, steps_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_flax import files
+from cifar_flax import files, restore
+from cifar_flax.checkpoints import storage
 from cifar_flax.checkpoints.manager import CheckpointConfig, Checkpoints, steps_to_keep
 from cifar_flax.errors import UserError
 
@@ -221,3 +224,71 @@ def test_after_an_error_one_of_several_processes_does_not_wait_for_the_save(
             raise KeyError
     monkeypatch.undo()
     assert bool(closed) == closes
+
+
+@pytest.mark.parametrize("name", ["[a]", "a*b", "a?b", "**", "a\\b", "a%20#b", "a\nb", "~"])
+def test_the_name_of_a_folder_is_not_a_pattern(tmp_path, monkeypatch, name):
+    """Orbax passes absolute paths to `glob`."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    state = make_state()
+    for _ in range(2):  # a new run, and a resumed one
+        with Checkpoints(tmp_path / name / "checkpoints", CheckpointConfig()) as checkpoints:
+            restored, _ = checkpoints.restore_newest(state) or (state, {})
+            jax.tree.map(np.testing.assert_array_equal, restored, state)
+            state = state._replace(step=state.step + 1)
+            checkpoints.save(state, {})
+            checkpoints.wait()
+            jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(int(state.step), make_state()), state)
+    assert steps_in(tmp_path / "temporary") == set()
+
+
+def test_a_temporary_folder_that_is_a_pattern_too_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "[b]").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[b]"))
+    with pytest.raises(UserError, match=r"TMPDIR=.*\[b\]: .*\[a\]"):
+        Checkpoints(tmp_path / "[a]", CheckpointConfig())
+
+
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "d/*", "ocdbt.process_0/d/*"])
+def test_a_save_that_cannot_be_read_back_gets_no_name(open_checkpoints, tmp_path, monkeypatch, name):
+    checkpoints, finish = open_checkpoints(), storage.Storage.finish
+
+    def lose_files(self):
+        finish(self)
+        for path in (tmp_path / "checkpoints" / "4.unfinished" / "state").glob(name):
+            path.unlink()
+
+    checkpoints.save(make_state(3), {})
+    checkpoints.wait()
+    monkeypatch.setattr(storage.Storage, "finish", lose_files)
+    checkpoints.save(make_state(4, width=200_000), {})  # arrays of a few bytes would be in the index
+    with pytest.raises(UserError, match=r"step 4 .*could not be saved.*resumes from step 3"):
+        checkpoints.wait()
+    assert steps_in(tmp_path / "checkpoints") == {"3"}
+
+
+def test_a_run_that_is_training_can_be_read(straight, tmp_path):
+    """A checkpoint that is removed while it is read is replaced by a newer one."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    run, stop = restore.restore(restore.saved_config(tmp_path / "run"), tmp_path / "run"), threading.Event()
+    saved_anew = ("step", "accuracy", "is_extra", "arrays", "sha256", "format")
+    metadata = {name: value for name, value in run.metadata.items() if name not in saved_anew}
+
+    def keep_saving():
+        state = run.state
+        with Checkpoints(tmp_path / "run" / "checkpoints", CheckpointConfig(keep=1)) as checkpoints:
+            while not stop.is_set():
+                state = state._replace(step=state.step + 1)
+                checkpoints.save(state, metadata | {"config": metadata["config"] | {"max_skipped": int(state.step)}})
+
+    thread = threading.Thread(target=keep_saving)
+    thread.start()
+    try:
+        for _ in range(25):
+            found = restore.restore(restore.saved_config(tmp_path / "run"), tmp_path / "run")
+            assert found.step == int(found.state.step)
+            assert found.step in (run.step, found.config.max_skipped)  # config and state are of one checkpoint
+    finally:
+        stop.set()
+        thread.join()

@@ -11,6 +11,7 @@ from doctors import examine, one, skip_compilation, snapshot
 from cifar_flax import config as configs
 from cifar_flax import packages, workdir
 from cifar_flax.checkpoints import metadata
+from cifar_flax.checkpoints.storage import Storage
 from cifar_flax.diagnosis import devices, nvidia
 from cifar_flax.runtime import allocator
 
@@ -110,6 +111,16 @@ def test_a_name_that_the_system_refuses_is_reported(tiny_config, tmp_path, monke
     skip_compilation(monkeypatch)
     reasons = examine(tiny_config, tmp_path / ("a" * 300))[1]
     assert re.search("^exit code 1: .*workdir: .*File name too long", reasons)
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_reported(examination, tmp_path, monkeypatch):
+    """The doctor saves and restores one, in a folder of which nothing is left."""
+    before = snapshot(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "verify", lambda storage, path, described: 1 / 0)
+        assert re.search("^exit code 1: .*workdir: .*step 1 could not be saved in .*/run;", examination()[1])
+    assert examination()[1] is None
+    assert snapshot(tmp_path) == before
 
 
 def test_a_run_that_another_process_trains_is_reported(examination, tiny_config, tmp_path):

@@ -10,6 +10,7 @@ from doctors import disk_with, examine, one, skip_compilation, snapshot
 
 from cifar_flax import files, packages
 from cifar_flax.data import cache, sources
+from cifar_flax.errors import UserError
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_damaged_data_are_reported_and_not_changed(examination, tiny_config, tmp
 
 
 def test_prepared_data_that_are_not_decoded_yet(examination, tiny_config, tmp_path, capsys):
-    tiny_config.data.name = "fake_color"
+    tiny_config.data.name, tiny_config.data.data_dir = "fake_color", str(tmp_path / "[tfds]")  # a glob pattern
     sources._tfds_builder(tiny_config.data).download_and_prepare()
     capsys.readouterr()
     before = snapshot(tmp_path)
@@ -68,6 +69,18 @@ def test_prepared_data_that_are_not_decoded_yet(examination, tiny_config, tmp_pa
     assert snapshot(tmp_path) == before
     tiny_config.data.eval_split = "validation"
     assert re.search("data.eval_split='validation': .*train, test", examination()[1])
+
+
+def test_an_incomplete_copy_of_prepared_data_is_reported(examination, tiny_config, capsys):
+    tiny_config.data.name = "fake_color"
+    builder = sources._tfds_builder(tiny_config.data)
+    builder.download_and_prepare()
+    [missing] = builder.info.splits["test"].filepaths
+    missing.unlink()
+    capsys.readouterr()
+    assert re.search(f"data: .*{missing.name} is missing", examination()[1])
+    with pytest.raises(UserError, match=f"{missing.name} is missing"):
+        sources.load(tiny_config.data, "test")
 
 
 @pytest.mark.parametrize(

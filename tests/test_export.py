@@ -15,6 +15,7 @@ import pytest
 from conftest import PREPARED, REPOSITORY, assert_same_classes, make_tiny_config, python_path, widest_gap
 from safetensors.numpy import load_file
 
+from cifar_flax.checkpoints import metadata
 from cifar_flax.data import sources
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
@@ -211,9 +212,12 @@ def test_export_allows_the_difference_of_dtype_and_platforms(
     straight, tmp_path, monkeypatch, dtype, platform, difference, passes
 ):
     """A program whose largest probability differs agrees in all classes."""
-    config = saved_config(straight[0])
-    config.model.dtype = dtype
-    trained = restore(config, straight[0])
+    shutil.copytree(straight[0], tmp_path / "run")
+    saved = metadata.read_metadata(tmp_path / "run" / "checkpoints", 34)
+    saved["config"]["model"]["dtype"] = dtype
+    metadata.write_metadata(tmp_path / "run" / "checkpoints" / "34", saved)
+    config = saved_config(tmp_path / "run")
+    trained = restore(config, tmp_path / "run")
     arrays = sources.load(config.data, config.data.eval_split)
     expected = evaluator.final_evaluator(config, trained.task, arrays)(trained.state).probabilities
     found = expected + np.float32(difference) * np.eye(10, dtype=np.float32)[expected.argmax(axis=1)]
@@ -221,9 +225,9 @@ def test_export_allows_the_difference_of_dtype_and_platforms(
     allowed = export.tolerance(dtype, "cpu", platform)
     if not passes:
         with pytest.raises(UserError, match=rf"another class .*\b0 of 355\b.*allowed: {allowed:.2g}"):
-            export.export(config, straight[0], tmp_path / "export")
+            export.export(config, tmp_path / "run", tmp_path / "export")
         return
-    export.export(config, straight[0], tmp_path / "export")
+    export.export(config, tmp_path / "run", tmp_path / "export")
     checked = json.loads((tmp_path / "export" / "config.json").read_text())["checked"]
     assert (checked["platform"], checked["platform_of_evaluation"]) == (platform, "cpu")
     assert checked["allowed_difference_of_probabilities"] == allowed

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -39,6 +40,18 @@ def test_names_may_have_the_greatest_length(tmp_path):
     with pytest.raises(OSError, match=r"'.*/folder'"):
         files.replace(tmp_path / "folder", b"content")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, "folder"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_new_folders_have_the_permissions_of_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with files.new_folder(tmp_path / "new") as folder:
+            (folder / "file").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_sealed_files_keep_all_json_values(tmp_path):

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import REPOSITORY, python_path
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from processes import environment
 
 from cifar_flax.data import images
@@ -22,6 +22,14 @@ from cifar_flax.runtime.allocator import SETTINGS
 SHAPE = (6, 8, 3)
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, SHAPE, np.uint8)
+
+
+def png(*parts):
+    """Return a PNG file that consists of `parts`, each a type and its data."""
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (*parts, (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return content
 
 
 def write(path, image, **settings):
@@ -78,6 +86,18 @@ def test_transparent_pixels_are_composited_on_white(tmp_path, mode):
     assert result[0, 0].tolist() == list(image.convert("RGB").getpixel((0, 0)))
     if mode == "RGBA":
         assert result[2, 4].tolist() == [127] * 3
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_one_level_of_a_grey_png_may_be_transparent(tmp_path, bits):
+    largest = 2**bits - 1
+    for transparent, opaque in ((0, largest), (largest, 0), (largest // 3, largest - largest // 3)):
+        row = int(f"{transparent:0{bits}b}{opaque:0{bits}b}".ljust(32, "0"), 2).to_bytes(4)[: -(-2 * bits // 8)]
+        header = struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)
+        parts = (b"IHDR", header), (b"tRNS", struct.pack(">H", transparent)), (b"IDAT", zlib.compress(b"\0" + row))
+        (tmp_path / "a.png").write_bytes(png(*parts))
+        pixels = read_image(tmp_path / "a.png", (1, 2, 3))
+        assert pixels[0, :, 0].tolist() == [255, round(opaque * 255 / largest)]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -211,14 +231,8 @@ def test_memory_of_large_images(tmp_path):
 
 def png_of_size(width, height):
     """Return a PNG file whose header states this size, with almost no pixel data."""
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, data in (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(bytes(100))),
-        (b"IEND", b""),
-    ):
-        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return content
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return png((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))))
 
 
 def encoded(kind, **settings):
@@ -257,6 +271,22 @@ def test_pipes_and_missing_files_are_refused_without_blocking(tmp_path):
     for path, reason in ((tmp_path / "pipe", "not a regular file"), (tmp_path / "gone", "no such file or directory")):
         with pytest.raises(UserError, match=reason):
             read_image(path, SHAPE)
+
+
+def test_long_metadata_is_accepted(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    np.testing.assert_array_equal(write(tmp_path / "text.png", Image.fromarray(PIXELS), pnginfo=text), PIXELS)
+    result = write(tmp_path / "profile.png", Image.fromarray(PIXELS), icc_profile=b"x" * 3_000_000)
+    np.testing.assert_array_equal(result, PIXELS)
+
+
+def test_the_orientation_is_applied_beside_a_corrupt_exif_tag(tmp_path):
+    """Pillow cannot write the rational number -1/0, which some cameras store as a resolution."""
+    tags = [struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHII", 0x011A, 10, 1, 38)]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(tags) + bytes(4) + struct.pack("<ii", -1, 0)
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", (8, 6, 3)), np.rot90(PIXELS, 3))
 
 
 def test_corrupt_exif_is_ignored(tmp_path):

@@ -1,4 +1,4 @@
-"""Test signal handling: when SIGTERM and SIGINT end the process, the exit codes, and the handlers afterwards."""
+"""Test signal handling: when signals end the process, the exit codes, and the handlers afterwards."""
 
 import contextlib
 import gc
@@ -16,6 +16,7 @@ from cifar_flax.runtime import signals
 from cifar_flax.runtime.signals import Stopped, deferred, signals_raise_stopped
 
 CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+OTHER_CODES = [(signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140), (signal.SIGXCPU, 152)]
 
 
 def send(number):
@@ -24,7 +25,7 @@ def send(number):
     time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code"), CODES)
+@pytest.mark.parametrize(("number", "code"), CODES + OTHER_CODES)
 def test_a_signal_outside_training_raises_stopped(number, code):
     """`except Exception` does not catch `Stopped`, but cleanup code runs."""
 
@@ -54,6 +55,24 @@ def test_deferred_leaves_signals_to_the_training_loop(number, code, capfd):
         run()
     assert caught.value.exit_code == code
     assert f"{number.name}: saving" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), OTHER_CODES)
+def test_signals_that_come_more_than_once_do_not_prevent_the_save(number, code, capfd):
+    """The shell and the kernel send SIGHUP when a terminal closes; the kernel sends SIGXCPU every second."""
+
+    def run():
+        with signals_raise_stopped():
+            with deferred() as signal_number:
+                for other in (number, number, signal.SIGHUP):
+                    send(other)
+                assert signal_number() == number
+            pytest.fail("leaving deferred() did not raise Stopped")
+
+    with pytest.raises(Stopped) as caught:
+        run()
+    assert caught.value.exit_code == code
+    assert capfd.readouterr().err.count(": saving") == 1
 
 
 def test_a_signal_at_the_end_of_training_is_not_lost():
@@ -94,16 +113,17 @@ def test_a_signal_is_not_lost_if_its_exception_is_swallowed(monkeypatch):
         gc.callbacks.remove(collecting)
 
 
-def test_signals_that_the_parent_ignores_stay_ignored():
-    """A shell script starts background jobs with SIGINT ignored: Ctrl-C must not end them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signals_that_the_parent_ignores_stay_ignored(number):
+    """A shell script starts background jobs with SIGINT ignored, `nohup` a command with SIGHUP ignored."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with signals_raise_stopped(), deferred() as signal_number:
-            send(signal.SIGINT)
+            send(number)
             assert signal_number() == 0
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_previous_handlers_are_restored():
@@ -127,14 +147,14 @@ def test_previous_handlers_are_restored():
 
 def test_other_signals_keep_their_handlers():
     seen = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    before = signal.signal(signal.SIGWINCH, lambda number, frame: seen.append(number))
     try:
         with signals_raise_stopped(), deferred() as signal_number:
-            send(signal.SIGUSR1)
+            send(signal.SIGWINCH)
             assert signal_number() == 0
     finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert seen == [signal.SIGUSR1]
+        signal.signal(signal.SIGWINCH, before)
+    assert seen == [signal.SIGWINCH]
 
 
 def test_a_second_run_in_a_process_starts_without_a_pending_signal():

@@ -6,6 +6,7 @@ import json
 import re
 
 import made_up
+import matplotlib
 import numpy as np
 import pages
 import pytest
@@ -25,6 +26,16 @@ def test_confusion_matrix_is_drawn(tmp_path, classes):
     pixels = image.imread(path)
     assert min(pixels.shape[:2]) > 300
     assert pixels[..., :3].std() > 0.01  # not an empty page
+
+
+@pytest.mark.parametrize("names", [("dark", "bright"), ("$5", "$\\frac{$"), ("\u732b", "\u72ac\n")])
+def test_any_class_names_and_settings_of_matplotlib_can_be_plotted(tmp_path, names):
+    result = made_up.evaluation(2)[0]
+    result["per_class"] = dict(zip(names, result["per_class"].values(), strict=True))
+    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight", "savefig.dpi": 50}):
+        size = confusion.plot(tmp_path / "matrix.png", result)
+    with Image.open(tmp_path / "matrix.png") as plot:
+        assert plot.size == size
 
 
 def test_report_contains_the_results_of_the_evaluation(tmp_path):

@@ -81,15 +81,18 @@ def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(folder, capsys):
     assert f"resuming from step {newest} of" in capsys.readouterr().out
 
 
-def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny_config, straight, tmp_path, capsys):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny_config, straight, tmp_path, capsys, monkeypatch):
+    """It also reports that it has another number of cores than the run that made the checkpoint."""
     shutil.copytree(straight[0], tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints" / "34").rglob("*.ocdbt"):
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"checkpoints/34 .*\bread\b"):  # instead of evaluating another step
         evaluate.evaluate(tiny_config, tmp_path / "run")
+    monkeypatch.setattr("cifar_flax.runtime.environment.usable_cores", lambda: 99)
     train.train(tiny_config, tmp_path / "run")
     out = capsys.readouterr().out
     assert re.search(r"step 34\b.*\bdamaged", out)
+    assert re.search(r"^results may differ by rounding: hardware: \d+ cores .*, now 99 cores ", out, re.MULTILINE)
     assert "resuming from step 23 of 34" in out
     assert_same_run(tiny_config, straight[0], tmp_path / "run")
 

@@ -119,14 +119,19 @@ def test_damaged_cache_is_rebuilt_with_a_warning():
     np.testing.assert_array_equal(after.images, before)
 
 
-def test_data_dir_and_cache_dir_are_used(tmp_path):
-    config = DataConfig(name="fake_gray", data_dir=str(tmp_path / "here"), cache_dir=str(tmp_path / "there"))
+def test_data_dir_and_cache_dir_are_used(tmp_path, monkeypatch):
+    """`~` is expanded in the settings and in the environment variables."""
+    for name, folder in {"HOME": str(tmp_path), "TFDS_DATA_DIR": "~/tfds", "XDG_CACHE_HOME": "~/cache"}.items():
+        monkeypatch.setenv(name, folder)
+    config = DataConfig(name="fake_gray", data_dir="~/here", cache_dir="~/there")
     sources.load(config, "test")
     assert (tmp_path / "here" / "fake_gray" / "1.0.0").is_dir()
     assert (tmp_path / "there" / "fake_gray" / "1.0.0" / "test" / "manifest.json").is_file()
     assert not (tmp_path / "tfds").exists()
     sources.load(DataConfig(name="fake_gray"), "test")
     assert (tmp_path / "tfds" / "fake_gray" / "1.0.0").is_dir()  # TFDS_DATA_DIR
+    assert (tmp_path / "cache" / "cifar_flax" / "fake_gray").is_dir()
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.fixture

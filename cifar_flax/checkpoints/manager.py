@@ -1,15 +1,13 @@
-"""Save and restore checkpoints. Only this module imports Orbax.
+"""Save and restore checkpoints.
 
-Orbax writes the state to `checkpoints/<step>/state/`; `metadata.py` writes the metadata beside it. A save writes to
-`<step>.unfinished`, which is renamed to `<step>` when it is complete; a killed run may leave an unfinished folder.
+`storage.py` writes the state to `checkpoints/<step>/state/`, `metadata.py` the metadata beside it. A save writes to
+`<step>.unfinished`, which is renamed to `<step>` when it was read back; a killed run may leave an unfinished folder.
 Damaged checkpoints are quarantined: renamed to `<step>.damaged`.
 """
 
 import contextlib
-import logging
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from cifar_flax import files
@@ -30,13 +26,10 @@ from cifar_flax.checkpoints.metadata import (
     unreadable,
     write_metadata,
 )
+from cifar_flax.checkpoints.storage import Storage, describe
 from cifar_flax.errors import UserError, one_line, require
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.trees import all_finite, named_leaves
-
-# Silence Orbax's and asyncio's per-array logging; failures are reported by the exception.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 _STATE = "state"
 
@@ -69,7 +62,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, read_only: bool = False):
         self._folder, self._config = folder.absolute(), config
-        self._orbax = ocp.StandardCheckpointer()
+        self._storage = Storage(self._folder)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._restored = 0  # step of the checkpoint that the run resumed from; 0: none
@@ -95,7 +88,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._orbax.close()
+            self._storage.close()
 
     def save(self, state: Any, content: Metadata, accuracy: float | None = None, *, is_extra: bool = False) -> None:
         """Save `state`, a pytree with a `step`, and the JSON object `content` in the background.
@@ -113,8 +106,7 @@ class Checkpoints:
         if not jax.device_get(_is_finite(state)):
             raise UserError(f"the state after step {step} is not finite and is not saved: training has diverged")
         arrays = named_leaves(state)
-        shapes = {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
-        metadata = {"step": step, "accuracy": accuracy, "is_extra": is_extra, "arrays": shapes, **content}
+        metadata = {"step": step, "accuracy": accuracy, "is_extra": is_extra, "arrays": describe(arrays), **content}
         with self._errors(step):
             if step == self._restored:  # the same state is on disk already
                 if processes.is_main():
@@ -123,16 +115,16 @@ class Checkpoints:
                 unfinished = self._path(f"{step}.unfinished")
                 if processes.is_main():
                     unfinished.mkdir()
-                self._orbax.save(unfinished / _STATE, unflatten_dict(arrays, sep="/"))
+                self._storage.start(f"{unfinished.name}/{_STATE}", arrays)
                 self._saving = step, self._thread.submit(self._finish, unfinished, metadata)
 
     def _finish(self, unfinished: Path, metadata: Metadata) -> None:
         """Finish `save` in the background: rename the complete checkpoint to its step, and remove old ones."""
         try:
-            with _quiet():
-                self._orbax.wait_until_finished()
+            self._storage.finish()
             if not processes.is_main():
                 return
+            self._storage.verify(f"{unfinished.name}/{_STATE}", metadata["arrays"])
             write_metadata(unfinished, metadata | {"sha256": files.checksums(unfinished / _STATE)})
             files.publish(unfinished, self._path(metadata["step"]))
         except BaseException:
@@ -207,6 +199,10 @@ class Checkpoints:
         """Return the metadata of the checkpoint of `step`; raise `UserError` if it cannot be read."""
         return read_metadata(self._folder, step)
 
+    def in_use(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Keep a training run from removing the checkpoint of `step` inside the block."""
+        return files.in_use(self._path(step))
+
     def restore_newest(self, template: PyTree) -> tuple[PyTree, Metadata] | None:
         """Return state and metadata of the newest intact checkpoint, or None if the run has no checkpoint.
 
@@ -261,19 +257,17 @@ class Checkpoints:
 
     def _load(self, metadata: Metadata, template: PyTree) -> PyTree:
         step, wanted = metadata["step"], named_leaves(template)
-        # Check here, because Orbax restores partial matches without an error.
-        for name in sorted(wanted.keys() | metadata["arrays"].keys()):
-            ours = f"{wanted[name].shape} {wanted[name].dtype}" if name in wanted else "absent"
-            theirs = metadata["arrays"].get(name, "absent")
+        described = describe(wanted)
+        for name in sorted(described.keys() | metadata["arrays"].keys()):
+            ours, theirs = described.get(name, "absent"), metadata["arrays"].get(name, "absent")
             if ours != theirs:
                 difference = f"{name} is {theirs} in the checkpoint, {ours} in this run"
                 raise UserError(f"{self._path(step)} does not match this run: {difference}; choose another --workdir")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
         try:
-            restored = self._orbax.restore(self._path(step) / _STATE, unflatten_dict(abstract, sep="/"))
+            arrays = self._storage.restore(f"{step}/{_STATE}", abstract)
         except Exception as error:
             raise unreadable(self._folder, step, error) from error
-        arrays = flatten_dict(restored, sep="/")
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
 
     def _require_intact(self, metadata: Metadata) -> None:
@@ -285,20 +279,3 @@ class Checkpoints:
 
     def _path(self, name: int | str) -> Path:
         return self._folder / str(name)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the tracebacks of writes that end after Orbax has given up.
-
-    If the block raises, they stay suppressed, since such writes may still end later.
-    """
-    hook = sys.unraisablehook
-
-    def without_closed_loops(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            hook(unraisable)
-
-    sys.unraisablehook = without_closed_loops
-    yield
-    sys.unraisablehook = hook

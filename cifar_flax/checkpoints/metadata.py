@@ -5,8 +5,9 @@ and of the metadata itself. This module needs neither Orbax, nor JAX's devices, 
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cifar_flax import files
 from cifar_flax.errors import UserError, one_line
@@ -18,6 +19,7 @@ _FORMAT = 1
 CHECKPOINTS = "checkpoints"  # folder in the workdir
 
 Metadata = dict[str, Any]
+T = TypeVar("T")
 
 
 class DamagedError(UserError):
@@ -54,6 +56,17 @@ def read_metadata(folder: Path, step: int) -> Metadata:
     if metadata.get("format") != _FORMAT:
         raise UserError(f"the checkpoint {path} has the format {metadata.get('format')}; this version reads {_FORMAT}")
     return metadata
+
+
+def while_training(folder: Path, read: Callable[[], T]) -> T:
+    """Return `read()`; if it fails and a run has saved or removed checkpoints in `folder` meanwhile, repeat it."""
+    while True:
+        steps = saved_steps(folder)
+        try:
+            return read()
+        except (UserError, FileNotFoundError):
+            if saved_steps(folder) == steps:
+                raise
 
 
 def unreadable(folder: Path, step: int, error: Exception) -> UserError:

@@ -66,9 +66,10 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
 
     Raise `UserError`, with the reason alone, without the path, if the file cannot be read as an image.
     """
-    import PIL
-
     Image = packages.load("pillow")
+    import PIL.PngImagePlugin as png
+
+    png.MAX_TEXT_CHUNK = png.MAX_TEXT_MEMORY  # comments and color profiles may exceed the default of 1 MB
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
@@ -84,7 +85,7 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
                 return _read(file, shape, is_counted=cost > 0)
     except UserError:
         raise
-    except PIL.UnidentifiedImageError as error:
+    except Image.UnidentifiedImageError as error:
         raise UserError(f"not an image in a supported format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"too many pixels; at most {MAX_PIXELS:,} are allowed") from error
@@ -124,8 +125,12 @@ def _read(file: BinaryIO, shape: Shape, *, is_counted: bool) -> UInt8[np.ndarray
     image = Image.open(file, formats=FORMATS)
     with _budget.take(0 if is_counted else _cost(*image.size, copies=1)):
         image.draft(None, (2 * max(shape[:2]),) * 2)  # JPEG only
+        level, factors = image.info.get("transparency"), {"1": 255, "L;2": 85, "L;4": 17}
+        if image.format == "PNG" and isinstance(level, int) and (bits := image.tile[0][3]) in factors:
+            # Pillow scales the pixels to 8 bits, but not this.
+            image.info["transparency"] = min(level * factors[bits], 255)
         image.load()
-        with contextlib.suppress(Exception):  # ignore damaged EXIF
+        with contextlib.suppress(Exception):  # ignore damaged EXIF; in place, it may raise only after the transposition
             ImageOps.exif_transpose(image, in_place=True)
         return _resized(image, shape)
 
@@ -148,7 +153,10 @@ def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channe
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        grey, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

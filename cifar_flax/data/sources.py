@@ -19,6 +19,7 @@ from cifar_flax.data.cache import Arrays
 from cifar_flax.data.images import resize
 from cifar_flax.data.pipelines import PIPELINES
 from cifar_flax.errors import ConfigError, UserError, one_line, require
+from cifar_flax.paths import local_path
 
 _DECODE_BATCH = 1000  # images
 # Names become folders in the cache, so they must not contain "..".
@@ -63,10 +64,10 @@ def load(config: DataConfig, split: str) -> Arrays:
     """
     if config.archive:
         _require_split(config, ("train", "test"), split)
-        arrays = read_archive(Path(config.archive).expanduser(), split)
+        arrays = read_archive(local_path("data.archive", config.archive), split)
     elif config.name in datasets.DATASETS:
         _require_split(config, datasets.DATASETS[config.name].splits, split)
-        arrays = datasets.read(config.name, split, Path(config.data_dir).expanduser())
+        arrays = datasets.read(config.name, split, local_path("data.data_dir", config.data_dir))
     else:
         return _load_tfds(config, split)
     return _resize(arrays, config.image_size) if config.image_size else arrays
@@ -83,7 +84,7 @@ def _resize(arrays: Arrays, size: int) -> Arrays:
 
 def cache_dir(config: DataConfig) -> Path:
     """Return the folder of decoded arrays; it may not exist."""
-    return Path(config.cache_dir).expanduser() if config.cache_dir else files.user_cache()
+    return local_path("data.cache_dir", config.cache_dir) if config.cache_dir else files.user_cache()
 
 
 def cache_folder(config: DataConfig, split: str, version: str | None = None) -> Path | None:
@@ -117,10 +118,10 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
     info = builder.info
     _, _, image_shape = _features(config, info)
     folder = Path(builder.data_dir)
-    if not builder.is_prepared():
+    if not folder.exists():  # as TFDS decides; its is_prepared fails if the name of a folder is a glob pattern
         return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
     for split in splits:
-        _require_split(config, info.splits, split)
+        _require_files(config, info, split)
     decoded = sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
     return Preparation(folder, True, {}, decoded)
 
@@ -139,7 +140,7 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
         builder = _tfds_builder(config)  # again, since another process may just have prepared the data
         info = builder.info
         _prepare(config, builder)
-        _require_split(config, info.splits, split)
+        _require_files(config, info, split)
         folder = cache_folder(config, split, str(info.version))
         assert folder is not None
         return cache.load(folder) or cache.store(  # another process may have decoded it
@@ -169,11 +170,22 @@ def _require_split(config: DataConfig, splits: Iterable[str], split: str) -> Non
     require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
 
 
+def _require_files(config: DataConfig, info: Any, split: str) -> None:
+    """Raise `ConfigError` if there is no such split, and `UserError` if a file is missing, as in an incomplete copy."""
+    _require_split(config, info.splits, split)
+    for path in info.splits[split].filepaths:
+        if not os.path.exists(path):
+            raise UserError(f"{path} is missing; complete its folder, or remove it to let TFDS prepare it again")
+
+
 def _tfds_builder(config: DataConfig) -> Any:
     tfds = _tfds()
-    data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR", "")  # which TFDS itself reads only on import
+    if config.data_dir:
+        data_dir = local_path("data.data_dir", config.data_dir)
+    else:  # TFDS itself reads this variable only on import
+        data_dir = local_path("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     try:
-        return tfds.builder(config.name, data_dir=os.path.expanduser(data_dir) or None)
+        return tfds.builder(config.name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
         allowed = f"must be {', '.join(datasets.DATASETS)} or a TFDS image-classification set such as cifar10"
         raise ConfigError(f"data.name={config.name!r}: {allowed} ({one_line(error)})") from error

@@ -20,7 +20,7 @@ def why_unused(warned: str) -> str | None:
 
     `warned` is what JAX logged while it searched for devices.
     """
-    match = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)\s", DRIVER.read_text()) if DRIVER.exists() else None
+    match = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)\s", DRIVER.read_text("utf-8")) if DRIVER.exists() else None
     driver = match[1] if match else None  # such as "580.65.06"
     if driver is None and not any(path.exists() for path in DEVICES):
         return "found, but its driver is not installed" if _is_plugged_in() else None
@@ -55,6 +55,7 @@ def _reason(driver: str | None, warned: str) -> str:
 def _is_plugged_in() -> bool:
     """Return whether the machine has an NVIDIA display controller."""
     return any(
-        (device / "vendor").read_text().strip() == "0x10de" and (device / "class").read_text().startswith("0x03")
+        (device / "vendor").read_text("utf-8").strip() == "0x10de"
+        and (device / "class").read_text("utf-8").startswith("0x03")
         for device in PCI.glob("*")
     )

@@ -3,14 +3,18 @@
 import os
 import shutil
 import socket
+import tempfile
 import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import jax
+import jax.numpy as jnp
 
+from cifar_flax.checkpoints.manager import CheckpointConfig, Checkpoints
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
 from cifar_flax.data import cache, sources
 from cifar_flax.data.datasets import DATASETS
@@ -18,6 +22,7 @@ from cifar_flax.diagnosis.examination import Examination
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.runtime import compilation
+from cifar_flax.training.state import TrainState
 from cifar_flax.training.trainer import Trainer
 from cifar_flax.workdir import require_usable
 
@@ -107,21 +112,45 @@ def start(examination: Examination) -> Iterator[Finding]:
 
 
 def folder(examination: Examination) -> Iterator[Finding]:
-    """Check that the run can use --workdir."""
+    """Check that the run can use --workdir, and save and restore a checkpoint in it."""
     kept, steps = examination.config.checkpoint, saved_steps(examination.workdir / CHECKPOINTS)
     more = max(kept.keep + kept.keep_best - len(steps), 0) + 1  # an old one is deleted after a new one is saved
     examination.needs.append(("the run", examination.workdir, more * examination.state_bytes + _SMALL_FILES))
     require_usable(examination.workdir, examination.config)
+    if examination.platform:
+        with compilation.cache_writes_disabled():
+            _try_checkpoint(examination.workdir)
     yield Finding(OK, f"{examination.workdir}: {f'a run to resume from step {steps[-1]}' if steps else 'no run yet'}")
+
+
+def _try_checkpoint(workdir: Path) -> None:
+    """Save and restore a checkpoint as in `workdir`, and leave nothing behind. Raise `UserError` if this fails."""
+    state = TrainState(jnp.int32(1), jnp.uint32(0), {"kernel": jnp.ones(1)}, {}, (), ())
+    place = _existing(workdir)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".doctor.", dir=place) as folder:
+            inside = Path(folder, workdir.absolute().relative_to(place))
+            with Checkpoints(inside, CheckpointConfig()) as checkpoints:
+                checkpoints.save(state, {})
+                checkpoints.wait()
+                checkpoints.restore(1, state)
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be used as the folder of a run: {error.strerror}") from error
+
+
+def _existing(folder: Path) -> Path:
+    """Return `folder`, or the first of its parents that exists."""
+    place = folder.absolute()
+    while not os.path.exists(place):  # not Path.exists, which raises if a folder is not readable
+        place = place.parent
+    return place
 
 
 def disk(examination: Examination) -> Iterator[Finding]:
     """Check that each disk has room for what earlier checks found to be needed."""
     needed: Counter[int] = Counter()  # device -> bytes
     for what, folder, size in examination.needs:
-        place = folder.expanduser().absolute()
-        while not os.path.exists(place):  # not Path.exists, which raises if a folder is not readable
-            place = place.parent
+        place = _existing(folder)
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             yield Finding(FAIL, f"{place} is not writable ({what})")
             continue

@@ -15,6 +15,7 @@ from cifar_flax import config as configs
 from cifar_flax.errors import UserError
 from cifar_flax.export import run_program
 from cifar_flax.restore import RestoredRun
+from cifar_flax.runtime import settings
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.runtime.trees import named_leaves
 from cifar_flax.training import steps
@@ -67,8 +68,9 @@ def run_in_new_process(
         np.save(inputs, images, allow_pickle=False)
         # -P: do not import modules from the script's folder.
         command = [sys.executable, "-P", run_program.__file__, str(folder), str(inputs), str(outputs)]
-        environment = os.environ | variables_beside(platform)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        environment = {name: value for name, value in os.environ.items() if name.lower() not in settings.PINNED}
+        environment |= variables_beside(platform)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no error message"])[-1]
             raise UserError(f"the program is not exported: another process cannot run it ({reason})")

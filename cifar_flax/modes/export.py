@@ -42,7 +42,7 @@ def export(config: Config, workdir: Path, output: Path) -> None:
     run = restore(config, workdir)
     with files.new_folder(output) as folder:
         (folder / "model.safetensors").write_bytes(save(program.tensors(run)))
-        (folder / "labels.txt").write_text("".join(f"{name}\n" for name in run.info.class_names))
+        (folder / "labels.txt").write_bytes("".join(f"{name}\n" for name in run.info.class_names).encode())
         (folder / "model.stablehlo").write_bytes(program.stablehlo(run))
         checked = _check(run, folder)
         files.write_json(folder / "config.json", _describe(run, checked))

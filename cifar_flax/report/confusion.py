@@ -1,5 +1,6 @@
 """The confusion matrix as text, PNG and SVG. Rows are true classes, columns are predicted classes."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,18 @@ def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
     """
     pyplot = packages.load("matplotlib")
     pyplot.switch_backend("Agg")
+    settings = {"text.usetex": False, "text.parse_math": False, "savefig.bbox": None, "savefig.dpi": "figure"}
+    # Ignore those of the user that need LaTeX or change the size, and warnings about characters that no font has.
+    with pyplot.rc_context(settings), warnings.catch_warnings(action="ignore", category=UserWarning):
+        return _plot(pyplot, path, result)
+
+
+def _plot(pyplot: Any, path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
     counts, names = np.asarray(result["confusion_matrix"]), list(result["per_class"])
     normalized = fractions(counts)
     size = min(2.5 + 0.5 * len(names), 16)  # inches
     font = min(10, 400 / len(names))  # points
-    figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(size, size), dpi=120, layout="constrained")
     axes.imshow(normalized, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
     axes.set_yticks(range(len(names)), names, fontsize=font)
@@ -55,7 +63,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> tuple[int, int]:
             if count:
                 color = "white" if normalized[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None})
     width, height = map(int, figure.canvas.get_width_height())
     pyplot.close(figure)
     return width, height

@@ -94,7 +94,7 @@ def write(path: Path, title: str, head: Markup, sections: Sequence[Section]) -> 
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", title),
-        element("style", Markup(_STYLE.read_text())),
+        element("style", Markup(_STYLE.read_text("utf-8"))),
     )
     document = f"<!doctype html>\n{element('html', metadata, body, lang='en')}\n"
     files.replace(path, document.encode(errors="replace"))

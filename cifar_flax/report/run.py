@@ -181,5 +181,5 @@ def _origin(made_by: Mapping[str, Any] | None) -> Markup:
     if made_by is None:
         return note("The checkpoint does not record its command and environment.")
     command = element("pre", element("code", made_by["command"]), aria_label="Command", tabindex=0)
-    versions = element("div", page.definitions(made_by["versions"]), class_="settings")
+    versions = element("div", page.definitions(made_by["versions"] | made_by.get("settings", {})), class_="settings")
     return join([command, element("p", made_by["hardware"]), versions])

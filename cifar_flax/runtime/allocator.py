@@ -28,8 +28,8 @@ def keep_freed_memory() -> None:
     again, the kernel must map and zero it page by page, which takes a third of the step's time on a CPU. With
     `SETTINGS` steps are faster, but the process keeps its peak memory.
 
-    Do nothing if JAX could use an accelerator, if the C library is not glibc, if the process was started for another
-    program (a notebook, a debugger), or if GLIBC_TUNABLES is set. Set it to the empty string to disable this function.
+    Do nothing if JAX could use an accelerator, the C library is not glibc, GLIBC_TUNABLES is set (even to the empty
+    string), the process was started for another program (a notebook, a debugger), or for one from standard input.
     """
     if "GLIBC_TUNABLES" in os.environ or _may_use_accelerator() or not _has_glibc() or not _is_own_process():
         return
@@ -42,11 +42,11 @@ def _may_use_accelerator() -> bool:
 
 
 def _is_own_process() -> bool:
-    """Return whether the process was started to run this program, and not a debugger or notebook that runs it."""
+    """Return whether the process was started to run this program, from a file, and not a debugger or notebook."""
     frame = sys._getframe()
     while frame.f_globals["__name__"] in {__name__, "cifar_flax.cli", "cifar_flax.__main__", "__main__", "runpy"}:
         if frame.f_back is None:
-            return True
+            return sys.argv[0] not in ("", "-")  # a new process would find standard input consumed, and run nothing
         frame = frame.f_back
     return False
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from cifar_flax import files
-from cifar_flax.errors import one_line
+from cifar_flax.errors import UserError, one_line
 
 # Up to jax 0.10, XLA's CPU compiler removes optimization barriers before fusion and then recomputes a value for each
 # element that needs it, so that a step of the reference network takes twice as long. This option keeps the barriers.
@@ -49,11 +49,11 @@ def enable_cache() -> None:
     another folder, whose size is not limited, and JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
     """
     if program_cache() is None:
-        folder = files.user_cache() / _NAME
         try:
+            folder = files.user_cache() / _NAME
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)  # fails if another user owns the folder
-        except OSError:
+        except (OSError, UserError):
             return
         jax.config.update(_FOLDER, str(folder))
         _remove_oldest(folder)
@@ -85,7 +85,10 @@ def cache_problem() -> str | None:
         return "JAX_ENABLE_COMPILATION_CACHE is false"
     folder = program_cache()
     if folder is None:
-        return f"{files.user_cache() / _NAME} cannot be created or belongs to another user"
+        try:
+            return f"{files.user_cache() / _NAME} cannot be created or belongs to another user"
+        except UserError as error:
+            return str(error)
     try:
         with _changed({_MIN_SECONDS: 0, "jax_raise_persistent_cache_errors": True}):
             return None if _finds_again(Path(folder)) else f"{folder} does not return a program that was written to it"

@@ -165,8 +165,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = 1
     for number, stream in enumerate((sys.stdout, sys.stderr), start=1):
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except OSError:  # a failed flush must not change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     if jax.distributed.is_initialized() and code:

@@ -1,4 +1,4 @@
-"""Graceful shutdown on SIGTERM, which schedulers send before they preempt a job, and on SIGINT (Ctrl-C)."""
+"""Graceful shutdown on the signals of schedulers before they end a job, of Ctrl-C and of a closed terminal."""
 
 import contextlib
 import os
@@ -8,7 +8,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_URGENT = (signal.SIGTERM, signal.SIGINT)  # end the process at once if they are not the first signal
+# The others may come more than once for one reason: SIGHUP from the shell and from the kernel, SIGXCPU every second.
+# Windows lacks them.
+_OTHERS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+SIGNALS = (*_URGENT, *(getattr(signal, name) for name in _OTHERS if hasattr(signal, name)))
 _GRACE = 3.0  # seconds for the main thread to raise `Stopped` outside of training; then the process is ended
 
 _deferring = False  # whether the main thread is in a block of `deferred`, which checks for signals itself
@@ -25,10 +29,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals_raise_stopped() -> Iterator[None]:
-    """Make SIGTERM and SIGINT raise `Stopped` in the main thread inside the block, except in a block of `deferred`.
+    """Make `SIGNALS` raise `Stopped` in the main thread inside the block, except in a block of `deferred`.
 
-    A second signal ends the process immediately. A separate thread watches for it, because Python runs no signal
-    handler while the main thread compiles or waits for the device.
+    After the first signal, SIGTERM and SIGINT end the process immediately; the others are ignored. A separate thread
+    watches for them, because Python runs no signal handler while the main thread compiles or waits for the device.
     """
     global _asked
     if threading.current_thread() is not threading.main_thread():  # only it may set handlers
@@ -36,7 +40,7 @@ def signals_raise_stopped() -> Iterator[None]:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # Signals that the parent ignores stay ignored, as in a script's background jobs. None: a handler not set by Python.
+    # Signals that the parent ignores stay ignored, such as SIGHUP after `nohup`. None: a handler not set by Python.
     ours = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     handlers = {number: signal.signal(number, _handle) for number in ours}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -77,9 +81,10 @@ def deferred() -> Iterator[Callable[[], int]]:
 
 def _handle(number: int, frame: object) -> None:
     global _asked
-    _asked = _asked or number
-    if not _deferring:
-        raise Stopped(number)
+    if not _asked:
+        _asked = number
+        if not _deferring:
+            raise Stopped(number)
 
 
 def _watch(reader: int) -> None:
@@ -87,11 +92,11 @@ def _watch(reader: int) -> None:
     first = True
     while byte := os.read(reader, 1):
         number = byte[0]
-        if number not in SIGNALS:
+        if number not in (SIGNALS if first else _URGENT):
             continue
         name = signal.Signals(number).name
         if first and _deferring:
-            _print_line(f"{name}: saving after this step; a second signal stops at once")
+            _print_line(f"{name}: saving after this step; a second SIGTERM or SIGINT stops at once")
             first = False
             continue
         if first:

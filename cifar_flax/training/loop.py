@@ -93,6 +93,10 @@ class TrainingLoop:
         self._checkpoints, self._state = checkpoints, state
         self._step = self._saved = metadata.get("step", 0)
         self._evaluated = metadata.get("evaluated", True)  # whether the evaluation that is due after this step is done
+        self._made_by = environment.provenance(str(trainer.layout))
+        before = metadata.get("made_by", self._made_by | {"settings": {}})  # of a new run: JAX's defaults
+        if changed := environment.changes(before, self._made_by):
+            processes.log(f"results may differ by rounding: {'; '.join(changed)}")
         self._mark = metadata.get("metrics")  # of metrics.jsonl at this step
         max_skipped = self._config.max_skipped if self._config.on_nonfinite == "skip" else 0
         self._guard = NonFiniteGuard(max_skipped, metadata.get("last_loss"), metadata.get("skipped_in_a_row", 0))
@@ -186,7 +190,7 @@ class TrainingLoop:
         metadata = {
             "config": configs.to_dict(self._config),
             "dataset": self._trainer.info.to_dict(),
-            "made_by": environment.provenance(str(self._trainer.layout)),
+            "made_by": self._made_by,
             "evaluated": self._evaluated,
             "metrics": self._writer.mark(),
             "interval": self._accumulator.values(),

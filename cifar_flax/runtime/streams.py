@@ -1,0 +1,20 @@
+"""Standard input, output and error of a command."""
+
+import io
+import os
+import sys
+
+
+def prepare() -> None:
+    """Make the standard streams usable. Call this before anything else opens a file.
+
+    Open the null device for closed streams, whose descriptors would otherwise be reused by the next files: messages of
+    libraries would be written to those. Print each line at once, and "?" for characters that stdout cannot encode.
+    """
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:  # closed
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: that of the closed stream
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a killed run loses no printed line
