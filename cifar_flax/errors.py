@@ -26,6 +26,12 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
+def reason(error: OSError) -> str:
+    """Return the reason alone, without number and path, such as "permission denied"."""
+    text = error.strerror or " ".join(str(error).split())
+    return text[:1].lower() + text[1:]
+
+
 def first_of(reasons: Sequence[str]) -> str:
     """Return the first of `reasons` and the number of the others."""
     shown, left = reasons[:_REASONS], len(reasons) - _REASONS

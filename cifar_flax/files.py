@@ -24,16 +24,17 @@ def replace(path: Path, content: bytes) -> None:
 
     Raise `OSError` that names `path` if it cannot be written.
     """
-    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
+    partial = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}{PARTIAL}"  # `path` may have the longest name
     try:
         with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(partial, path)
     except OSError as error:  # such as a full disk
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
-    os.replace(partial, path)
     sync_folder(path.parent)
 
 

@@ -108,6 +108,12 @@ def test_an_unwritable_folder_is_reported(examination, tmp_path):
     assert re.search(f"^exit code 1: .*disk: {tmp_path / 'run'} .*writable", examination()[1])
 
 
+def test_a_name_that_the_system_refuses_is_reported(tiny_config, tmp_path, monkeypatch):
+    skip_compilation(monkeypatch)
+    reasons = examine(tiny_config, tmp_path / ("a" * 300))[1]
+    assert re.search("^exit code 1: .*workdir: .*File name too long", reasons)
+
+
 def test_a_checkpoint_that_cannot_be_saved_is_reported(examination, tmp_path, monkeypatch):
     """The doctor saves and restores one, in a folder of which nothing is left."""
     before = snapshot(tmp_path)

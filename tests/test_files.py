@@ -39,6 +39,16 @@ def test_a_full_disk_is_reported_with_the_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_may_have_the_greatest_length(tmp_path):
+    path = tmp_path / ("a" * 255)
+    files.replace(path, b"content")
+    assert path.read_bytes() == b"content"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"'.*/folder'"):
+        files.replace(tmp_path / "folder", b"content")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, "folder"]
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
 def test_new_folders_have_the_permissions_of_the_umask(tmp_path, mask):
     before = os.umask(mask)

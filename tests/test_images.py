@@ -3,15 +3,21 @@
 import io
 import os
 import struct
+import subprocess
+import sys
+import threading
 import zlib
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY, python_path
 from PIL import Image, PngImagePlugin
+from processes import environment
 
 from cifar_flax.data import images
 from cifar_flax.data.images import read_image
 from cifar_flax.errors import UserError
+from cifar_flax.runtime.allocator import SETTINGS
 
 SHAPE = (6, 8, 3)
 RNG = np.random.default_rng(0)
@@ -125,6 +131,101 @@ def test_other_sizes_are_resized_like_training_images(tf, tmp_path, size):
     assert np.mean(result != expected) < 0.01
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1", "I;16"])
+def test_large_images_are_resized_in_strips_as_at_once(tmp_path, monkeypatch, mode):
+    pixels = RNG.integers(0, 256, (61, 47, 4), np.uint8)
+    image = Image.fromarray(pixels.view(np.uint16)[..., 0]) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    at_once = write(tmp_path / "a.png", image, exif=exif).astype(int)
+    for strip in (1, 500, 61 * 47 - 1):
+        monkeypatch.setattr(images, "_STRIP", strip)
+        difference = np.abs(read_image(tmp_path / "a.png", SHAPE) - at_once)
+        assert difference.max() <= 1  # a value near .5 may be rounded either way
+        assert np.mean(difference) < 0.01
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpegs_are_reduced_while_decoding(tmp_path, monkeypatch, orientation):
+    decoded = []
+    pixels_of = images._pixels
+    monkeypatch.setattr(
+        images, "_pixels", lambda image, channels: decoded.append(image.size) or pixels_of(image, channels)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shape = (8, 8, 3)
+    for size, wanted in (((40, 31), (40, 31)), ((40, 32), (20, 16)), ((320, 160), (40, 20))):
+        photo = Image.fromarray(RNG.integers(0, 256, (3, 4, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        photo.save(tmp_path / "a.jpg", exif=exif, quality=95)
+        result = read_image(tmp_path / "a.jpg", shape).astype(int)
+        assert decoded.pop() == (wanted if orientation == 1 else wanted[::-1])
+        whole = images.resize(np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB")), shape).astype(int)
+        whole = whole if orientation == 1 else np.rot90(whole, 3)
+        assert np.abs(result - whole).mean() <= (4 if wanted != size else 0.01)
+
+
+def test_the_limit_of_webp_files_is_half_that_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    write(tmp_path / "a.png", Image.new("RGB", (100, 60)))
+    with pytest.raises(UserError, match="100x60; at most 5,000"):
+        write(tmp_path / "a.webp", Image.new("RGB", (100, 60)))
+
+
+def test_threads_wait_for_memory():
+    order = []
+
+    def hold():
+        with images._memory_for(50_000_000):
+            order.append("second")
+
+    thread = threading.Thread(target=hold)
+    with images._memory_for(60_000_000), images._memory_for(40_000_000):
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    with images._memory_for(100_000_000):
+        pass
+
+
+# Reads four files in four threads; prints by how many bytes per pixel of one file the process grew.
+GREW = """
+import re, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import PIL.ImageOps, PIL.PngImagePlugin
+from cifar_flax.data import images
+
+def peak():
+    # Not ru_maxrss, which begins with that of the parent process.
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+
+images.MAX_PIXELS = 9_000_000
+before = peak()
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda path: images.read_image(Path(path), (32, 32, 3)), sys.argv[1:] * 4))
+print((peak() - before) / 9_000_000)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc of Linux")
+def test_memory_of_large_images(tmp_path):
+    """Four bytes per pixel decoded and four rotated, one file at a time; copies in float32 would take 12 more."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGBA", (3000, 3000)).save(tmp_path / "a.png", exif=exif, compress_level=1)
+    done = subprocess.run(
+        [sys.executable, "-c", GREW, str(tmp_path / "a.png")],
+        env=environment(PYTHONPATH=python_path(REPOSITORY), **SETTINGS),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 8 + 8  # and the strips
+
+
 def png_of_size(width, height):
     """Return a PNG file whose header states this size, with almost no pixel data."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -144,6 +245,7 @@ def encoded(kind, **settings):
         (b"hello, world\n", "not an image"),
         (png_of_size(10**4, 10**4 + 1), "10000x10001"),
         (png_of_size(10**5, 10**5), "pixels"),
+        (png_of_size(1, 2**16), "1x65536"),  # resizing the width alone would take gigabytes
         (encoded("PNG")[:2000], "truncated"),
         (encoded("JPEG")[:1500], "truncated"),
         (encoded("WEBP", lossless=True)[:1000], ""),

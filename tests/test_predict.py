@@ -3,21 +3,26 @@
 import csv
 import dataclasses
 import json
+import re
+import sys
 import threading
 from pathlib import Path
 
 import jax.numpy as jnp
+import namespaces
 import numpy as np
 import pytest
-from conftest import assert_same_counts, make_tiny_config, widest_gap
-from PIL import Image
+from conftest import REPOSITORY, assert_same_counts, make_tiny_config, python_path, widest_gap
+from PIL import Image, ImageOps
+from processes import environment
 
 import cifar_flax
 from cifar_flax.arguments import parse
 from cifar_flax.data import sources
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.modes.predict import Prediction, classify, find, predict
+from cifar_flax.modes.predict import Prediction, _inverted, classify, find, predict
 from cifar_flax.restore import restore, saved_config
 from cifar_flax.training import evaluator
 
@@ -136,6 +141,107 @@ def test_folders_are_searched_in_order_and_name_the_classes(tmp_path):
     assert [one.label for one in find([tmp_path / "dog"], ("cat", "dog"))] == ["cat"]
 
 
+def test_links_are_followed_under_their_own_names(tmp_path):
+    """A link to a folder that contains it, and a link to nothing, are reported."""
+    for name in ("far/tabby/1.png", "far/tabby/deep/2.png", "photos/dog/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    links = {
+        "cat": "../far/tabby",
+        "Dogs": "../far/tabby",
+        "gone": "nowhere",
+        "dog/up": "..",
+        "dog/over": "../..",
+        "a.png": "dog/1.png",
+    }
+    for name, target in links.items():
+        (tmp_path / "photos" / name).symlink_to(target)
+    (tmp_path / "far" / "tabby" / "back").symlink_to(tmp_path / "photos")
+    found = list(find([tmp_path / "photos"], ("cat", "dog")))
+    rows = [(str(one.path.relative_to(tmp_path / "photos")), one.label, bool(one.error)) for one in found]
+    assert rows == [
+        ("a.png", None, False),
+        ("gone", None, False),  # a file that cannot be read
+        ("Dogs/1.png", None, False),
+        ("Dogs/back", None, True),
+        ("Dogs/deep/2.png", None, False),
+        ("cat/1.png", "cat", False),
+        ("cat/back", "cat", True),
+        ("cat/deep/2.png", "cat", False),
+        ("dog/1.png", "dog", False),
+        ("dog/over", "dog", True),
+        ("dog/up", "dog", True),
+    ]
+    (tmp_path / "dog").symlink_to("far")
+    assert {one.label for one in find([tmp_path / "dog"], ("cat", "dog")) if not one.error} == {"dog"}
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "cat").symlink_to("../far/tabby/deep")
+    assert [(one.label, one.error) for one in find([tmp_path / "links"], ("cat", "dog"))] == [("cat", "")]
+
+
+# Prints why each PATH is not classified, without a model.
+REASONS = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from cifar_flax.modes.predict import classify, find
+
+model = SimpleNamespace(image_shape=(8, 8, 3), batch_size=100)
+for one in classify(model, list(find([Path(path) for path in sys.argv[1:]], ("cat", "dog")))):
+    print(one.error)
+"""
+
+
+def test_unreadable_folders_and_paths_are_reported_one_by_one(tmp_path):
+    for folder in ("photos/cat", "photos/dog", "closed/in", "empty"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.png").write_bytes(b"x") if folder != "empty" else None
+    (tmp_path / "photos" / "cat").chmod(0)
+    (tmp_path / "closed").chmod(0)
+    paths = [tmp_path / name for name in ("photos", "closed", "closed/in", "closed/in/1.png", "a" * 300, "empty")]
+    try:
+        done = namespaces.run(
+            namespaces.NOBODY,
+            [sys.executable, "-c", REASONS, *map(str, paths)],
+            env=environment(PYTHONPATH=python_path(REPOSITORY), PYTHONDONTWRITEBYTECODE="1"),
+        )
+    finally:
+        for folder in ("photos/cat", "closed"):
+            (tmp_path / folder).chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    reasons = [re.sub(r" \(PNG.*", "", line) for line in done.stdout.splitlines()]
+    assert reasons == [
+        "permission denied",  # photos/cat
+        "not an image in a supported format",  # photos/dog/1.png
+        *["permission denied"] * 3,
+        "file name too long",
+        "is a folder without files",
+    ]
+
+
+def test_swapped_dark_and_light_is_hinted_at(run, photos, tmp_path, capsys):
+    predicted(run, [photos], tmp_path / "p.json")
+    assert "hint" not in capsys.readouterr().out
+    (tmp_path / "inverted").mkdir()
+    for path in sorted(photos.rglob("*.png"))[::10]:
+        ImageOps.invert(Image.open(path)).save(tmp_path / "inverted" / path.name)
+    predict(saved_config(run), run, [tmp_path / "inverted"], None)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("hint: dark and light may be swapped")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),  # CIFAR-10
+        ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # normalization "unit"
+    ],
+)
+def test_photos_of_any_brightness_give_no_hint(mean, std):
+    info = DatasetInfo(name="a", image_shape=(32, 32, 3), class_names=("a",), num_examples=1, mean=mean, std=std)
+    assert not [value for value in range(256) if _inverted([float(value)], info)]
+    assert not _inverted([], info)
+
+
 @pytest.fixture
 def mixed(tmp_path, photos):
     """Return a folder with two images and two files that are not images."""
@@ -207,8 +313,9 @@ def test_file_names_that_are_not_utf8(run, photos, tmp_path, capsys):
     assert "caf?.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["p.xml", "p", "gone/p.csv"])
+@pytest.mark.parametrize("name", ["p.xml", "p", "gone/p.csv", "folder.csv"])
 def test_invalid_output_is_refused_before_the_run_is_read(tmp_path, name):
+    (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ConfigError, match="--output="):
         predict(make_tiny_config(), tmp_path / "nowhere", [tmp_path], tmp_path / name)
 

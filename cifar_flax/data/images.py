@@ -3,21 +3,42 @@
 import contextlib
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, Num, UInt8
 
 from cifar_flax import packages
-from cifar_flax.errors import UserError, one_line
+from cifar_flax.errors import UserError, one_line, reason
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 100_000_000  # limit per file, because a small file can decompress to more than the memory
+_MAX_SIDE = 65_535  # pixels, likewise: an image is resized to the target's width first, with all its rows
+_STRIP = 2**18  # pixels that are converted and resized at a time
 
 Shape = tuple[int, int, int]  # height, width, channels
+
+
+_PARTS = 1000  # of the memory for images
+_lock, _free = threading.Lock(), threading.Semaphore(_PARTS)
+
+
+@contextlib.contextmanager
+def _memory_for(pixels: int) -> Iterator[None]:
+    """Wait until there is memory for an image of this size: all threads together decode at most `MAX_PIXELS`."""
+    count = pixels * _PARTS // MAX_PIXELS
+    with _lock:
+        for _ in range(count):
+            _free.acquire()
+    try:
+        yield
+    finally:
+        for _ in range(count):
+            _free.release()
 
 
 @contextlib.contextmanager
@@ -34,7 +55,8 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     """Return the image in `path`, resized to `shape`.
 
     Apply the EXIF orientation, composite transparency on white, take the first frame of an animation, and convert 16
-    bits per channel to 8. Resize as `data.image_size` does, without keeping the aspect ratio.
+    bits per channel to 8. Resize as `data.image_size` does, without keeping the aspect ratio. Let libjpeg reduce a JPEG
+    whose short side is at least four times the target, to at least twice the target.
 
     Raise `UserError`, with the reason alone, without the path, if the file cannot be read as an image.
     """
@@ -51,10 +73,12 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
         if not found.st_size:
             raise UserError("is empty")
         with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UserError(f"too many pixels, {width}x{height}; at most {MAX_PIXELS:,} are allowed")
-            return resize(_pixels(image, shape[2]), shape)
+            largest = MAX_PIXELS // (2 if image.format == "WEBP" else 1)  # 16 bytes per pixel; others take 4 to 8
+            if image.width * image.height > largest or max(image.size) > _MAX_SIDE:
+                allowed = f"{largest:,} are allowed, {_MAX_SIDE:,} per side"
+                raise UserError(f"too many pixels, {image.width}x{image.height}; at most {allowed}")
+            with _memory_for(image.width * image.height * MAX_PIXELS // largest):
+                return _read(image, shape)
     except UserError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -62,22 +86,41 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     except Image.DecompressionBombError as error:
         raise UserError(f"too many pixels; at most {MAX_PIXELS:,} are allowed") from error
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise UserError(reason[:1].lower() + reason[1:]) from error
+        raise UserError(reason(error)) from error
     except Exception as error:  # Pillow may raise anything for a damaged file
         raise UserError(f"damaged ({one_line(error)})") from error
 
 
-def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channels"]:
-    """Return the pixels of a Pillow image in its original size, as grey (1 channel) or RGB (3)."""
-    from PIL import Image, ImageOps
+def _read(image: Any, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
+    from PIL import ImageOps
 
+    image.draft(None, (2 * max(shape[:2]),) * 2)  # JPEG only
     level, factors = image.info.get("transparency"), {"1": 255, "L;2": 85, "L;4": 17}
     if image.format == "PNG" and isinstance(level, int) and (bits := image.tile[0][3]) in factors:
         image.info["transparency"] = min(level * factors[bits], 255)  # Pillow scales the pixels to 8 bits, but not this
     image.load()
     with contextlib.suppress(Exception):  # ignore damaged EXIF; in place, it may raise only after the transposition
         ImageOps.exif_transpose(image, in_place=True)
+    return _resized(image, shape)
+
+
+def _resized(image: Any, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
+    """Return the pixels of a Pillow image, resized; a large one strip by strip, to save memory."""
+    if image.width * image.height <= _STRIP:
+        return resize(_pixels(image, shape[2]), shape)
+    height, width, channels = shape
+    narrow, rows = np.empty((image.height, width, channels), np.float32), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image.crop((0, top, image.width, bottom))
+        narrow[top:bottom] = _scale(_pixels(strip, channels), bottom - top, width)
+    return _rounded(_scale(narrow, height, width))
+
+
+def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channels"]:
+    """Return the pixels of a Pillow image as grey (1 channel) or RGB (3)."""
+    from PIL import Image
+
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         grey, transparent = np.asarray(image), image.info.get("transparency")
         image = Image.fromarray(np.round(grey / 257).astype(np.uint8))
@@ -92,11 +135,18 @@ def _pixels(image: Any, channels: int) -> UInt8[np.ndarray, "height width channe
 
 def resize(pixels: UInt8[np.ndarray, "h w channels"], shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
     """Resize with an antialiased linear filter and round once, as `tf.image.resize(..., antialias=True)` does."""
+    return pixels if pixels.shape == shape else _rounded(_scale(pixels, *shape[:2]))
+
+
+def _scale(pixels: Num[np.ndarray, "h w channels"], height: int, width: int) -> Float32[np.ndarray, "_ _ channels"]:
     from PIL import Image
 
-    height, width, _ = shape
-    if pixels.shape == shape:
-        return pixels
-    planes = [Image.fromarray(plane.astype(np.float32)) for plane in np.moveaxis(pixels, -1, 0)]
-    resized = [np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes]
-    return np.clip(np.round(np.stack(resized, axis=-1)), 0, 255).astype(np.uint8)
+    def scaled(plane: Num[np.ndarray, "h w"]) -> Float32[np.ndarray, "_ _"]:
+        image = Image.fromarray(plane.astype(np.float32))
+        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+    return np.stack([scaled(plane) for plane in np.moveaxis(pixels, -1, 0)], axis=-1)
+
+
+def _rounded(pixels: Float32[np.ndarray, "h w channels"]) -> UInt8[np.ndarray, "h w channels"]:
+    return np.clip(np.round(pixels), 0, 255).astype(np.uint8)

@@ -76,7 +76,7 @@ def _print(checks: Iterable[tuple[str, Check]]) -> list[str]:
 def _findings(check: Check) -> Iterator[Finding]:
     try:
         yield from check()
-    except UserError as error:
+    except (UserError, OSError) as error:  # both end a run with one line
         yield Finding(FAIL, str(error))
     except Exception as error:  # the doctor must not fail on the machine that it examines
         yield Finding(NOTE, f"the check itself failed: {one_line(error)}")

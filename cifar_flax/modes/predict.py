@@ -20,22 +20,25 @@ from cifar_flax import files, packages
 from cifar_flax.classifier import Classifier
 from cifar_flax.config import Config
 from cifar_flax.data.images import read_image, without_pillow_warnings
-from cifar_flax.errors import UserError, require
+from cifar_flax.data.info import DatasetInfo
+from cifar_flax.errors import UserError, reason, require
 from cifar_flax.report import confusion as confusion_matrix
 from cifar_flax.restore import restore
 from cifar_flax.runtime.environment import usable_cores
 from cifar_flax.telemetry.console import printable, show
 
 _RUNNERS_UP = 2
+_FAR = 0.75  # standard deviations
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A file to classify, and the result if there is one."""
+    """A file to classify, and the result if there is one; or a folder that cannot be searched, and the reason."""
 
     path: Path
     label: str | None = None  # class that the folder of the file is named after
     probabilities: Float32[np.ndarray, " classes"] | None = None
+    mean: float = 0.0  # mean of the pixels that were classified
     error: str = ""  # reason if there are no probabilities
 
 
@@ -45,11 +48,12 @@ def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path |
     Files in folders named after classes count as labelled: also print their accuracy and confusion matrix.
 
     Raise `ConfigError` if `output` is not .csv, .json or .jsonl, and `UserError` at the end if some files could not be
-    classified.
+    classified or some folders not be searched.
     """
     if output is not None:
         require(output.suffix in _FORMATS, "--output", str(output), f"must end with {', '.join(_FORMATS)}")
         require(output.parent.is_dir(), "--output", str(output), "its folder does not exist")
+        require(not output.is_dir(), "--output", str(output), "is a folder; name a file")
     packages.load("pillow")  # before anything is compiled
     run = restore(config, workdir)
     model, start = Classifier(run), time.perf_counter()
@@ -71,41 +75,66 @@ def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path |
         files.replace(output, _FORMATS[output.suffix](about, rows))
     if score:
         show(_score_text(score, model.class_names))
+    if hint := _inverted([one.mean for one in predictions if not one.error], run.info):
+        show(hint)
     if output is not None:
         seconds = time.perf_counter() - start
         show(f"{len(predictions) - len(failed):,} files classified in {seconds:.1f} s; written: {output}")
         for one in failed:
             show(f"{_name(one)}: {one.error}")
     if failed:
-        raise UserError(f"{len(failed):,} of {len(predictions):,} files could not be classified")
+        raise UserError(f"{len(failed):,} of {len(predictions):,} paths could not be classified")
 
 
 def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Prediction]:
     """Yield the files to classify: files in `paths`, and the sorted files below folders in `paths`, except hidden ones.
 
     The label of a file below a folder in `paths` is the class that its top-level subfolder is named after, or else the
-    class that the folder itself is named after.
+    class that the folder itself is named after. Links count under their own names.
     """
     classes = {name.casefold(): name for name in class_names}
     for path in paths:
-        below = [entry.relative_to(path) for entry in path.rglob("*") if not os.path.isdir(entry)]
-        visible = [entry for entry in below if not any(part.startswith(".") for part in entry.parts)]
-        folder = path.resolve().name
-        for entry in sorted(visible, key=lambda entry: (entry.parent.parts, entry.name)):
+        folder = os.path.basename(os.path.abspath(path))
+        entries = _below(path) if os.path.isdir(path) else {Path(): ""}
+        for entry, error in sorted(entries.items(), key=lambda item: (item[0].parent.parts, item[0].name)):
             labels = [classes.get(name.casefold()) for name in (*entry.parent.parts[:1], folder)]
-            yield Prediction(path / entry, next(filter(None, labels), None))
-        if not visible:
-            yield Prediction(path)  # a file, or a folder without files, which `classify` reports
+            label = next(filter(None, labels), None) if entry.parts else None
+            yield Prediction(path / entry, label, error=error)
+
+
+def _below(path: Path) -> dict[Path, str]:
+    """Return the files below the folder `path`, relative to it, and the folders that cannot be searched.
+
+    The values are the reasons why folders cannot be searched, and "" for files.
+    """
+    found: dict[Path, str] = {}
+    left: list[tuple[Path, tuple[str, ...]]] = [(path, ())]  # folders to search; for each, the folders above it
+    while left:
+        folder, above = left.pop()
+        real = os.path.realpath(folder)
+        try:
+            if any(Path(one).is_relative_to(real) for one in above):
+                raise OSError("is a link to a folder that contains it")
+            names = [name for name in os.listdir(folder) if not name.startswith(".")]
+        except OSError as error:
+            found[folder.relative_to(path)] = reason(error)
+            continue
+        for entry in (folder / name for name in names):
+            if os.path.isdir(entry):
+                left.append((entry, (*above, real)))
+            else:
+                found[entry.relative_to(path)] = ""
+    return found or {Path(): "is a folder without files"}
 
 
 def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Prediction]:
     """Yield the results for `found`, in order. Files are decoded in one thread per CPU core."""
 
-    def read(one: Prediction) -> UInt8[np.ndarray, "height width channels"] | UserError:
+    def read(one: Prediction) -> UInt8[np.ndarray, "height width channels"] | str:
         try:
-            return read_image(one.path, model.image_shape)
+            return one.error or read_image(one.path, model.image_shape)
         except UserError as error:
-            return error
+            return str(error)  # the exception itself refers to the memory of the image
 
     with _thread_pool() as pool, without_pillow_warnings():
         for start in range(0, len(found), model.batch_size):
@@ -114,10 +143,10 @@ def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Predict
             images = [content for content in contents if isinstance(content, np.ndarray)]
             rows = iter(model.predict(np.stack(images)) if images else ())
             for one, content in zip(batch, contents, strict=True):
-                if isinstance(content, UserError):
-                    yield dataclasses.replace(one, error=str(content))
+                if isinstance(content, str):
+                    yield dataclasses.replace(one, error=content)
                 else:
-                    yield dataclasses.replace(one, probabilities=next(rows))
+                    yield dataclasses.replace(one, probabilities=next(rows), mean=float(content.mean()))
 
 
 @contextlib.contextmanager
@@ -131,6 +160,25 @@ def _thread_pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=False)
+
+
+def _inverted(means: Sequence[float], info: DatasetInfo) -> str:
+    """Return a hint if dark and light seem to be swapped in images with these mean pixels, or "" if not.
+
+    This shows only if the training images are mostly dark or mostly light, as drawings are: inverting them must change
+    their mean by more than `_FAR` standard deviations of their pixels. The images must differ from them by as much, and
+    be closer to the inverted ones. Photos are neither: on CIFAR-10, inverting changes the mean by 0.2 of them.
+    """
+    trained, std = float(np.mean(info.mean)), float(np.mean(info.std))
+    found = float(np.mean(means)) if means else trained
+    far, is_known = _FAR * std, std < 255 / 2  # normalization "unit" stores 255
+    away, from_inverted = abs(found - trained), abs(found - (255 - trained))
+    if not is_known or abs(255 - 2 * trained) <= far or away <= max(far, from_inverted):
+        return ""
+    return (
+        f"hint: dark and light may be swapped: the mean pixel is {found:.0f} in these images and {trained:.0f} in the "
+        "training images; if so, invert the images"
+    )
 
 
 def _name(file: Prediction) -> str:
