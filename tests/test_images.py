@@ -165,6 +165,16 @@ def test_large_jpegs_are_reduced_while_decoding(tmp_path, monkeypatch, orientati
         assert np.abs(result - whole).mean() <= (4 if wanted != size else 0.01)
 
 
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0II*\0"])
+def test_sizes_of_webp_files_are_read_from_their_headers(lossless, exif):
+    for size in ((1, 1), (7, 300), (16383, 2), (2, 16383)):
+        stream = io.BytesIO()
+        Image.new("RGBA", size, (1, 2, 3, 255)).save(stream, "WEBP", lossless=lossless, exif=exif, method=0)
+        assert images._webp_size(stream.getvalue()[:30]) == size
+    assert images._webp_size(encoded("PNG")[:30]) == images._webp_size(b"") == (0, 0)
+
+
 def test_the_limit_of_webp_files_is_half_that_of_others(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
     write(tmp_path / "a.png", Image.new("RGB", (100, 60)))
@@ -176,17 +186,18 @@ def test_threads_wait_for_memory():
     order = []
 
     def hold():
-        with images._memory_for(50_000_000):
+        with images._memory_for(5000, 10_000):
             order.append("second")
 
     thread = threading.Thread(target=hold)
-    with images._memory_for(60_000_000), images._memory_for(40_000_000):
+    with images._memory_for(6000, 10_000), images._memory_for(4000, 10_000):
         thread.start()
         thread.join(0.2)
-        order.append("first")
+        with images._memory_for(0, 0):  # small images do not wait behind large ones
+            order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    with images._memory_for(100_000_000):
+    with images._memory_for(10_000, 10_000):
         pass
 
 

@@ -28,12 +28,20 @@ _lock, _free = threading.Lock(), threading.Semaphore(_PARTS)
 
 
 @contextlib.contextmanager
-def _memory_for(pixels: int) -> Iterator[None]:
-    """Wait until there is memory for an image of this size: all threads together decode at most `MAX_PIXELS`."""
-    count = pixels * _PARTS // MAX_PIXELS
-    with _lock:
-        for _ in range(count):
-            _free.acquire()
+def _memory_for(width: int, height: int, copies: int = 1) -> Iterator[None]:
+    """Wait until there is memory for `copies` of an image: all threads together decode at most `MAX_PIXELS`.
+
+    Raise `UserError` if there will never be.
+    """
+    largest = MAX_PIXELS // copies
+    if width * height > largest or max(width, height) > _MAX_SIDE:
+        allowed = f"{largest:,} are allowed, {_MAX_SIDE:,} per side"
+        raise UserError(f"too many pixels, {width}x{height}; at most {allowed}")
+    count = width * height * _PARTS // largest
+    if count:  # otherwise do not wait, since this thread may hold some of it
+        with _lock:
+            for _ in range(count):
+                _free.acquire()
     try:
         yield
     finally:
@@ -72,12 +80,15 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
             raise UserError("is not a regular file")
         if not found.st_size:
             raise UserError("is empty")
-        with Image.open(path, formats=FORMATS) as image:
-            largest = MAX_PIXELS // (2 if image.format == "WEBP" else 1)  # 16 bytes per pixel; others take 4 to 8
-            if image.width * image.height > largest or max(image.size) > _MAX_SIDE:
-                allowed = f"{largest:,} are allowed, {_MAX_SIDE:,} per side"
-                raise UserError(f"too many pixels, {image.width}x{image.height}; at most {allowed}")
-            with _memory_for(image.width * image.height * MAX_PIXELS // largest):
+        with open(path, "rb") as file:
+            webp = _webp_size(file.read(30))
+            file.seek(0)
+            # Pillow takes 16 bytes per pixel of a WebP file, from its opening on, and 4 to 8 of others.
+            with (
+                _memory_for(*webp, copies=2),
+                Image.open(file, formats=FORMATS) as image,
+                _memory_for(*((0, 0) if any(webp) else image.size)),
+            ):
                 return _read(image, shape)
     except UserError:
         raise
@@ -89,6 +100,23 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
         raise UserError(reason(error)) from error
     except Exception as error:  # Pillow may raise anything for a damaged file
         raise UserError(f"damaged ({one_line(error)})") from error
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Return width and height in the first 30 bytes of a WebP file, or (0, 0) for another format.
+
+    Source: RFC 9649, sections 2.5 to 2.7.
+    """
+
+    def number(start: int, end: int) -> int:
+        return int.from_bytes(head[start:end], "little")
+
+    sizes = {
+        b"WEBPVP8 ": (number(26, 28) % 2**14, number(28, 30) % 2**14),
+        b"WEBPVP8L": (1 + number(21, 25) % 2**14, 1 + (number(21, 25) >> 14) % 2**14),
+        b"WEBPVP8X": (1 + number(24, 27), 1 + number(27, 30)),
+    }
+    return sizes.get(head[8:16], (0, 0))
 
 
 def _read(image: Any, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
