@@ -33,18 +33,13 @@ def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     return weights, examples
 
 
-# (seed, normalized training images) -> initial state. The images, `Network.sample_size` of them, may be None if a
-# checkpoint replaces the values.
-Init = Callable[[UInt32[Array, ""], Float[Array, "n height width c"] | None], TrainState]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """The graphdef of a network, the optimizer group of each parameter, and the initialization of its variables."""
 
     graphdef: nnx.GraphDef
     param_groups: PyTree[str]  # the optimizer group of each parameter
-    init: Callable[[Array, Array | None], tuple[PyTree, PyTree]]  # as `Init`, but returns (params, batch_stats)
+    init: Callable[[Array, Array | None], tuple[PyTree, PyTree]]  # as `init` below, but returns (params, batch_stats)
 
 
 def create_model(
@@ -79,18 +74,20 @@ def create_model(
     return Model(graphdef=graphdef, param_groups=param_groups(abstract), init=init)
 
 
-def make_init(model: Model, optimizer: optax.GradientTransformation, average: AveragingConfig) -> Init:
-    """Return a function that initializes the training state."""
-
-    def init(seed: Array, sample: Array | None) -> TrainState:
-        params, batch_stats = model.init(seed, sample)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            seed=seed,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=optimizer.init(params),
-            average=averaging.init(average, (params, batch_stats)),
-        )
-
-    return init
+def init(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    average: AveragingConfig,
+    seed: UInt32[Array, ""],
+    sample: Float[Array, "n height width c"] | None,
+) -> TrainState:
+    """Return the initial state; `sample` has normalized training images, None if a checkpoint replaces the values."""
+    params, batch_stats = model.init(seed, sample)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        seed=seed,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        average=averaging.init(average, (params, batch_stats)),
+    )
