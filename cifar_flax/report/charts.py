@@ -15,7 +15,6 @@ _TOP, _BOTTOM, _LEFT = 10, 36, 44  # margins
 _CHARACTER = 6.4  # approximate width of a character, in units
 _MARKS = 14  # minimum distance between two markers of a line, in units
 _COLORS = 8
-_SHAPES = ("circle", "square", "triangle", "diamond")
 
 Values = Float[np.ndarray, " values"]
 
@@ -213,10 +212,10 @@ def _skipped(line: Line, x: Scale, y: Scale) -> list[Markup]:
 
 def _mark(x: float, y: float, style: int, radius: float, *content: Markup) -> Markup:
     at, r = f"M{coordinate(x)} {coordinate(y)}", radius
-    paths = {
-        "circle": f"{at}m{-r:g} 0a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0z",
-        "square": f"{at}m{-r:g} {-r:g}h{2 * r:g}v{2 * r:g}h{-2 * r:g}z",
-        "triangle": f"{at}m0 {-1.3 * r:g}l{1.2 * r:g} {2.2 * r:g}h{-2.4 * r:g}z",
-        "diamond": f"{at}m0 {-1.4 * r:g}l{1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {-1.4 * r:g}z",
-    }
-    return element("path", *content, d=paths[_SHAPES[style % len(_SHAPES)]], class_="mark")
+    shapes = (
+        f"{at}m{-r:g} 0a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0z",
+        f"{at}m{-r:g} {-r:g}h{2 * r:g}v{2 * r:g}h{-2 * r:g}z",
+        f"{at}m0 {-1.3 * r:g}l{1.2 * r:g} {2.2 * r:g}h{-2.4 * r:g}z",
+        f"{at}m0 {-1.4 * r:g}l{1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {-1.4 * r:g}z",
+    )  # a circle, a square, a triangle and a diamond
+    return element("path", *content, d=shapes[style % len(shapes)], class_="mark")
