@@ -160,12 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def shipped_configs() -> Path:
-    """Return the folder of the shipped configs: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-
-
 def _config_file(name: str) -> Path:
     """Return the path of the config file `name`, which is a path or the name of a shipped config."""
     path = local_path("--config", name)
@@ -173,8 +167,9 @@ def _config_file(name: str) -> Path:
         return path
     if path.suffix or os.path.basename(name) != name:
         raise ConfigError(f"--config={name!r}: no such file")
-    shipped = shipped_configs() / f"{name}.py"
-    names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.py")))
+    package = Path(__file__).parent
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"  # in a checkout
+    shipped, names = folder / f"{name}.py", ", ".join(sorted(file.stem for file in folder.glob("*.py")))
     require(shipped.is_file(), "--config", name, f"must be the path of a config file, or one of {names}")
     return shipped
 

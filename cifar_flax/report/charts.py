@@ -112,7 +112,8 @@ def legend(names: Sequence[Content]) -> Markup:
     items = []
     for style, name in enumerate(names):
         key = (element("path", d="M1 6H35", class_="line"), _mark(18.0, 6.0, style, 4.0))
-        sample = element("svg", *key, viewBox="0 0 36 12", class_=f"series-{style % _COLORS}", aria_hidden="true")
+        color = f"--color: var(--series-{style % _COLORS})"
+        sample = element("svg", *key, viewBox="0 0 36 12", style=color, aria_hidden="true")
         items.append(element("li", sample, name))
     return element("ul", *items, class_="legend")
 
@@ -196,7 +197,7 @@ def _drawn(line: Line, x: Scale, y: Scale) -> Markup:
             title = element("title", f"{line.name}, epoch {number(line.x[i])}: {y.show(line.y[i])}")
             parts.append(_mark(at, float(y(line.y[i])), line.style, 3.0, title))
             next_mark = at + _MARKS
-    return element("g", *parts, class_=f"series-{line.style % _COLORS}")
+    return element("g", *parts, style=f"--color: var(--series-{line.style % _COLORS})")
 
 
 def _skipped(line: Line, x: Scale, y: Scale) -> list[Markup]:

@@ -112,12 +112,10 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a proportion, given `correct` of `count` trials; (0, 1) for no trials.
+    """Return the 95 % confidence interval of a proportion, given `correct` of `count` trials.
 
     Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
     """
-    if not count:
-        return 0.0, 1.0
     z = statistics.NormalDist().inv_cdf(0.975)
     proportion = correct / count
     center = proportion + z**2 / (2 * count)
