@@ -78,7 +78,7 @@ class Config:
     def validate(self) -> None:
         """Raise `ConfigError` at the first field of a wrong type or with a value that is not allowed."""
         for path, value, kind in _fields(self):
-            require(_is_instance(value, kind), path, value, f"must be {_type_name(kind)}")
+            _check_type(path, value, kind)
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         require(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "must be stop or skip")
         require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "must be at least 1")
@@ -167,7 +167,10 @@ def _build(kind: type, values: dict[str, Any], path: str) -> Any:
             if part is ModelConfig:
                 part = models.config_class(value.get("name"))
             value = _build(part, value, f"{path}{name}.")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            _check_type(f"{path}{name}", value, part)
+        arguments[name] = value
     return kind(**arguments)
 
 
@@ -179,6 +182,10 @@ def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from _fields(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value, kind
+
+
+def _check_type(path: str, value: Any, kind: Any) -> None:
+    require(_is_instance(value, kind), path, value, f"must be {_type_name(kind)}")
 
 
 def _is_instance(value: Any, kind: Any) -> bool:
