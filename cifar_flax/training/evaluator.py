@@ -18,7 +18,7 @@ from cifar_flax.data.batches import Batch, Indices, InputTimer, evaluation_indic
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError
 from cifar_flax.runtime import processes
-from cifar_flax.training import averaging, metrics, steps
+from cifar_flax.training import metrics, steps
 from cifar_flax.training.state import TrainState
 
 
@@ -61,7 +61,7 @@ class Evaluator:
     def compile(self, state: TrainState) -> None:
         """Compile for states of the shapes of `state`. Otherwise, the first evaluation compiles."""
         inputs = self._layout.shard_batch(next(self._inputs(self._examples)))
-        arguments = (self._weights(state), inputs, *self._resident)
+        arguments = (state.evaluated(self._task.averaging), inputs, *self._resident)
         self._compiled = [self._layout.compile(on_inputs(self._task, step), *arguments) for step in self._steps]
 
     def __call__(self, state: TrainState, stopping: Callable[[], int] = lambda: 0) -> Evaluation | None:
@@ -71,7 +71,7 @@ class Evaluator:
         """
         if not self._compiled:
             self.compile(state)
-        weights, left = self._weights(state), np.arange(len(self._examples))
+        weights, left = state.evaluated(self._task.averaging), np.arange(len(self._examples))
         probabilities = np.empty((len(left), len(self._arrays.class_names)), np.float32)
         start, waited = time.perf_counter(), 0.0
         total: metrics.Sums | None = None
@@ -112,15 +112,12 @@ class Evaluator:
             evaluation = self(state)
             assert evaluation is not None
             return evaluation.summary["accuracy"]
-        (step,), weights = self._compiled, self._weights(state)
+        (step,), weights = self._compiled, state.evaluated(self._task.averaging)
         inputs = to_device(self._inputs(self._examples), self._layout.shard_batch)
         sums = [step(weights, batch, *self._resident)[0] for batch in inputs]
         loss, confusion = (sum(jax.device_get([one[name] for one in sums])) for name in ("loss", "confusion"))
         _require_finite(float(loss), state)
         return int(np.trace(confusion)) / int(np.sum(confusion))
-
-    def _weights(self, state: TrainState) -> PyTree:
-        return averaging.evaluated(self._task.averaging, (state.params, state.batch_stats), state.average)
 
     def _inputs(self, examples: Int32[np.ndarray, " n"]) -> Iterator[Batch | Indices]:
         """Yield this process's rows of the batches."""

@@ -88,6 +88,7 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
     for name in means.keys() - _SUMS:
         if not math.isfinite(means[name] or 0):
             means[name] = None  # JSON has no infinity
+    bins = zip(sums["bin_count"], sums["bin_confidence"], sums["bin_correct"], strict=True)
     return {
         "num_examples": count,
         "accuracy": int(correct.sum()) / count,
@@ -99,9 +100,7 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
                 "confidence": float(confidence / size) if size else None,
                 "accuracy": float(right / size) if size else None,
             }
-            for size, confidence, right in zip(
-                sums["bin_count"], sums["bin_confidence"], sums["bin_correct"], strict=True
-            )
+            for size, confidence, right in bins
         ],
         "per_class": {
             name: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i])}

@@ -107,8 +107,7 @@ class Schedule:
 
 def _adam_constants(config: OptimConfig) -> dict[str, float]:
     """Return the constants that are set; optax has defaults for the others."""
-    constants = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
-    return {name: value for name, value in constants.items() if value is not None}
+    return {name: value for name in ("b1", "b2", "eps") if (value := getattr(config, name)) is not None}
 
 
 def _adam(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

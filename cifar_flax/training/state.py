@@ -26,6 +26,10 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     average: PyTree  # of params and batch_stats, as averaging.py computes it; () without averaging
 
+    def evaluated(self, config: AveragingConfig) -> PyTree:
+        """Return the (params, batch_stats) to evaluate: their average for EMA, else the last ones."""
+        return self.average if config.name == "ema" else (self.params, self.batch_stats)
+
 
 def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     """Return two keys derived from the seed: for the initial weights, and for augmentation and dropout."""
