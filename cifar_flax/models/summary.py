@@ -106,7 +106,7 @@ class _Recorder:
         ]
 
     def _record(self, module: nnx.Module, name: str) -> None:
-        """Record the calls of `module`: give it a class of its own with another `__call__`."""
+        """Record the calls of `module`: derive a class of its own with another `__call__`."""
         kind: Any = type(module)
 
         def recorded(module: nnx.Module, *args: Any, **settings: Any) -> Array:
