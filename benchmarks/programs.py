@@ -15,7 +15,7 @@ from cifar_flax.data import pipelines
 from cifar_flax.data.batches import empty_batch, empty_indices
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.data.resident import row_bytes
-from cifar_flax.training import averaging, evaluator, steps
+from cifar_flax.training import evaluator, steps
 from cifar_flax.training.setup import setup
 from cifar_flax.training.timetable import Timetable
 
@@ -85,7 +85,7 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
         name = ("train", "frozen")[number] if number < 2 else f"frozen_{number}"
         arguments = state, inputs, *shared
         yield build(name, max(lengths), functools.partial(step, phase), *arguments, batch_axis=batch_axis, donate=True)
-    weights = averaging.evaluated(task.averaging, (state.params, state.batch_stats), state.average)
+    weights = state.evaluated(task.averaging)
     size = layout.round_up(config.eval.batch_size)
     inputs = empty_indices(size) if resident else empty_batch(size, shape)
     for name, tta in (("eval", "none"), ("final", config.eval.tta)):

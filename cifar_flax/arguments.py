@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cifar_flax.config import LOCATIONS, Config, describe_field, may_override
-from cifar_flax.errors import ConfigError, require
+from cifar_flax.errors import ConfigError, one_line, require
 from cifar_flax.paths import local_path
 from cifar_flax.restore import saved_config
 
@@ -132,15 +132,10 @@ def parse(argv: Sequence[str]) -> Command:
     )
 
 
-def _program() -> str:
-    """Return the command that started this process, for the help text."""
-    started_as = {"main.py": "python main.py", "__main__.py": "python -m cifar_flax"}
-    return started_as.get(Path(sys.argv[0]).name, "cifar-flax")
-
-
 def _parser() -> argparse.ArgumentParser:
+    started_as = {"main.py": "python main.py", "__main__.py": "python -m cifar_flax"}
     parser = _Parser(
-        prog=_program(),
+        prog=started_as.get(Path(sys.argv[0]).name, "cifar-flax"),
         usage="%(prog)s [--mode=MODE] [options] [PATH ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -165,12 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def shipped_configs() -> Path:
-    """Return the folder of the shipped configs: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-
-
 def _config_file(name: str) -> Path:
     """Return the path of the config file `name`, which is a path or the name of a shipped config."""
     path = local_path("--config", name)
@@ -178,8 +167,9 @@ def _config_file(name: str) -> Path:
         return path
     if path.suffix or os.path.basename(name) != name:
         raise ConfigError(f"--config={name!r}: no such file")
-    shipped = shipped_configs() / f"{name}.py"
-    names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.py")))
+    package = Path(__file__).parent
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"  # in a checkout
+    shipped, names = folder / f"{name}.py", ", ".join(sorted(file.stem for file in folder.glob("*.py")))
     require(shipped.is_file(), "--config", name, f"must be the path of a config file, or one of {names}")
     return shipped
 
@@ -212,8 +202,7 @@ def _load(name: str) -> Config:
     except Exception as error:  # a config file can raise anything
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"--config={name!r}: {f'line {line}: ' if line else ''}{reason}") from error
+        raise ConfigError(f"--config={name!r}: {f'line {line}: ' if line else ''}{one_line(error)}") from error
     allowed = f"get_config() must return a Config, not {type(config).__name__}"
     require(isinstance(config, Config), "--config", name, allowed)
     return config

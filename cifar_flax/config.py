@@ -205,9 +205,7 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return f"({', '.join(map(_type_name, typing.get_args(kind)))})"
     names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return f"{kind.__name__}(...)"
-    return names.get(kind, str(kind))
+    return names.get(kind) or f"{kind.__name__}(...)"
 
 
 def describe_field(config: Config, path: str, value: str) -> str:

@@ -44,8 +44,7 @@ class RestoredRun:
     @property
     def weights(self) -> PyTree:
         """Return the (params, batch_stats) to evaluate: their EMA if `averaging.name` is ema, else the last ones."""
-        state = self.state
-        return averaging.evaluated(self.config.averaging, (state.params, state.batch_stats), state.average)
+        return self.state.evaluated(self.config.averaging)
 
 
 def saved_config(workdir: Path, field: str = "--workdir") -> Config:

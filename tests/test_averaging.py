@@ -6,6 +6,7 @@ import pytest
 from cifar_flax.errors import ConfigError
 from cifar_flax.training import averaging
 from cifar_flax.training.averaging import AveragingConfig
+from cifar_flax.training.state import TrainState
 
 TOTAL = 12
 
@@ -53,8 +54,8 @@ def test_lookahead_resets_the_weights():
 
 @pytest.mark.parametrize("name", averaging.AVERAGES)
 def test_only_ema_weights_are_evaluated(name):
-    weights, average = {"kernel": np.zeros(2)}, {"kernel": np.ones(2)}
-    assert averaging.evaluated(AveragingConfig(name=name), weights, average) is (average if name == "ema" else weights)
+    state = TrainState(step=1, seed=0, params="last", batch_stats="last", opt_state=(), average=("mean", "mean"))
+    assert state.evaluated(AveragingConfig(name=name)) == (("mean" if name == "ema" else "last"),) * 2
 
 
 def test_the_first_average_is_a_copy():

@@ -33,7 +33,7 @@ def test_training_steps_equal_keras():
     network = CNNConfig(conv_dropout=0.0, hidden_dropout=0.0)
     model = state.create_model(network, (32, 32, 3), 10, platform="cpu")
     optimizer = optimizers.make_optimizer(config, 100, 10, model.param_groups)
-    train_state = state.make_init(model, optimizer, AveragingConfig())(jnp.uint32(0), None)
+    train_state = state.init(model, optimizer, AveragingConfig(), jnp.uint32(0), None)
     task = steps.Task(
         graphdef=model.graphdef,
         optimizer=optimizer,

@@ -13,7 +13,6 @@ from cifar_flax import restore
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.models import AirbenchConfig, CNNConfig
 from cifar_flax.modes.train import train
-from cifar_flax.training import averaging
 from cifar_flax.training.averaging import AveragingConfig
 from cifar_flax.training.setup import setup
 from cifar_flax.training.trainer import Trainer
@@ -74,7 +73,7 @@ def test_averaged_weights_are_copied(tmp_path):
     config.averaging = AveragingConfig(name="ema", decay=0.9)
     train(config, tmp_path / "ema")
     state, (_, first) = final_state(config, tmp_path / "ema"), initialized(config_from(tmp_path / "ema"))
-    average = averaging.evaluated(config.averaging, (state.params, state.batch_stats), state.average)
+    average = state.evaluated(config.averaging)
     assert_equal((first.params, first.batch_stats), average)
     assert np.abs(first.params["head"]["kernel"] - state.params["head"]["kernel"]).max() > 0
 

@@ -145,10 +145,7 @@ class Airbench(Network):
     def __call__(
         self, x: Float[Array, "batch height width channels"], dropout_keys: Key[Array, " batch"] | None = None
     ) -> Float[Array, "batch classes"]:
-        """Return logits in float32.
-
-        If `dropout_keys` is provided (training), BatchNorm uses batch statistics and updates its running statistics.
-        """
+        """Return logits in float32. With `dropout_keys` (training), BatchNorm updates its running statistics."""
         training = dropout_keys is not None
         x = save_input(gelu, self.whitening(x))
         for block in self.blocks:

@@ -52,10 +52,7 @@ class CNN(Network):
     def __call__(
         self, x: Float[Array, "batch height width channels"], dropout_keys: Key[Array, " batch"] | None = None
     ) -> Float[Array, "batch classes"]:
-        """Return logits in float32.
-
-        If `dropout_keys` is provided (training), BatchNorm uses batch statistics and updates its running statistics.
-        """
+        """Return logits in float32. With `dropout_keys` (training), BatchNorm updates its running statistics."""
         # ReLU after pooling equals ReLU before pooling, but processes a quarter of the elements.
         x = self.norm(nnx.relu(self.conv(x)), use_running_average=dropout_keys is None)
         if dropout_keys is not None:

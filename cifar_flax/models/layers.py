@@ -34,26 +34,19 @@ def conv2d(
     products, fused with the pooling, if XLA's convolution is slower. Other platforms use XLA's convolution. The results
     differ by rounding errors only.
     """
-    if platform == "cpu" and _suits_winograd(x, kernel, padding, stride):
+    is_3x3 = kernel.shape[:2] == (3, 3) and stride == 1
+    if platform == "cpu" and is_3x3 and padding == "SAME" and x.dtype == jnp.float32:
         return winograd.conv3x3_max_pool(x, kernel) if pool else winograd.conv3x3(x, kernel)
-    if platform == "cpu" and _suits_patches(kernel, padding, stride):
+    # Patches are cheap to copy if they are short or few.
+    if platform == "cpu" and padding == "VALID" and (kernel.shape[2] <= _MAX_PATCH_CHANNELS or stride > 1):
         if not pool:
             return patches.conv(x, kernel, stride)
-        if kernel.shape[:2] == (3, 3) and stride == 1:
+        if is_3x3:
             return patches.conv_max_pool(x, kernel)
     y = lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
     )
     return max_pool(y, platform=platform) if pool else y
-
-
-def _suits_winograd(x: Array, kernel: Array, padding: str, stride: int) -> bool:
-    return stride == 1 and padding == "SAME" and kernel.shape[:2] == (3, 3) and x.dtype == jnp.float32
-
-
-def _suits_patches(kernel: Array, padding: str, stride: int) -> bool:
-    """Return whether patches are short or few, so that copying them is cheap."""
-    return padding == "VALID" and (kernel.shape[2] <= _MAX_PATCH_CHANNELS or stride > 1)
 
 
 class Conv(nnx.Module):

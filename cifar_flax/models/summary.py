@@ -2,8 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +54,7 @@ def layers(config: models.ModelConfig, image_shape: tuple[int, int, int], num_cl
 
     def call(network: models.Network, image: Array) -> Array:
         recorders.append(_Recorder(network, config.name))
-        with recorders[0].recording():
-            return network(image)
+        return network(image)
 
     _trace(config, image_shape, num_classes, call)
     return recorders[0].layers()
@@ -71,75 +69,62 @@ def forward_flops(config: models.ModelConfig, image_shape: tuple[int, int, int],
 
 
 class _Recorder:
-    """Record the output shape and the FLOPs of each module while a network is called."""
+    """Record the output shape and the FLOPs of each module of a network in its first call."""
 
     def __init__(self, network: nnx.Module, name: str):
         containers = nnx.List | nnx.Dict  # their variables count for the module that holds them
-        modules = nnx.iter_modules(network)
-        self._modules = {path: module for path, module in modules if not isinstance(module, containers)}
+        modules = {path: one for path, one in nnx.iter_modules(network) if not isinstance(one, containers)}
         self._variables = nnx.to_flat_state(nnx.state(network))
-        self._names = {id(module): ".".join(map(str, path)) or name for path, module in self._modules.items()}
+        self._names = {path: ".".join(map(str, path)) or name for path in modules}
+        self._kinds = {self._names[path]: type(module).__name__ for path, module in modules.items()}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._flops: Counter[str] = Counter()
         self._active: set[str] = set()  # modules whose calls are in progress
         self._is_counting = False
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record the calls inside the block: replace `__call__` of the modules' classes."""
-        kinds = {type(module) for module in self._modules.values() if callable(module)}
-        originals = {kind: vars(kind).get("__call__") for kind in kinds}
-        # Look up all methods before replacing one, since a class may inherit that of another.
-        for kind, call in {kind: kind.__call__ for kind in kinds}.items():
-            kind.__call__ = self._recorded(call)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for kind, original in originals.items():
-                if original is None:  # the class inherits it
-                    del kind.__call__
-                else:
-                    kind.__call__ = original  # type: ignore[method-assign]
+        for path, module in modules.items():
+            if callable(module):
+                self._record(module, self._names[path])
 
     def layers(self) -> list[Layer]:
         """Return the modules with FLOPs or variables of their own, in call order; modules without calls come last."""
         sizes = {nnx.Param: Counter[str](), nnx.BatchStat: Counter[str]()}
         for path, variable in self._variables:
-            owner = next(path[:end] for end in range(len(path) - 1, -1, -1) if path[:end] in self._modules)
+            owner = next(path[:end] for end in range(len(path) - 1, -1, -1) if path[:end] in self._names)
             kind = nnx.Param if isinstance(variable, nnx.Param) else nnx.BatchStat
-            sizes[kind][self._names[id(self._modules[owner])]] += variable.get_value().size
-        kinds = {self._names[id(module)]: type(module).__name__ for module in self._modules.values()}
+            sizes[kind][self._names[owner]] += variable.get_value().size
         return [
             Layer(
                 name=name,
-                kind=kinds[name],
+                kind=self._kinds[name],
                 shape=self._shapes.get(name, ()),
                 parameters=sizes[nnx.Param][name],
                 statistics=sizes[nnx.BatchStat][name],
                 flops=self._flops[name],
             )
-            for name in dict.fromkeys((*self._shapes, *kinds))
+            for name in dict.fromkeys((*self._shapes, *self._kinds))
             if self._flops[name] or any(size[name] for size in sizes.values())
         ]
 
-    def _recorded(self, call: Callable[..., Array]) -> Callable[..., Array]:
+    def _record(self, module: nnx.Module, name: str) -> None:
+        """Record the calls of `module`: derive a class of its own with another `__call__`."""
+        kind: Any = type(module)
+
         def recorded(module: nnx.Module, *args: Any, **settings: Any) -> Array:
-            name = self._names.get(id(module))
-            if name is None or name in self._active or self._is_counting:
-                return call(module, *args, **settings)
+            if name in self._active or self._is_counting:
+                return kind.__call__(module, *args, **settings)
             self._shapes.setdefault(name, ())  # callers come before the modules that they call
             before = self._flops.total()
             self._active.add(name)
-            out = call(module, *args, **settings)
+            out = kind.__call__(module, *args, **settings)
             self._is_counting = True
-            flops = _flops(jax.make_jaxpr(lambda: call(module, *args, **settings))().jaxpr)
+            flops = _flops(jax.make_jaxpr(lambda: kind.__call__(module, *args, **settings))().jaxpr)
             self._is_counting = False
             self._active.remove(name)
             self._flops[name] += before + flops - self._flops.total()
             self._shapes[name] = out.shape[1:]
             return out
 
-        return recorded
+        object.__setattr__(module, "__class__", type(kind)(kind.__name__, (kind,), {"__call__": recorded}))
 
 
 def _trace(

@@ -15,7 +15,6 @@ _TOP, _BOTTOM, _LEFT = 10, 36, 44  # margins
 _CHARACTER = 6.4  # approximate width of a character, in units
 _MARKS = 14  # minimum distance between two markers of a line, in units
 _COLORS = 8
-_SHAPES = ("circle", "square", "triangle", "diamond")
 
 Values = Float[np.ndarray, " values"]
 
@@ -113,7 +112,8 @@ def legend(names: Sequence[Content]) -> Markup:
     items = []
     for style, name in enumerate(names):
         key = (element("path", d="M1 6H35", class_="line"), _mark(18.0, 6.0, style, 4.0))
-        sample = element("svg", *key, viewBox="0 0 36 12", class_=f"series-{style % _COLORS}", aria_hidden="true")
+        color = f"--color: var(--series-{style % _COLORS})"
+        sample = element("svg", *key, viewBox="0 0 36 12", style=color, aria_hidden="true")
         items.append(element("li", sample, name))
     return element("ul", *items, class_="legend")
 
@@ -197,7 +197,7 @@ def _drawn(line: Line, x: Scale, y: Scale) -> Markup:
             title = element("title", f"{line.name}, epoch {number(line.x[i])}: {y.show(line.y[i])}")
             parts.append(_mark(at, float(y(line.y[i])), line.style, 3.0, title))
             next_mark = at + _MARKS
-    return element("g", *parts, class_=f"series-{line.style % _COLORS}")
+    return element("g", *parts, style=f"--color: var(--series-{line.style % _COLORS})")
 
 
 def _skipped(line: Line, x: Scale, y: Scale) -> list[Markup]:
@@ -213,10 +213,10 @@ def _skipped(line: Line, x: Scale, y: Scale) -> list[Markup]:
 
 def _mark(x: float, y: float, style: int, radius: float, *content: Markup) -> Markup:
     at, r = f"M{coordinate(x)} {coordinate(y)}", radius
-    paths = {
-        "circle": f"{at}m{-r:g} 0a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0z",
-        "square": f"{at}m{-r:g} {-r:g}h{2 * r:g}v{2 * r:g}h{-2 * r:g}z",
-        "triangle": f"{at}m0 {-1.3 * r:g}l{1.2 * r:g} {2.2 * r:g}h{-2.4 * r:g}z",
-        "diamond": f"{at}m0 {-1.4 * r:g}l{1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {-1.4 * r:g}z",
-    }
-    return element("path", *content, d=paths[_SHAPES[style % len(_SHAPES)]], class_="mark")
+    shapes = (
+        f"{at}m{-r:g} 0a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0z",
+        f"{at}m{-r:g} {-r:g}h{2 * r:g}v{2 * r:g}h{-2 * r:g}z",
+        f"{at}m0 {-1.3 * r:g}l{1.2 * r:g} {2.2 * r:g}h{-2.4 * r:g}z",
+        f"{at}m0 {-1.4 * r:g}l{1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {1.4 * r:g}l{-1.4 * r:g} {-1.4 * r:g}z",
+    )  # a circle, a square, a triangle and a diamond
+    return element("path", *content, d=shapes[style % len(shapes)], class_="mark")

@@ -43,32 +43,27 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
 
     settings: Any = {"text.usetex": False, "text.parse_math": False, "savefig.bbox": None, "savefig.dpi": "figure"}
     # Ignore those of the user that need LaTeX or change the size, and warnings about characters that no font has.
-    with matplotlib.rc_context(settings), warnings.catch_warnings(action="ignore", category=UserWarning):
-        files.replace(path, _png(Figure, result))
-
-
-def _png(Figure: Any, result: Mapping[str, Any]) -> bytes:
     counts, names = np.asarray(result["confusion_matrix"]), list(result["per_class"])
-    normalized = fractions(counts)
+    normalized, png = fractions(counts), io.BytesIO()
     size = min(2.5 + 0.5 * len(names), 16)  # inches
     font = min(10, 400 / len(names))  # points
-    figure = Figure(figsize=(size, size), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(normalized, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
-    axes.set_yticks(range(len(names)), names, fontsize=font)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    correct = f"{result['accuracy']:.2%} of {result['num_examples']:,} correct"
-    axes.set_title(f"{result['dataset']} {result['split']}: {correct}")
-    if len(names) <= FEW_CLASSES:  # counts of more classes would be unreadable
-        for (row, column), count in np.ndenumerate(counts):
-            if count:
-                color = "white" if normalized[row, column] > 0.5 else "black"
-                axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
-    return png.getvalue()
+    with matplotlib.rc_context(settings), warnings.catch_warnings(action="ignore", category=UserWarning):
+        figure = Figure(figsize=(size, size), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(normalized, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
+        axes.set_yticks(range(len(names)), names, fontsize=font)
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
+        correct = f"{result['accuracy']:.2%} of {result['num_examples']:,} correct"
+        axes.set_title(f"{result['dataset']} {result['split']}: {correct}")
+        if len(names) <= FEW_CLASSES:  # counts of more classes would be unreadable
+            for (row, column), count in np.ndenumerate(counts):
+                if count:
+                    color = "white" if normalized[row, column] > 0.5 else "black"
+                    axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=9)
+        figure.savefig(png, format="png", metadata={"Software": None})
+    files.replace(path, png.getvalue())
 
 
 def fractions(counts: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,23 +42,22 @@ def read_log(path: Path) -> Log:
 
     Raise `OSError` if the file cannot be read.
     """
-    rows: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     others: dict[str, None] = {}  # an ordered set
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):  # an unfinished last line of a run in progress, or a foreign line
             continue
-        if isinstance(record, dict) and isinstance(record.get("split"), str):
-            epoch = _number(record.get("epoch"))
-            if epoch >= 0:  # not NaN
-                rows.setdefault(record["split"], []).append((epoch, record))
-                numbers = [name for name, value in record.items() if not math.isnan(_number(value))]
-                others |= dict.fromkeys(name for name in numbers if name.isidentifier() and name not in _NOT_METRICS)
+        fits = isinstance(record, dict) and isinstance(record.get("split"), str)
+        if fits and _number(record.get("epoch")) >= 0:  # not NaN
+            rows.setdefault(record["split"], []).append(record)
+            numbers = [name for name, value in record.items() if not math.isnan(_number(value))]
+            others |= dict.fromkeys(name for name in numbers if name.isidentifier() and name not in _NOT_METRICS)
     columns = (*_COLUMNS, *others)
     splits = {}
     for split, records in rows.items():
-        ordered = [record for _, record in sorted(records, key=lambda row: row[0])]
+        ordered = sorted(records, key=operator.itemgetter("epoch"))
         values = [tuple(_number(record.get(column)) for column in columns) for record in ordered]
         splits[split] = np.array(values, [(column, float) for column in columns]).view(np.recarray)
     return Log(splits, tuple(others))

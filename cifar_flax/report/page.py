@@ -23,8 +23,8 @@ class Markup(str):
 Content = str  # `Markup` or plain text
 
 
-def join(parts: Iterable[Content], separator: Content = "") -> Markup:
-    return Markup(_escape(separator).join(map(_escape, parts)))
+def join(parts: Iterable[Content]) -> Markup:
+    return Markup("".join(map(_escape, parts)))
 
 
 def element(name: str, /, *content: Content, **attributes: object) -> Markup:

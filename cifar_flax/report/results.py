@@ -69,11 +69,11 @@ def other_metrics(result: Result) -> dict[str, str]:
 
 
 def metric_chart(name: str, lines: Sequence[charts.Line], split: str = "") -> Markup:
-    """Return a chart of the metric `name`, a column of metrics.jsonl, in `split`; omit lines without values."""
+    """Return a chart of the metric `name`, a column of metrics.jsonl, in `split`."""
     heading = title(name)
     heading = heading[:1].upper() + heading[1:] + (f", {split}" if split else "")
     show = charts.percentage if name.endswith("accuracy") else charts.number
-    return charts.line_chart(heading, [line for line in lines if len(line.known)], show=show)
+    return charts.line_chart(heading, lines, show=show)
 
 
 def epochs(log: Log) -> str:

@@ -154,9 +154,8 @@ def _calibration(result: dict[str, Any]) -> Markup:
     for i, entry in enumerate(bins):
         if entry["count"]:
             between = f"{100 * i / len(bins):.0f} to {percent((i + 1) / len(bins), 0)}"
-            rows.append(
-                (between, f"{entry['count']:,}", percent(entry["confidence"], 1), percent(entry["accuracy"], 1))
-            )
+            means = percent(entry["confidence"], 1), percent(entry["accuracy"], 1)
+            rows.append((between, f"{entry['count']:,}", *means))
     about = (
         f"The expected calibration error is {percent(result['expected_calibration_error'])}: the absolute difference "
         f"between accuracy and mean confidence, averaged over {len(bins)} bins, weighted by the number of images "

@@ -38,9 +38,8 @@ class MetricsWriter:
         if not processes.is_main():
             return
         path = workdir / "metrics.jsonl"
-        kept = _written_until(path, start_step, mark)
-        self._hash, self._size = hashlib.sha256(kept), len(kept)
-        self._file = path.open("ab")
+        _keep_until(path, start_step, mark)
+        self._file = path.open("a+b")
         with self._without_events_on_errors():
             self._events = Events(workdir / "tensorboard")
             self._events.start(start_step, settings or {})
@@ -55,12 +54,9 @@ class MetricsWriter:
     def write(self, metrics: Metrics) -> None:
         if self._file is None:
             return
-        line = f"{json.dumps(metrics)}\n".encode()
         try:
-            self._file.write(line)
+            self._file.write(f"{json.dumps(metrics)}\n".encode())
             self._file.flush()
-            self._hash.update(line)
-            self._size += len(line)
             if self._events is not None:
                 scalars = {name: value for name, value in metrics.items() if name not in ("step", "split")}
                 with self._without_events_on_errors():
@@ -87,26 +83,27 @@ class MetricsWriter:
         if self._file is None:
             return None
         os.fsync(self._file.fileno())
-        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+        self._file.seek(0)  # writes append all the same
+        content = self._file.read()
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _written_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> bytes:
-    """Truncate metrics.jsonl to its size at `mark`, or to nothing without one, and return its content.
+def _keep_until(path: Path, step: int, mark: Mapping[str, Any] | None) -> None:
+    """Truncate metrics.jsonl to its size at `mark`, or to nothing without one.
 
     If this part has changed since, keep the valid lines up to `step` and log a warning.
     """
     content = path.read_bytes() if path.exists() else b""
     kept, lines = content[: mark["bytes"]] if mark else b"", content.splitlines(keepends=True)
     if mark and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
-        kept = b"".join(line for line in lines if _step_of(line) <= step)
-        left = len(kept.splitlines())
-        found = f"keeping {left} of its {len(lines)} lines" if content else "it is missing"
+        valid = [line for line in lines if _step_of(line) <= step]
+        kept = b"".join(valid)
+        found = f"keeping {len(valid)} of its {len(lines)} lines" if content else "it is missing"
         processes.log(f"{path} has changed since the checkpoint of step {step}: {found}")
     elif lines and not mark:
         processes.log(f"no checkpoint found: starting from step 0 and deleting {len(lines)} lines of {path}")
     if kept != content:
         files.replace(path, kept)
-    return kept
 
 
 def _step_of(line: bytes) -> float:

@@ -10,24 +10,13 @@ from cifar_flax.runtime import processes
 from cifar_flax.telemetry.metrics_log import Metrics
 
 
-class _NoBar:
-    """A stand-in for tqdm's bar that only prints the lines passed to `write`."""
-
-    write = staticmethod(processes.log)
-
-    def _nothing(self, *values: object, **settings: object) -> None:
-        pass
-
-    update = set_description = set_postfix_str = close = _nothing
-
-
 class Progress:
     """Show a progress bar on a terminal, otherwise one line per evaluation; in the main process only."""
 
     def __init__(self, *, start: int, total: int, epochs: float):
         self._start, self._total, self._epochs = start, total, epochs
         self._begin = time.monotonic()
-        self._bar: Any = _NoBar()
+        self._bar: Any = None
         if sys.stderr.isatty() and processes.is_main():
             try:
                 tqdm = packages.load("tqdm").tqdm
@@ -37,16 +26,18 @@ class Progress:
         self._train: Metrics = {}
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def advance(self, count: int) -> None:
-        self._bar.update(count)
+        if self._bar is not None:
+            self._bar.update(count)
 
     def show_training(self, metrics: Metrics) -> None:
         self._train = metrics
-        self._bar.set_description(f"epoch {metrics['epoch']:.1f}/{self._epochs:g}", refresh=False)
-        rate = f"{metrics['images_per_second']:,.0f} images/s"
-        self._bar.set_postfix_str(f"{_training(metrics)}, {rate}")
+        if self._bar is not None:
+            self._bar.set_description(f"epoch {metrics['epoch']:.1f}/{self._epochs:g}", refresh=False)
+            self._bar.set_postfix_str(f"{_training(metrics)}, {metrics['images_per_second']:,.0f} images/s")
 
     def show_evaluation(self, metrics: Metrics) -> None:
         train, step = self._train, metrics["step"]
@@ -62,7 +53,8 @@ class Progress:
                 f"{train['input_wait_fraction']:.2%} of the time waiting for input",
                 f"{left:.0f} s left",
             ]
-        self._bar.write(" | ".join(columns))
+        write = processes.log if self._bar is None else self._bar.write
+        write(" | ".join(columns))
 
 
 def _training(metrics: Metrics) -> str:

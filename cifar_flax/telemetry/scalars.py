@@ -6,8 +6,6 @@ from typing import Any
 from cifar_flax.errors import UserError
 
 _STANDARD = ("accuracy", "top5_accuracy", "loss", "expected_calibration_error")
-_SETTINGS = ("tta_below",)
-
 
 # Names with another meaning in metrics.jsonl, eval.json or the report.
 _RESERVED = {
@@ -26,7 +24,7 @@ def require_new_names(names: Collection[str]) -> None:
 
 def scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the scalar metrics in `result`, the content of eval.json or a part of it."""
-    return {name: value for name, value in result.items() if isinstance(value, float) and name not in _SETTINGS}
+    return {name: value for name, value in result.items() if isinstance(value, float) and name != "tta_below"}
 
 
 def other_scalars(result: Mapping[str, Any]) -> dict[str, float]:

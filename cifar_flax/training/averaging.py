@@ -52,8 +52,3 @@ def update(
         is_replaced = due | (step == total_steps)
         weights = jax.tree.map(lambda mean, now: jnp.where(is_replaced, mean, now), average, weights)
     return weights, average
-
-
-def evaluated(config: AveragingConfig, weights: PyTree, average: PyTree) -> PyTree:
-    """Return the weights to evaluate: the average for EMA, else `weights`."""
-    return average if config.name == "ema" else weights

@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from cifar_flax.data.batches import Batch, Indices, InputTimer, evaluation_indic
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError
 from cifar_flax.runtime import processes
-from cifar_flax.training import averaging, metrics, steps
+from cifar_flax.training import metrics, steps
 from cifar_flax.training.state import TrainState
 
 
@@ -28,10 +28,6 @@ class Evaluation:
     probabilities: Float[np.ndarray, "n classes"]  # one row per example
     images_per_second: float
     input_wait_fraction: float
-
-
-class _Stopping(Exception):
-    pass
 
 
 class Evaluator:
@@ -65,7 +61,7 @@ class Evaluator:
     def compile(self, state: TrainState) -> None:
         """Compile for states of the shapes of `state`. Otherwise, the first evaluation compiles."""
         inputs = self._layout.shard_batch(next(self._inputs(self._examples)))
-        arguments = (self._weights(state), inputs, *self._resident)
+        arguments = (state.evaluated(self._task.averaging), inputs, *self._resident)
         self._compiled = [self._layout.compile(on_inputs(self._task, step), *arguments) for step in self._steps]
 
     def __call__(self, state: TrainState, stopping: Callable[[], int] = lambda: 0) -> Evaluation | None:
@@ -75,28 +71,7 @@ class Evaluator:
         """
         if not self._compiled:
             self.compile(state)
-        try:
-            return self._evaluate(state, stopping)
-        except _Stopping:
-            return None
-
-    def accuracy(self, state: TrainState) -> float:
-        """Return only the accuracy of `state`, for benchmarks, after `compile`.
-
-        Without `tta_below`, only the sums of the loss and the confusion matrices are read from the devices.
-        Raise `UserError` if the loss is not finite.
-        """
-        if len(self._compiled) > 1:  # which images get TTA depends on results on the host
-            return self._evaluate(state, lambda: 0).summary["accuracy"]
-        (step,), weights = self._compiled, self._weights(state)
-        inputs = to_device(self._inputs(self._examples), self._layout.shard_batch)
-        sums = [step(weights, batch, *self._resident)[0] for batch in inputs]
-        loss, confusion = (sum(jax.device_get([one[name] for one in sums])) for name in ("loss", "confusion"))
-        _require_finite(float(loss), state)
-        return int(np.trace(confusion)) / int(np.sum(confusion))
-
-    def _evaluate(self, state: TrainState, stopping: Callable[[], int]) -> Evaluation:
-        weights, left = self._weights(state), np.arange(len(self._examples))
+        weights, left = state.evaluated(self._task.averaging), np.arange(len(self._examples))
         probabilities = np.empty((len(left), len(self._arrays.class_names)), np.float32)
         start, waited = time.perf_counter(), 0.0
         total: metrics.Sums | None = None
@@ -104,7 +79,14 @@ class Evaluator:
             if not len(left):
                 break
             inputs = InputTimer(to_device(self._inputs(self._examples[left]), self._layout.shard_batch))
-            sums, rows, counted = zip(*self._outputs(step, weights, inputs, stopping), strict=True)
+            outputs: list[Any] = []
+            for batch in inputs:
+                if stopping():
+                    return None
+                outputs.append(step(weights, batch, *self._resident))
+                if len(outputs) > 1:  # read the one before, while the device computes this one
+                    outputs[-2] = jax.device_get(outputs[-2])
+            sums, rows, counted = zip(*jax.device_get(outputs), strict=True)
             total = functools.reduce(metrics.add, sums, total)
             probabilities[left] = np.concatenate(rows)[: len(left)]
             waited += inputs.seconds
@@ -120,8 +102,22 @@ class Evaluator:
             input_wait_fraction=waited / seconds,
         )
 
-    def _weights(self, state: TrainState) -> PyTree:
-        return averaging.evaluated(self._task.averaging, (state.params, state.batch_stats), state.average)
+    def accuracy(self, state: TrainState) -> float:
+        """Return only the accuracy of `state`, for benchmarks, after `compile`.
+
+        Without `tta_below`, only the sums of the loss and the confusion matrices are read from the devices.
+        Raise `UserError` if the loss is not finite.
+        """
+        if len(self._compiled) > 1:  # which images get TTA depends on results on the host
+            evaluation = self(state)
+            assert evaluation is not None
+            return evaluation.summary["accuracy"]
+        (step,), weights = self._compiled, state.evaluated(self._task.averaging)
+        inputs = to_device(self._inputs(self._examples), self._layout.shard_batch)
+        sums = [step(weights, batch, *self._resident)[0] for batch in inputs]
+        loss, confusion = (sum(jax.device_get([one[name] for one in sums])) for name in ("loss", "confusion"))
+        _require_finite(float(loss), state)
+        return int(np.trace(confusion)) / int(np.sum(confusion))
 
     def _inputs(self, examples: Int32[np.ndarray, " n"]) -> Iterator[Batch | Indices]:
         """Yield this process's rows of the batches."""
@@ -129,21 +125,6 @@ class Evaluator:
         for whole in evaluation_indices(examples, self._batch_size):
             indices = jax.tree.map(operator.itemgetter(rows), whole)
             yield indices if self._resident else gather(self._arrays.images, self._arrays.labels, indices)
-
-    def _outputs(
-        self, step: Callable[..., Any], weights: PyTree, inputs: Iterable[Batch | Indices], stopping: Callable[[], int]
-    ) -> Iterator[Any]:
-        """Yield the outputs of `step` for each batch, read while the device computes the next one."""
-        before = None
-        for batch in inputs:
-            if stopping():
-                raise _Stopping
-            outputs = step(weights, batch, *self._resident)
-            if before is not None:
-                yield jax.device_get(before)
-            before = outputs
-        if before is not None:
-            yield jax.device_get(before)
 
 
 def _require_finite(loss: float, state: TrainState) -> None:

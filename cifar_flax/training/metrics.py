@@ -88,6 +88,7 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
     for name in means.keys() - _SUMS:
         if not math.isfinite(means[name] or 0):
             means[name] = None  # JSON has no infinity
+    bins = zip(sums["bin_count"], sums["bin_confidence"], sums["bin_correct"], strict=True)
     return {
         "num_examples": count,
         "accuracy": int(correct.sum()) / count,
@@ -99,9 +100,7 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
                 "confidence": float(confidence / size) if size else None,
                 "accuracy": float(right / size) if size else None,
             }
-            for size, confidence, right in zip(
-                sums["bin_count"], sums["bin_confidence"], sums["bin_correct"], strict=True
-            )
+            for size, confidence, right in bins
         ],
         "per_class": {
             name: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i])}
@@ -112,12 +111,10 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a proportion, given `correct` of `count` trials; (0, 1) for no trials.
+    """Return the 95 % confidence interval of a proportion, given `correct` of `count` trials.
 
     Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
     """
-    if not count:
-        return 0.0, 1.0
     z = statistics.NormalDist().inv_cdf(0.975)
     proportion = correct / count
     center = proportion + z**2 / (2 * count)

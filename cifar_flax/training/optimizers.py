@@ -5,9 +5,8 @@ To add one, write a function and add a row to `OPTIMIZERS` or `SCHEDULES`.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -48,18 +47,19 @@ class OptimConfig:
     accumulate_steps: int = 1  # batches whose gradients are averaged per update; an incomplete last group is discarded
 
     def validate(self) -> None:
-        for name, value, table in (("name", self.name, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
-            require(value in table, f"optim.{name}", value, f"must be one of {', '.join(table)}")
+        rows = (("name", self.name, "", OPTIMIZERS), ("schedule", self.schedule, "the schedule ", SCHEDULES))
+        for name, row, _, table in rows:
+            require(row in table, f"optim.{name}", row, f"must be one of {', '.join(table)}")
         for name in ("learning_rate", "warmup_epochs", "weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be at least 0")
         for name in ("warmup_start", "final_share"):
             require(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "must be in [0, 1]")
         require(self.accumulate_steps >= 1, "optim.accumulate_steps", self.accumulate_steps, "must be at least 1")
-        unused = dict.fromkeys(_unused_settings(OPTIMIZERS, self.name), self.name)
-        unused |= dict.fromkeys(_unused_settings(SCHEDULES, self.schedule), f"the schedule {self.schedule}")
-        for name, row in unused.items():
-            value = getattr(self, name)
-            require(value == _default(name), f"optim.{name}", value, f"does not apply to {row}")
+        for _, row, kind, table in rows:
+            of_all = frozenset[str]().union(*(other.settings for other in table.values()))
+            for name in sorted(of_all - table[row].settings):
+                value, default = getattr(self, name), getattr(OptimConfig(), name)
+                require(value == default, f"optim.{name}", value, f"does not apply to {kind}{row}")
         for name in ("b1", "b2", "momentum"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")
@@ -105,20 +105,9 @@ class Schedule:
     depends_on_length: bool = True  # whether another train.epochs would change the learning rate of earlier steps
 
 
-def _unused_settings(table: Mapping[str, Optimizer | Schedule], name: str) -> list[str]:
-    """Return the fields of `OptimConfig` that other rows of `table` use, but `name` does not."""
-    optional = frozenset[str]().union(*(row.settings for row in table.values()))
-    return sorted(optional - table[name].settings)
-
-
-def _default(name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(OptimConfig) if field.name == name)
-
-
 def _adam_constants(config: OptimConfig) -> dict[str, float]:
     """Return the constants that are set; optax has defaults for the others."""
-    constants = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
-    return {name: value for name, value in constants.items() if value is not None}
+    return {name: value for name in ("b1", "b2", "eps") if (value := getattr(config, name)) is not None}
 
 
 def _adam(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -138,14 +127,6 @@ def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
     return muon.muon(schedule, config.momentum or 0.0)
 
 
-def _constant_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    return optax.constant_schedule(config.learning_rate)
-
-
-def _cosine_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    return optax.cosine_decay_schedule(config.learning_rate, steps)
-
-
 def _linear_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.linear_schedule(config.learning_rate, config.learning_rate * config.final_share, steps)
 
@@ -158,8 +139,10 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 SCHEDULES: dict[str, Schedule] = {
-    "constant": Schedule(make=_constant_schedule, depends_on_length=False),
-    "cosine": Schedule(make=_cosine_schedule),
+    "constant": Schedule(
+        make=lambda config, steps: optax.constant_schedule(config.learning_rate), depends_on_length=False
+    ),
+    "cosine": Schedule(make=lambda config, steps: optax.cosine_decay_schedule(config.learning_rate, steps)),
     "linear": Schedule(make=_linear_schedule, settings=frozenset({"final_share"})),
 }
 

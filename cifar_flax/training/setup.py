@@ -73,7 +73,6 @@ def setup(
         for name, step in optimizers.frozen_steps(config.optim, steps_per_epoch).items()
         if step < steps and name in jax.tree.leaves(model.param_groups)
     }
-    create = state.make_init(model, optimizer, config.averaging)
     task = Task(
         graphdef=model.graphdef,
         optimizer=optimizer,
@@ -93,11 +92,11 @@ def setup(
         param_groups=model.param_groups,
         frozen_from=frozen_from,
     )
-
     options = compilation.options(layout.platform, deterministic=True) if layout.deterministic else None
 
     @functools.partial(jax.jit, out_shardings=layout.replicated, compiler_options=options)
     def init(seed: Array, sample: Array | None) -> TrainState:
-        return create(seed, None if sample is None else normalize(sample, info.mean, info.std))
+        normalized = None if sample is None else normalize(sample, info.mean, info.std)
+        return state.init(model, optimizer, config.averaging, seed, normalized)
 
     return task, lambda seed, sample: init(np.uint32(seed), sample)

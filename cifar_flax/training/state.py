@@ -26,16 +26,15 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     average: PyTree  # of params and batch_stats, as averaging.py computes it; () without averaging
 
+    def evaluated(self, config: AveragingConfig) -> PyTree:
+        """Return the (params, batch_stats) to evaluate: their average for EMA, else the last ones."""
+        return self.average if config.name == "ema" else (self.params, self.batch_stats)
+
 
 def root_keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     """Return two keys derived from the seed: for the initial weights, and for augmentation and dropout."""
     weights, examples = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
     return weights, examples
-
-
-# (seed, normalized training images) -> initial state. The images, `Network.sample_size` of them, may be None if a
-# checkpoint replaces the values.
-Init = Callable[[UInt32[Array, ""], Float[Array, "n height width c"] | None], TrainState]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +43,7 @@ class Model:
 
     graphdef: nnx.GraphDef
     param_groups: PyTree[str]  # the optimizer group of each parameter
-    init: Callable[[Array, Array | None], tuple[PyTree, PyTree]]  # as `Init`, but returns (params, batch_stats)
+    init: Callable[[Array, Array | None], tuple[PyTree, PyTree]]  # as `init` below, but returns (params, batch_stats)
 
 
 def create_model(
@@ -79,18 +78,20 @@ def create_model(
     return Model(graphdef=graphdef, param_groups=param_groups(abstract), init=init)
 
 
-def make_init(model: Model, optimizer: optax.GradientTransformation, average: AveragingConfig) -> Init:
-    """Return a function that initializes the training state."""
-
-    def init(seed: Array, sample: Array | None) -> TrainState:
-        params, batch_stats = model.init(seed, sample)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            seed=seed,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=optimizer.init(params),
-            average=averaging.init(average, (params, batch_stats)),
-        )
-
-    return init
+def init(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    average: AveragingConfig,
+    seed: UInt32[Array, ""],
+    sample: Float[Array, "n height width c"] | None,
+) -> TrainState:
+    """Return the initial state; `sample` has normalized training images, None if a checkpoint replaces the values."""
+    params, batch_stats = model.init(seed, sample)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        seed=seed,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        average=averaging.init(average, (params, batch_stats)),
+    )

@@ -78,14 +78,11 @@ class Trainer:
         self.timetable = Timetable(config, len(self.examples), self.task, self.pipeline)
         # Evaluate on the validation split during training. Without one, evaluate on eval_split, for the curves only.
         self.has_validation = len(held_out) > 0
-        if self.has_validation:
-            self.monitored_split = "validation"
-            self.evaluator = Evaluator(self.task, self.arrays, held_out, config.eval.batch_size)
-        else:
-            # The log uses "train" for the training metrics.
+        self.monitored_split, monitored = "validation", (self.arrays, held_out)
+        if not self.has_validation:  # the log uses "train" for the training metrics
             self.monitored_split = config.data.eval_split if config.data.eval_split != "train" else "evaluation"
-            everything = evaluator.all_examples(eval_arrays)
-            self.evaluator = Evaluator(self.task, eval_arrays, everything, config.eval.batch_size)
+            monitored = eval_arrays, evaluator.all_examples(eval_arrays)
+        self.evaluator = Evaluator(self.task, *monitored, config.eval.batch_size)
 
     def require_same_data(self, saved: dict[str, Any]) -> None:
         """Raise `UserError` unless `saved`, the metadata of a checkpoint, describes the same data."""
