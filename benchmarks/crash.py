@@ -94,7 +94,7 @@ def reference(folder: Path) -> Reference:
 def content(workdir: Path, trainer: Trainer) -> dict[str, Any]:
     """Return the results that must be equal to those of the uninterrupted run."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    with Checkpoints(workdir / "checkpoints", trainer.config.checkpoint, read_only=True) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", trainer.config.checkpoint) as checkpoints:
         state = checkpoints.restore(trainer.total_steps, trainer.initial_state)
     return {
         "state": [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)],

@@ -26,43 +26,33 @@ def entry_point() -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C interrupts the imports
     allocator.keep_freed_memory()  # re-executes the process, so it precedes the slow imports
-    error = check_installation()
-    if error is not None:
-        sys.exit(_report_installation(error))
+    try:
+        check_installation()
+    except UserError as error:
+        if re.search(r"--?mode[= ]doctor\b", " ".join(sys.argv)):
+            from cifar_flax.modes.doctor import examine_installation
+
+            examine_installation(error)
+        streams.print_error(f"error: {error}")
+        sys.exit(error.exit_code)
     from cifar_flax.runtime import processes
 
     processes.run(main)
 
 
-def check_installation() -> UserError | None:
-    """Import the packages that every mode needs; return an error if one is missing, too old or broken.
-
-    The error names the package and the required version.
-    """
+def check_installation() -> None:
+    """Import the packages that every mode needs; raise `UserError` if one is missing, too old or broken."""
+    packages.require(packages.REQUIRED)
+    with contextlib.suppress(UserError):  # JAX imports it, and can do without it if it is missing, but not broken
+        packages.load("flatbuffers")
+    for required in packages.REQUIRED:
+        packages.load(required)
     try:
-        packages.require(packages.REQUIRED)
-        with contextlib.suppress(UserError):  # JAX imports it, and can do without it if it is missing, but not broken
-            packages.load("flatbuffers")
-        for required in packages.REQUIRED:
-            packages.load(required)
         from cifar_flax import arguments  # noqa: F401
-    except UserError as error:
-        return error
     except Exception as error:  # importing incompatible packages can raise anything
-        name = packages.culprit(error)
-        if name is None:
+        if (name := packages.culprit(error)) is None:
             raise
-        return packages.broken(name, error)
-    return None
-
-
-def _report_installation(error: UserError) -> int:
-    if re.search(r"--?mode[= ]doctor\b", " ".join(sys.argv)):
-        from cifar_flax.modes.doctor import examine_installation
-
-        examine_installation(error)
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_code
+        raise packages.broken(name, error) from error
 
 
 def main() -> int:
@@ -71,8 +61,7 @@ def main() -> int:
     from cifar_flax.runtime import compilation, devices, processes, settings, signals
 
     def fail(line: str, code: int) -> int:
-        with contextlib.suppress(OSError):  # stderr may be closed
-            print(f"{processes.label()}{line}", file=sys.stderr)
+        streams.print_error(f"{processes.label()}{line}")
         return code
 
     for line in settings.pin():
@@ -88,20 +77,17 @@ def main() -> int:
             _run(command)
     except UserError as error:
         return fail(f"error: {error}", error.exit_code)
-    except ImportError as error:  # of a module that a package imports only when it needs it
-        name = packages.culprit(error)
-        if name is None:
-            raise
-        return fail(f"error: {packages.broken(name, error)}", 1)
     except OSError as error:  # such as a full disk or a read-only folder
         return fail(f"error: {error}", 1)
     except signals.Stopped as stopped:
         return fail(str(stopped), stopped.exit_code)
     except Exception as error:
-        lost = processes.lost_peer(error)
-        if lost is None:
+        # Packages import some modules only when they need them.
+        name = packages.culprit(error) if isinstance(error, ImportError) else None
+        known = packages.broken(name, error) if name else processes.lost_peer(error)
+        if known is None:
             raise
-        return fail(f"error: {lost}", lost.exit_code)
+        return fail(f"error: {known}", known.exit_code)
     return 0
 
 

@@ -116,8 +116,6 @@ def load(name: str, module: str = "") -> ModuleType:
 
     Raise `UserError` that names the required version if the package is missing, too old or cannot be imported.
     """
-    if name in _broken:
-        raise _broken[name]
     package = PACKAGES[name]
     require([name], package.used_for)
     try:
@@ -144,14 +142,12 @@ def culprit(error: Exception) -> str | None:
 
 def cuda_fault() -> str | None:
     """Return why JAX cannot use CUDA: its plugin is not installed, or has another version than jaxlib."""
-    jaxlib = version("jaxlib") or ""
-    found = {name: version(name) or "" for name in ("jax-cuda13-plugin", "jax-cuda12-plugin") if version(name)}
-    if any(numbers(plugin) == numbers(jaxlib) for plugin in found.values()):
-        return None
-    if not found:
-        return "JAX's CUDA plugin is not installed"
-    name = next(iter(found))
-    return f"{name} is {found[name]}, jaxlib {jaxlib}: their versions must be equal"
+    for name in ("jax-cuda13-plugin", "jax-cuda12-plugin"):  # JAX prefers the newer one
+        if found := version(name):
+            jaxlib = version("jaxlib") or ""
+            differ = f"{name} is {found}, jaxlib {jaxlib}: their versions must be equal"
+            return None if numbers(found) == numbers(jaxlib) else differ
+    return "JAX's CUDA plugin is not installed"
 
 
 def broken(name: str, error: Exception) -> UserError:

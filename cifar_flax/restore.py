@@ -13,7 +13,7 @@ from cifar_flax.checkpoints.manager import Checkpoints
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, Metadata, read_metadata, saved_steps, while_training
 from cifar_flax.config import Config
 from cifar_flax.data.info import DatasetInfo
-from cifar_flax.errors import ConfigError, UserError, first_of
+from cifar_flax.errors import ConfigError, UserError, first_of, require
 from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.devices import ParallelConfig
@@ -23,7 +23,7 @@ from cifar_flax.training.setup import setup
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Task
 
-_NO_CHECKPOINT = "holds no finished checkpoint; run --mode=train first"
+_NO_CHECKPOINT = "holds no checkpoint; run --mode=train first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,7 @@ class RestoredRun:
 
     @property
     def step(self) -> int:
-        step: int = self.metadata["step"]
-        return step
+        return int(self.metadata["step"])
 
     @property
     def weights(self) -> PyTree:
@@ -53,11 +52,12 @@ def saved_config(workdir: Path, field: str = "--workdir") -> Config:
     `parallel` is reset to its defaults, since the devices may differ from those that trained the run. JAX's devices are
     not initialized, since this process may have to join others first. Messages refer to the folder as `field`.
     """
-    folder = _checkpoint_folder(workdir, field)
+    require(workdir.is_dir(), field, str(workdir), "no such folder")
+    folder = workdir / CHECKPOINTS
 
     def read() -> Config:
         if not (steps := saved_steps(folder)):
-            raise UserError(f"{field}={str(workdir)!r}: {_NO_CHECKPOINT}")
+            raise ConfigError(f"{field}={str(workdir)!r}: {_NO_CHECKPOINT}")
         return configs.from_dict(read_metadata(folder, steps[-1])["config"])
 
     return dataclasses.replace(while_training(folder, read), parallel=ParallelConfig())
@@ -71,8 +71,8 @@ def restore(config: Config, workdir: Path, field: str = "--workdir") -> Restored
 
     Raise `UserError` if there is no such checkpoint or if it is damaged.
     """
-    folder = _checkpoint_folder(workdir, field)
-    with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
+    folder = workdir / CHECKPOINTS
+    with Checkpoints(folder, config.checkpoint) as checkpoints:
         read = functools.partial(_read, checkpoints, config, f"{field}={str(workdir)!r}")
         # Not in a multi-process run, whose processes may differ in whether they find the checkpoint.
         return read() if processes.label() else while_training(folder, read)
@@ -81,7 +81,7 @@ def restore(config: Config, workdir: Path, field: str = "--workdir") -> Restored
 def _read(checkpoints: Checkpoints, config: Config, where: str) -> RestoredRun:
     step = checkpoints.newest_step()
     if step is None:
-        raise UserError(f"{where}: {_NO_CHECKPOINT}")
+        raise ConfigError(f"{where}: {_NO_CHECKPOINT}")
     if config.eval.checkpoint == "best":
         step = checkpoints.best_step()
         if step is None:
@@ -94,15 +94,6 @@ def _read(checkpoints: Checkpoints, config: Config, where: str) -> RestoredRun:
     template = jax.tree.map(lambda x: x.update(sharding=task.layout.replicated), shapes)
     state = checkpoints.restore(step, template)
     return RestoredRun(config=config, info=info, task=task, state=state, metadata=metadata)
-
-
-def _checkpoint_folder(workdir: Path, field: str) -> Path:
-    folder = workdir / CHECKPOINTS
-    if not workdir.is_dir():
-        raise ConfigError(f"{field}={str(workdir)!r}: no such folder")
-    if not folder.is_dir():
-        raise ConfigError(f"{field}={str(workdir)!r}: holds no checkpoint; run --mode=train first")
-    return folder
 
 
 _FIELD = "train.init_from"
@@ -125,10 +116,11 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
     ours, theirs = (
         {name: x for tree in trees for name, x in named_leaves(tree, ".").items()} for trees in (own, run.weights)
     )
-    fits = {name for name, array in ours.items() if name in theirs and theirs[name].shape == array.shape}
+    here, there = ({name: str(array.shape) for name, array in arrays.items()} for arrays in (ours, theirs))
+    fits = {name for name in here if here[name] == there.get(name)}
     unfit = [
-        f"{name}: {_shape(theirs, name)} in that run, {_shape(ours, name)} in this run"
-        for name in (ours | theirs)
+        f"{name}: {there.get(name, 'absent')} in that run, {here.get(name, 'absent')} in this run"
+        for name in (here | there)
         if name not in fits
     ]
     if not fits & named_leaves(state.params, ".").keys():
@@ -145,7 +137,3 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
         out_shardings=task.layout.replicated,
     )((params, batch_stats))
     return state._replace(params=params, batch_stats=batch_stats, opt_state=opt_state, average=average)
-
-
-def _shape(arrays: dict[str, jax.Array], name: str) -> str:
-    return str(arrays[name].shape) if name in arrays else "absent"

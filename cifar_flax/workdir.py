@@ -28,7 +28,13 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
         try:
             if processes.is_main():
                 workdir.mkdir(parents=True, exist_ok=True)
-                _lock(stack, workdir, field)
+                try:
+                    stack.enter_context(files.locked(workdir / _LOCK, wait=False))
+                except BlockingIOError:
+                    _require_free(workdir, field)
+                    raise
+                for left in workdir.glob(f".*{files.PARTIAL}"):  # remains of killed runs
+                    left.unlink(missing_ok=True)
             _require_same(workdir, config, field)
             if processes.is_main():
                 files.write_json(workdir / _CONFIG, configs.to_dict(config))
@@ -43,25 +49,15 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
 def require_usable(workdir: Path, config: Config) -> None:
     """Raise `UserError` if a run of `config` cannot start or resume in `workdir`; write nothing and need no data."""
     field = f"--workdir={str(workdir)!r}"
-    if holder := files.lock_holder(workdir / _LOCK):
-        raise _taken(field, holder)
+    _require_free(workdir, field)
     _require_same(workdir, config, field)
     if config.train.init_from and not saved_steps(workdir / CHECKPOINTS):
         restore.saved_config(local_path("train.init_from", config.train.init_from), "train.init_from")
 
 
-def _taken(field: str, holder: str) -> UserError:
-    return UserError(f"{field}: is in use by {holder}; wait until it ends, or choose another --workdir")
-
-
-def _lock(stack: contextlib.ExitStack, workdir: Path, field: str) -> None:
-    path = workdir / _LOCK
-    try:
-        stack.enter_context(files.locked(path, wait=False))
-    except BlockingIOError as error:
-        raise _taken(field, path.read_text("utf-8", errors="replace") or "another process") from error
-    for left in workdir.glob(f".*{files.PARTIAL}"):  # remains of killed runs
-        left.unlink(missing_ok=True)
+def _require_free(workdir: Path, field: str) -> None:
+    if holder := files.lock_holder(workdir / _LOCK):
+        raise UserError(f"{field}: is in use by {holder}; wait until it ends, or choose another --workdir")
 
 
 def _require_same(workdir: Path, config: Config, field: str) -> None:
@@ -93,9 +89,6 @@ def _saved(workdir: Path, field: str) -> tuple[Config | None, str]:
         return None, ""  # all checkpoints are damaged: reported when they are restored
     try:
         return configs.from_dict(files.read_json(path)), path.name
-    except ConfigError as error:
-        raise UserError(
-            f"{field}: its {_CONFIG} does not fit this version ({error}); choose another --workdir"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{field}: its {_CONFIG} is damaged ({error}); choose another --workdir") from error
+    except (ConfigError, ValueError) as error:
+        what = "is damaged or does not fit this version"
+        raise UserError(f"{field}: its {_CONFIG} {what} ({error}); choose another --workdir") from error

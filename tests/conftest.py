@@ -168,7 +168,7 @@ def read_metrics(workdir):
 
 def final_state(config, workdir):
     trainer = Trainer(config)
-    with manager.Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
+    with manager.Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
         return checkpoints.restore(checkpoints.newest_step(), trainer.initial_state)
 
 

@@ -48,7 +48,7 @@ from cifar_flax.data.batches import Indices, evaluation_indices, gather
 from cifar_flax.export import program
 from cifar_flax.modes import export, predict
 from cifar_flax.restore import restore, saved_config
-from cifar_flax.runtime import compilation, signals
+from cifar_flax.runtime import signals
 from cifar_flax.training import loop, steps
 from cifar_flax.training.evaluator import Evaluator, all_examples
 from cifar_flax.training.optimizers import OptimConfig
@@ -91,8 +91,11 @@ def accelerator(compile_once):
     """Return the devices. Never load a compiled program: a repeated run compiles its own."""
     if jax.default_backend() == "cpu" and not REHEARSAL:
         pytest.skip("JAX finds no GPU or TPU. REHEARSE=1 runs these tests on the CPU")
-    with compilation.cache_writes_disabled():
-        yield jax.devices()
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield jax.devices()
+    jax.config.update(name, before)
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +153,7 @@ def run(config, folder):
     trainer = Trainer(config)
     with contextlib.suppress(signals.Stopped), signals.signals_raise_stopped():
         loop.run(trainer, folder)
-    with Checkpoints(folder / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
+    with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         return jax.device_get(checkpoints.restore(checkpoints.newest_step(), trainer.initial_state))
 
 

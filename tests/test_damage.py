@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_is_never_restored(open_checkpoints, tmp_path, caps
         assert (int(state.step), record["note"]) == (3, 3)
         jax.tree.map(np.testing.assert_array_equal, state, jax.tree.map(lambda x: x + 3, make_state(0)))
         printed = capsys.readouterr().out
-        assert re.search(r"^.*step 5 .*\(.+\).* 5\.damaged\b.*\b3\b.*$", printed, re.MULTILINE)
+        assert re.search(r"^.*step 5 .*damaged \(.+\)\n.* 3\b.* 5\.damaged$", printed, re.MULTILINE)
         assert steps_in(folder) == {"3", "5.damaged"}
 
         shutil.rmtree(folder / "3")
@@ -117,9 +117,5 @@ def test_checkpoints_of_other_versions_are_refused_and_kept(open_checkpoints, tm
     shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2")
     files.write_sealed(tmp_path / "checkpoints" / "2" / "record.json", {"format": 99, "step": 2})
     with pytest.raises(UserError, match=r"checkpoints/2 .*format.*99"):
-        open_checkpoints().restore_newest(make_state())
-    (tmp_path / "checkpoints" / "2" / "record.json").unlink()
-    (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("{}")
-    with pytest.raises(UserError, match=r"checkpoints/2 .*earlier version"):
         open_checkpoints().restore_newest(make_state())
     assert steps_in(tmp_path / "checkpoints") == {"1", "2"}

@@ -91,7 +91,7 @@ def test_skipped_steps_do_not_change_the_state(tiny_config, tmp_path, poison, se
     json.dumps(lines, allow_nan=False)
     from cifar_flax.checkpoints.manager import Checkpoints
 
-    with Checkpoints(tmp_path / "run" / "checkpoints", tiny_config.checkpoint, read_only=True) as checkpoints:
+    with Checkpoints(tmp_path / "run" / "checkpoints", tiny_config.checkpoint) as checkpoints:
         before, after = (checkpoints.restore(step, trainer.initial_state) for step in (11, 22))
     assert (int(before.step), int(after.step)) == (11, 22)
     jax.tree.map(np.testing.assert_array_equal, without_counts(before), without_counts(after))

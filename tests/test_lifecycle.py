@@ -165,19 +165,6 @@ def test_a_second_run_in_a_process_starts_without_a_pending_signal():
             assert signal_number() == 0
 
 
-def test_in_another_thread_no_handler_is_installed():
-    entered = []
-
-    def run():
-        with signals_raise_stopped():
-            entered.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert entered == [signal.getsignal(signal.SIGTERM)]
-
-
 @pytest.mark.parametrize(("number", "code"), CODES)
 @pytest.mark.parametrize(("block", "count"), [("deferred()", 2), ("contextlib.nullcontext()", 1)])
 def test_signals_end_a_process_whose_main_thread_is_busy(number, code, block, count):

@@ -60,16 +60,12 @@ def steps_to_keep(accuracies: Mapping[int, float | None], newest: int, best: int
 class Checkpoints:
     """Save, restore and remove the checkpoints of one workdir: the state's arrays, and metadata."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig, *, read_only: bool = False):
+    def __init__(self, folder: Path, config: CheckpointConfig):
         self._folder, self._config = folder.absolute(), config
         self._storage = Storage(self._folder)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._restored = 0  # step of the checkpoint that the run resumed from; 0: none
-        if not read_only and processes.is_main():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for left in self._folder.glob("*.unfinished"):
-                shutil.rmtree(left, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -114,7 +110,7 @@ class Checkpoints:
             else:
                 unfinished = self._path(f"{step}.unfinished")
                 if processes.is_main():
-                    unfinished.mkdir()
+                    unfinished.mkdir(parents=True)
                 self._storage.start(f"{unfinished.name}/{_STATE}", arrays)
                 self._saving = step, self._thread.submit(self._finish, unfinished, metadata)
 
@@ -192,7 +188,6 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Return the step with the highest validation accuracy, or None. Raise `UserError` if one cannot be read."""
         accuracies = {step: self.metadata(step)["accuracy"] for step in self.steps()}
-        accuracies = {step: value for step, value in accuracies.items() if value is not None}
         return processes.from_main(max(steps_to_keep(accuracies, 0, 1), default=0)) or None
 
     def metadata(self, step: int) -> Metadata:
@@ -202,7 +197,8 @@ class Checkpoints:
     def restore_newest(self, template: PyTree) -> tuple[PyTree, Metadata] | None:
         """Return state and metadata of the newest intact checkpoint, or None if the run has no checkpoint.
 
-        Newer checkpoints that are damaged are renamed to `<step>.damaged`, and the reason is logged.
+        Newer checkpoints that are damaged are renamed to `<step>.damaged`, and the reason is logged. The remains of a
+        killed run are removed.
 
         Raise `UserError` if all checkpoints are damaged, if one cannot be read, or if the state does not match
         `template`.
@@ -217,29 +213,29 @@ class Checkpoints:
             return None
         self._restored = step
         if processes.is_main():
-            self._remove_old()  # a killed run may have left some
-        metadata = self.metadata(step)
-        return self._load(metadata, template), metadata
+            self._remove_old()
+        return self.restore(step, template), self.metadata(step)
 
     def _newest_intact(self) -> int:
         """Return the newest intact step, 0 if there is no checkpoint, or -1 if all are damaged."""
-        damaged: dict[int, str] = {}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for left in self._folder.glob("*.unfinished"):
+            shutil.rmtree(left, ignore_errors=True)
+        damaged = []
         for step in reversed(self.steps()):
             try:
                 self._require_intact(self.metadata(step))
             except DamagedError as error:
-                damaged[step] = str(error.__cause__)
+                processes.log(f"the checkpoint of step {step} is damaged ({error.__cause__})")
+                damaged.append(step)
             else:
                 # If all are damaged, none is renamed, so that the next start reports them again.
-                for other, why in damaged.items():
+                for other in damaged:
                     quarantined = self._path(f"{other}.damaged")
                     shutil.rmtree(quarantined, ignore_errors=True)
                     self._path(other).rename(quarantined)
-                    what = f"the checkpoint of step {other} is damaged ({why})"
-                    processes.log(f"{what}; renamed to {quarantined.name}, using step {step}")
+                    processes.log(f"using step {step}; step {other} is renamed to {quarantined.name}")
                 return step
-        for step, why in damaged.items():
-            processes.log(f"the checkpoint of step {step} is damaged ({why})")
         return -1 if damaged else 0
 
     def restore(self, step: int, template: PyTree) -> PyTree:
@@ -247,12 +243,8 @@ class Checkpoints:
 
         Raise `UserError` if the saved state has another structure or is damaged.
         """
-        metadata = self.metadata(step)
+        metadata, wanted = self.metadata(step), named_leaves(template)
         self._require_intact(metadata)
-        return self._load(metadata, template)
-
-    def _load(self, metadata: Metadata, template: PyTree) -> PyTree:
-        step, wanted = metadata["step"], named_leaves(template)
         described = describe(wanted)
         for name in sorted(described.keys() | metadata["arrays"].keys()):
             ours, theirs = described.get(name, "absent"), metadata["arrays"].get(name, "absent")

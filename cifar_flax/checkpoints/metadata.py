@@ -4,7 +4,6 @@ It holds the values that a run needs to resume, the shapes of the arrays, and th
 and of the metadata itself. This module needs neither Orbax, nor JAX's devices, nor the other processes.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,10 +47,6 @@ def read_metadata(folder: Path, step: int) -> Metadata:
         if metadata.get("step") != step:
             raise ValueError(f"{_NAME} is of step {metadata.get('step')}")
     except (OSError, ValueError) as error:
-        if os.path.exists(path / "_CHECKPOINT_METADATA"):  # versions before record.json put Orbax's files there
-            raise UserError(
-                f"the checkpoint {path} was written by an earlier version; use that version, or another --workdir"
-            ) from error
         raise unreadable(folder, step, error) from error
     if metadata.get("format") != _FORMAT:
         raise UserError(f"the checkpoint {path} has the format {metadata.get('format')}; this version reads {_FORMAT}")

@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cifar_flax.errors import UserError
-
 # Silence Orbax's and asyncio's per-array logging; failures are reported by the exception.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _without_closed_loops(unraisable: Any, report: Any = sys.unraisablehook) -> None:
+    """Suppress the tracebacks of reads and writes that end after Orbax has given up."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        report(unraisable)
+
+
+sys.unraisablehook = _without_closed_loops
 
 # Orbax passes absolute paths to `glob`. If a folder's name is a pattern, the files of a save are not found and not
 # merged, without an error.
@@ -32,8 +39,6 @@ class Storage:
         self._orbax, self._reader = ocp.StandardCheckpointer(), ocp.PyTreeCheckpointHandler()
         self._folder, self._stack = folder, contextlib.ExitStack()
         if _PATTERN.search(str(folder)):
-            if _PATTERN.search(tempfile.gettempdir()):
-                raise UserError(f"TMPDIR={tempfile.gettempdir()}: must not contain *, ?, [ or \\ if {folder} does")
             temporary = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cifar_flax."))
             self._folder = Path(temporary, "checkpoints")
             self._folder.symlink_to(folder)
@@ -48,43 +53,22 @@ class Storage:
 
     def finish(self) -> None:
         """Wait until the files are written."""
-        with _quiet():
-            self._orbax.wait_until_finished()
+        self._orbax.wait_until_finished()
 
     def verify(self, path: str, described: Mapping[str, str]) -> None:
         """Read the arrays back, in this process only. Raise an exception unless they are as `described`."""
         wanted = unflatten_dict(dict.fromkeys(described, ocp.RestoreArgs(restore_type=np.ndarray)), sep="/")
         arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted)
-        with _quiet():
-            found = flatten_dict(self._reader.restore(self._folder / path, args=arguments), sep="/")
+        found = flatten_dict(self._reader.restore(self._folder / path, args=arguments), sep="/")
         if describe(found) != described:
             raise ValueError("the arrays read back from the disk have other shapes")
 
     def restore(self, path: str, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Return the saved arrays, with the shardings of `abstract`. Partial matches raise no error."""
-        with _quiet():
-            restored = self._orbax.restore(self._folder / path, unflatten_dict(abstract, sep="/"))
-        arrays: dict[str, jax.Array] = flatten_dict(restored, sep="/")
-        return arrays
+        restored = self._orbax.restore(self._folder / path, unflatten_dict(abstract, sep="/"))
+        return dict(flatten_dict(restored, sep="/"))
 
 
 def describe(arrays: Mapping[str, Any]) -> dict[str, str]:
     """Return a dict from name to shape and dtype, such as "(3, 3) float32"."""
     return {name: f"{array.shape} {array.dtype}" for name, array in arrays.items()}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the tracebacks of reads and writes that end after Orbax has given up.
-
-    If the block raises, they stay suppressed, since they may still end later.
-    """
-    hook = sys.unraisablehook
-
-    def without_closed_loops(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            hook(unraisable)
-
-    sys.unraisablehook = without_closed_loops
-    yield
-    sys.unraisablehook = hook

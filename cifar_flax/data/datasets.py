@@ -17,7 +17,6 @@ class Dataset:
 
     read: Callable[[str, Path], Arrays]  # (split, data.data_dir) -> images of one size, with labels
     splits: tuple[str, ...] = ("train", "test")
-    package: str = ""  # the optional package that the reader imports
 
 
 def read(name: str, split: str, data_dir: Path) -> Arrays:
@@ -63,4 +62,4 @@ def _digits(split: str, data_dir: Path) -> Arrays:
 
 
 # data.name -> dataset
-DATASETS = {"digits": Dataset(read=_digits, package="scikit-learn")}
+DATASETS = {"digits": Dataset(read=_digits)}

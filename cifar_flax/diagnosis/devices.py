@@ -12,36 +12,35 @@ from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.packages import has_module
 from cifar_flax.runtime import allocator, compilation
-from cifar_flax.runtime.devices import find_devices
+from cifar_flax.runtime.devices import all_devices
 from cifar_flax.runtime.environment import machine
 
 
 def devices(examination: Examination) -> Iterator[Finding]:
     """Check that JAX finds devices, and report why a GPU or TPU is not used."""
+    warned: list[str] = []
     try:
-        found, warned = find_devices()
-    except UserError as error:
-        yield Finding(FAIL, str(error))
-        found, warned = [], ""
-    if found:
+        found = all_devices(warned.append)
         examination.platform = found[0].platform
         kinds = Counter(device.device_kind for device in found)
         names = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         yield Finding(OK, f"{names}; {machine()}")
+    except UserError as error:
+        yield Finding(FAIL, str(error))
     if examination.platform in ("", "cpu"):
-        if reason := nvidia.why_unused(warned):
+        if reason := nvidia.why_unused("".join(warned)):
             yield Finding(NOTE, f"NVIDIA GPU: {reason}")
-        elif found and has_module("libtpu") and not os.environ.get("JAX_PLATFORMS"):
+        elif examination.platform and has_module("libtpu") and not os.environ.get("JAX_PLATFORMS"):
             try:
                 jax.devices("tpu")
             except RuntimeError as error:
                 yield Finding(NOTE, f"TPU: libtpu is installed, but JAX finds no TPU ({one_line(error)})")
         elif warned:  # such as a TPU without libtpu
-            yield Finding(NOTE, warned)
+            yield Finding(NOTE, warned[0])
 
 
 def programs(examination: Examination) -> Iterator[Finding]:
-    """Check the persistent compilation cache."""
+    """Check the persistent compilation cache. The later checks do not write to it."""
     if not examination.platform:
         return
     reason = compilation.cache_problem()

@@ -27,20 +27,16 @@ def python() -> Iterator[Finding]:
 
 
 def required_packages() -> Iterator[Finding]:
-    """Check the packages that every run requires."""
+    """Report the versions of the packages that every run requires; the command line has checked them."""
     versions = {name: packages.version(name) for name in (*packages.REQUIRED, "jaxlib")}
     yield Finding(OK, " ".join(f"{name}=={version}" for name, version in versions.items() if version))
-    try:
-        packages.require(packages.REQUIRED)
-    except UserError as error:
-        yield Finding(FAIL, str(error))
 
 
-def optional_packages(needed: tuple[str, ...] = ()) -> Iterator[Finding]:
-    """Check the optional packages. A missing or broken package is a FAIL if it is in `needed`, otherwise a NOTE."""
+def optional_packages() -> Iterator[Finding]:
+    """Check the optional packages. The checks of the data and of the start fail if the run needs a missing one."""
     for name in packages.OPTIONAL:
         if not name.startswith("tensorflow"):  # its import takes seconds; later checks import it if the run does
             with contextlib.suppress(UserError):
                 packages.load(name)
         if reason := packages.fault(name):
-            yield Finding(FAIL if name in needed else NOTE, f"{reason}, for {packages.PACKAGES[name].used_for}")
+            yield Finding(NOTE, f"{reason}, for {packages.PACKAGES[name].used_for}")

@@ -21,7 +21,6 @@ from cifar_flax.data.datasets import DATASETS
 from cifar_flax.diagnosis.examination import Examination
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
-from cifar_flax.runtime import compilation
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.trainer import Trainer, require_startable
 from cifar_flax.workdir import require_usable
@@ -103,12 +102,10 @@ def start(examination: Examination) -> Iterator[Finding]:
         missing = "the images are not decoded yet" if examination.platform else "no device found"
         yield Finding(NOTE, f"not tried: {missing}")
         return
-    with compilation.cache_writes_disabled(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trainer = Trainer(examination.config)
-        except UserError:
-            raise
         except Exception as error:
             raise UserError(one_line(error)) from error
     if trainer.no_streaming:
@@ -124,24 +121,20 @@ def folder(examination: Examination) -> Iterator[Finding]:
     examination.needs.append(("the run", examination.workdir, more * examination.state_bytes + _SMALL_FILES))
     require_usable(examination.workdir, examination.config)
     if examination.platform:
-        with compilation.cache_writes_disabled():
-            _try_checkpoint(examination.workdir)
+        _try_checkpoint(examination.workdir)
     yield Finding(OK, f"{examination.workdir}: {f'a run to resume from step {steps[-1]}' if steps else 'no run yet'}")
 
 
 def _try_checkpoint(workdir: Path) -> None:
-    """Save and restore a checkpoint as in `workdir`, and leave nothing behind. Raise `UserError` if this fails."""
+    """Save and restore a checkpoint as in `workdir`, and leave nothing behind. Raise an error if this fails."""
     state = TrainState(jnp.int32(1), jnp.uint32(0), {"kernel": jnp.ones(1)}, {}, (), ())
     place = _existing(workdir)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".doctor.", dir=place) as folder:
-            inside = Path(folder, workdir.absolute().relative_to(place))
-            with Checkpoints(inside, CheckpointConfig()) as checkpoints:
-                checkpoints.save(state, {})
-                checkpoints.wait()
-                checkpoints.restore(1, state)
-    except OSError as error:
-        raise UserError(f"{workdir}: cannot be used as the folder of a run: {error.strerror}") from error
+    with tempfile.TemporaryDirectory(prefix=".doctor.", dir=place) as folder:
+        inside = Path(folder, workdir.absolute().relative_to(place))
+        with Checkpoints(inside, CheckpointConfig()) as checkpoints:
+            checkpoints.save(state, {})
+            checkpoints.wait()
+            checkpoints.restore(1, state)
 
 
 def _existing(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Export the weights and the program of a trained model, to be used without this package."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from cifar_flax import config as configs
 from cifar_flax.errors import UserError
 from cifar_flax.export import run_program
 from cifar_flax.restore import RestoredRun
@@ -34,8 +34,7 @@ def tensors(run: RestoredRun) -> dict[str, np.ndarray]:
 def stablehlo(run: RestoredRun) -> bytes:
     """Serialize the model and its weights as one program, for any batch size and all of `PLATFORMS`."""
     config, info = run.config, run.info
-    alone = configs.from_dict(configs.to_dict(config))
-    alone.parallel = ParallelConfig()  # on one device
+    alone = dataclasses.replace(config, parallel=ParallelConfig())  # on one device
     device = jax.local_devices()[:1]
     weights = jax.device_put(jax.device_get(run.weights), device[0])
 

@@ -25,20 +25,16 @@ _wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_long_words=F
 
 def doctor(config: "Config", workdir: Path) -> None:
     """Check whether a run of `config` in `workdir` can start; print the findings. Raise `UserError` if it cannot."""
-    from cifar_flax.data.datasets import DATASETS
     from cifar_flax.diagnosis import devices, run
     from cifar_flax.diagnosis.examination import Examination
 
-    needed = ["tensorflow"] if config.data.pipeline == "streaming" else []
-    dataset = DATASETS.get(config.data.name)
-    needed += [dataset.package] if dataset and dataset.package else []
     examination = Examination(config, workdir)
     print(f"cifar_flax {cifar_flax.__version__}: can a run with {config.data.name} start here?")
     # In printing order; a check may use the results of earlier checks.
     checks: list[tuple[str, Check]] = [
         ("python", installation.python),
         ("packages", installation.required_packages),
-        ("packages", partial(installation.optional_packages, tuple(needed))),
+        ("packages", installation.optional_packages),
         ("devices", partial(devices.devices, examination)),
         # Before anything is compiled, since JAX opens the cache folder and reports its errors only once.
         ("programs", partial(devices.programs, examination)),
@@ -57,9 +53,8 @@ def doctor(config: "Config", workdir: Path) -> None:
 def examine_installation(error: UserError) -> None:
     """Print the installation checks, if `error` prevents the other checks from being imported."""
     print(f"cifar_flax {cifar_flax.__version__}: can a run start here?")
-    found = _print([("python", installation.python), ("packages", installation.required_packages)])
-    if not any(reason.startswith("packages") for reason in found):  # the versions are fine
-        _print([("packages", lambda: iter([Finding(FAIL, str(error))]))])
+    _print([("python", installation.python), ("packages", installation.required_packages)])
+    _print([("packages", lambda: iter([Finding(FAIL, str(error))]))])
 
 
 def _print(checks: Iterable[tuple[str, Check]]) -> list[str]:

@@ -1,11 +1,11 @@
 """Compiler options, and the persistent compilation cache."""
 
 import contextlib
+import glob
 import re
 import secrets
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 
 from cifar_flax import files
 from cifar_flax.errors import UserError, one_line
+from cifar_flax.runtime import streams
 
 # Up to jax 0.10, XLA's CPU compiler removes optimization barriers before fusion and then recomputes a value for each
 # element that needs it, so that a step of the reference network takes twice as long. This option keeps the barriers.
@@ -33,6 +34,7 @@ _FOLDER = "jax_compilation_cache_dir"
 _IS_USED = "jax_enable_compilation_cache"
 _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 _NEVER = 1e9  # seconds
+_WARNING = "Error (reading|writing) persistent compilation cache entry for"  # by JAX
 _MAX_BYTES = 2 * 2**30  # size limit of the folder; the programs of the quickstart take 350 kB
 
 
@@ -74,23 +76,20 @@ def _remove_damaged(show: Callable[..., None]) -> None:
 
     def handle(message: Warning | str, *where: Any, **options: Any) -> None:
         nonlocal printed
-        found = re.match(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", str(message))
-        folder = program_cache()
+        found, folder = re.match(f"{_WARNING} '(.*?)': (.*)", str(message)), program_cache()
         if not found or folder is None:
             return show(message, *where, **options)
         action, name, reason = found.groups()
-        with contextlib.suppress(OSError):
-            for path in Path(folder).iterdir():
-                if path.name.startswith(f"{name}-"):
-                    path.unlink()
         effect = "read; they are removed and compiled again"
         if action == "writing":
             jax.config.update(_MIN_SECONDS, _NEVER)
             effect = "written; they will be compiled again at the next start"
         with contextlib.suppress(OSError):
-            if not printed:
-                print(f"compiled programs in {folder} cannot be {effect} ({reason})", file=sys.stderr)
-        printed = True
+            for path in Path(folder).glob(f"{glob.escape(name)}-*"):
+                path.unlink()
+        if not printed:
+            printed = True
+            streams.print_error(f"compiled programs in {folder} cannot be {effect} ({reason})")
 
     warnings.showwarning = handle
 
@@ -116,7 +115,10 @@ def program_cache() -> str | None:
 
 
 def cache_problem() -> str | None:
-    """Return why the persistent compilation cache does not work, or None if a probe was read back."""
+    """Return why the persistent compilation cache does not work, or None if a probe was read back.
+
+    Afterwards, this process writes no programs.
+    """
     if not getattr(jax.config, _IS_USED):
         return "JAX_ENABLE_COMPILATION_CACHE is false"
     folder = program_cache()
@@ -125,50 +127,24 @@ def cache_problem() -> str | None:
             return f"{files.user_cache() / _NAME} cannot be created or belongs to another user"
         except UserError as error:
             return str(error)
-    try:
-        with _changed({_MIN_SECONDS: 0, "jax_raise_persistent_cache_errors": True}):
-            return None if _finds_again(Path(folder)) else f"{folder} does not return a program that was written to it"
-    except Exception as error:  # any error of the disk or of JAX
-        return f"{folder} cannot be used ({one_line(error)})"
-
-
-def _finds_again(folder: Path) -> bool:
-    """Compile a new program twice; return whether the second time reads it from the cache. Remove it from `folder`."""
-    number, found = secrets.randbelow(2**31), []
+    jax.config.update(_MIN_SECONDS, 0)
 
     def program(x: jax.Array) -> jax.Array:
-        return x + number
-
-    def listen(event: str, **_: object) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
-            found.append(event)
+        return x + 1
 
     program.__name__ = f"probe_{secrets.token_hex(8)}"
-    jax.monitoring.register_event_listener(listen)
+    written: list[Path] = []
     try:
-        for _ in range(2):
-            jax.clear_caches()
-            jax.jit(program)(0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", _WARNING)
+            for _ in range(2):  # write the program, then read it
+                jax.clear_caches()
+                jax.jit(program)(0)
+    except Exception as error:  # any error of the disk or of JAX
+        return f"{folder} cannot be used ({one_line(error)})"
     finally:
-        jax.monitoring.unregister_event_listener(listen)
-        for file in folder.glob(f"*{program.__name__}*"):
-            file.unlink(missing_ok=True)
-    return bool(found)
-
-
-def cache_writes_disabled() -> contextlib.AbstractContextManager[None]:
-    """Disable writes to the persistent compilation cache inside the block."""
-    return _changed({_MIN_SECONDS: _NEVER})
-
-
-@contextlib.contextmanager
-def _changed(settings: dict[str, Any]) -> Iterator[None]:
-    """Change `settings` of jax.config inside the block."""
-    before = {name: getattr(jax.config, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+        written += Path(folder).glob(f"*{program.__name__}*")
+        for path in written:
+            path.unlink(missing_ok=True)
+        jax.config.update(_MIN_SECONDS, _NEVER)
+    return None if written else f"{folder} does not keep a program that was written to it"

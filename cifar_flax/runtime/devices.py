@@ -21,6 +21,7 @@ AXIS = "data"  # the only mesh axis: batches are split along it, everything else
 BACKENDS = ("auto", "jit", "shard_map", "pmap")
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,19 +159,11 @@ class Layout:
         return function.lower(state, inputs, *shared).compile(compiler_options=self.compiler_options)
 
 
-def all_devices() -> list[jax.Device]:
+def all_devices(warn: Callable[[str], object] = _logger.warning) -> list[jax.Device]:
     """Return the devices that JAX uses. Raise `UserError` if the requested platform has none.
 
-    Log the warnings of JAX and its plugins on one line, without the tracebacks that they log.
+    Call `warn` with the warnings of JAX and its plugins on one line, without the tracebacks that they log.
     """
-    found, warned = find_devices()
-    if warned:
-        logging.getLogger(__name__).warning(warned)
-    return found
-
-
-def find_devices() -> tuple[list[jax.Device], str]:
-    """Return the devices that JAX uses, and the warnings that `all_devices` logs. Raise its errors."""
     records, loggers = logging.handlers.BufferingHandler(1000), [logging.getLogger(n) for n in ("jax", "jax_plugins")]
     found, reasons = [], []
     for logger in loggers:
@@ -186,7 +179,9 @@ def find_devices() -> tuple[list[jax.Device], str]:
     warned = [f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}" for record in records.buffer]
     text = " ".join("; ".join(reasons + warned).split())
     if found:
-        return found, text
+        if text:
+            warn(text)
+        return found
     asked = os.environ.get("JAX_PLATFORMS", "")
     if {"cuda", "gpu"} & set(asked.split(",")) and (fault := packages.cuda_fault()):
         text = f'{fault}; pip install -U "jax[cuda13]"'

@@ -16,12 +16,11 @@ PINNED = {
     "jax_error_checking_behavior_nan": "ignore", "jax_error_checking_behavior_divide": "ignore",
 }  # fmt: skip
 
-# Settings that change the rounding, and their defaults. They are not pinned: users choose a precision with them.
-_ROUNDING = {
-    "jax_default_matmul_precision": None, "jax_allow_f16_reductions": True,
-    "jax_disable_most_optimizations": False, "jax_optimization_level": "UNKNOWN", "jax_memory_fitting_level": "O2",
-}  # fmt: skip
-_ROUNDING_VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "XLA_FLAGS")
+# Environment variables that change the rounding. They are not pinned: users choose a precision with them.
+_ROUNDING = (
+    "JAX_ALLOW_F16_REDUCTIONS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DISABLE_MOST_OPTIMIZATIONS",
+    "JAX_MEMORY_FITTING_LEVEL", "JAX_OPTIMIZATION_LEVEL", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "XLA_FLAGS",
+)  # fmt: skip
 
 
 def pin() -> list[str]:
@@ -42,7 +41,5 @@ def pinned_in_this_thread() -> Iterator[None]:
 
 
 def rounding() -> dict[str, str]:
-    """Return the settings of this process that change the rounding, by the names of their environment variables."""
-    found = {name: getattr(jax.config, name, default) for name, default in _ROUNDING.items()}
-    changed = {name.upper(): str(value) for name, value in found.items() if value != _ROUNDING[name]}
-    return changed | {name: value for name in _ROUNDING_VARIABLES if (value := os.environ.get(name))}
+    """Return the environment variables of this process that change the rounding."""
+    return {name: value for name in _ROUNDING if (value := os.environ.get(name))}

@@ -4,9 +4,10 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
+
+from cifar_flax.runtime import streams
 
 _URGENT = (signal.SIGTERM, signal.SIGINT)  # end the process at once if they are not the first signal
 # The others may come more than once for one reason: SIGHUP from the shell and from the kernel, SIGXCPU every second.
@@ -35,9 +36,6 @@ def signals_raise_stopped() -> Iterator[None]:
     watches for them, because Python runs no signal handler while the main thread compiles or waits for the device.
     """
     global _asked
-    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
-        yield
-        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     # Signals that the parent ignores stay ignored, such as SIGHUP after `nohup`. None: a handler not set by Python.
@@ -96,17 +94,12 @@ def _watch(reader: int) -> None:
             continue
         name = signal.Signals(number).name
         if first and _deferring:
-            _print_line(f"{name}: saving after this step; a second SIGTERM or SIGINT stops at once")
+            streams.print_error(f"{name}: saving after this step; a second SIGTERM or SIGINT stops at once")
             first = False
             continue
         if first:
             readable, _, _ = select.select([reader], [], [], _GRACE)
             if readable and not os.read(reader, 1):
                 return
-        _print_line(f"stopped by {name}")
+        streams.print_error(f"stopped by {name}")
         os._exit(128 + number)
-
-
-def _print_line(line: str) -> None:
-    with contextlib.suppress(OSError):  # a closed pipe or a full disk
-        print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Standard input, output and error of a command."""
 
+import contextlib
 import io
 import os
 import sys
@@ -18,3 +19,9 @@ def prepare() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a killed run loses no printed line
+
+
+def print_error(line: str) -> None:
+    """Print `line` to stderr. Ignore a closed pipe or a full disk, so that it cannot end a run."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
