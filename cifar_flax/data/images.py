@@ -4,7 +4,6 @@ import contextlib
 import os
 import stat
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 100_000_000  # limit per file, because a small file can decompress to more than the memory
 _MAX_SIDE = 65_535  # pixels, likewise: an image is resized to the target's width first, with all its rows
 _STRIP = 2**18  # pixels that are converted and resized at a time
-
-Shape = tuple[int, int, int]  # height, width, channels
-
-
 _PARTS = 1000  # of the memory for images
 _lock, _free = threading.Lock(), threading.Semaphore(_PARTS)
+
+Shape = tuple[int, int, int]  # height, width, channels
 
 
 @contextlib.contextmanager
@@ -38,25 +35,14 @@ def _memory_for(width: int, height: int, copies: int = 1) -> Iterator[None]:
         allowed = f"{largest:,} are allowed, {_MAX_SIDE:,} per side"
         raise UserError(f"too many pixels, {width}x{height}; at most {allowed}")
     count = width * height * _PARTS // largest
-    if count:  # otherwise do not wait, since this thread may hold some of it
-        with _lock:
-            for _ in range(count):
-                _free.acquire()
+    with _lock if count else contextlib.nullcontext():  # without any, do not wait: this thread may hold some of it
+        for _ in range(count):
+            _free.acquire()
     try:
         yield
     finally:
         for _ in range(count):
             _free.release()
-
-
-@contextlib.contextmanager
-def without_pillow_warnings() -> Iterator[None]:
-    """Suppress Pillow's warnings inside the block, for all threads. Files above `MAX_PIXELS` are rejected anyway."""
-    Image = packages.load("pillow")
-    with warnings.catch_warnings():  # not thread-safe, hence once for all threads
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        warnings.simplefilter("ignore", UserWarning)  # about invalid metadata
-        yield
 
 
 def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
@@ -74,8 +60,6 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     png.MAX_TEXT_CHUNK = png.MAX_TEXT_MEMORY  # comments and color profiles may exceed the default of 1 MB
     try:
         found = os.stat(path)
-        if stat.S_ISDIR(found.st_mode):
-            raise UserError("is a folder")
         if not stat.S_ISREG(found.st_mode):
             raise UserError("is not a regular file")
         if not found.st_size:
