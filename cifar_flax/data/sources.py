@@ -111,33 +111,22 @@ def find_cached(config: DataConfig, split: str) -> tuple[Path | None, str]:
     return cached, f"{config.name} is not in {data_dir}; using data from elsewhere in {cached}" if cached.suffix else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """The work that is left before the splits of a dataset are in the cache."""
+def preparation(config: DataConfig, splits: Sequence[str]) -> tuple[Path, dict[str, int], int]:
+    """Return what `load` must do for `splits` that are not in the cache: TFDS's folder, downloads, size of the arrays.
 
-    folder: Path  # TFDS's folder of the dataset
-    is_prepared: bool  # whether TFDS has prepared the data, so that only decoding is left
-    downloads: dict[str, int]  # URL -> size in bytes
-    decoded: int  # size of the arrays in bytes; 0 if unknown before the data is prepared
-
-
-def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
-    """Return what `load` must download, prepare or decode for `splits` that are not in the cache; write nothing.
-
-    Raise `ConfigError` and `UserError` as `load` does.
+    The downloads are a dict from URL to bytes, and the size of the arrays in bytes is 0, unless TFDS has prepared the
+    data. Write nothing. Raise `ConfigError` and `UserError` as `load` does.
     """
     require_tfds(config, splits[0])
     builder = _tfds_builder(config)
-    info = builder.info
+    folder, info = Path(builder.data_dir), builder.info
     _, _, image_shape = _features(config, info)
-    folder = Path(builder.data_dir)
     if not folder.exists():  # as TFDS decides; its is_prepared fails if the name of a folder is a glob pattern
-        return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
+        return folder, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0
     _require_splits(config, info.splits)
     for split in splits:
         _require_files(info, split)
-    decoded = sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
-    return Preparation(folder, True, {}, decoded)
+    return folder, {}, sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
 
 
 def _load_tfds(config: DataConfig, split: str) -> Arrays:

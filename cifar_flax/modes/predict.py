@@ -27,6 +27,7 @@ from cifar_flax.restore import restore
 from cifar_flax.runtime.environment import usable_cores
 from cifar_flax.telemetry.console import printable, show
 
+_FORMATS = (".csv", ".json", ".jsonl")
 _RUNNERS_UP = 2
 _FAR = 0.75  # standard deviations
 
@@ -72,9 +73,13 @@ def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path |
         about = {"workdir": str(workdir), "step": run.step, "dataset": run.info.name}
         about |= {"class_names": model.class_names} | score
         rows = [_fields(prediction, model.class_names) for prediction in predictions]
-        files.replace(output, _FORMATS[output.suffix](about, rows))
+        files.replace(output, _content(output.suffix, about, rows))
     if score:
-        show(_score_text(score, model.class_names))
+        confusion = np.asarray(score["confusion_matrix"])
+        labelled = f"{np.trace(confusion):,} of {score['num_labelled']:,} in folders named after classes"
+        show(f"\naccuracy {score['accuracy']:.2%} ({labelled})\n")
+        if len(confusion) <= confusion_matrix.FEW_CLASSES:
+            show("\n".join([*confusion_matrix.text_lines(confusion, model.class_names), ""]))
     if hint := _inverted([one.mean for one in predictions if not one.error], run.info):
         show(hint)
     if output is not None:
@@ -182,7 +187,12 @@ def _fields(prediction: Prediction, class_names: Sequence[str]) -> dict[str, Any
     return fields | {"class": best, "probability": values[best], "probabilities": values}
 
 
-def _csv(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
+def _content(suffix: str, about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
+    """Return the content of an output file; `suffix` is one of `_FORMATS`."""
+    if suffix == ".json":
+        return json.dumps(about | {"predictions": rows}).encode()
+    if suffix == ".jsonl":
+        return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
     text = io.StringIO(newline="")
     columns = ["file", "class", "probability", "label", "error", *(f"p({name})" for name in about["class_names"])]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -192,17 +202,6 @@ def _csv(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     return text.getvalue().encode(errors="surrogateescape")  # file names may be any bytes
 
 
-def _json(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
-    return json.dumps(about | {"predictions": rows}).encode()
-
-
-def _jsonl(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-
-
-_FORMATS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}
-
-
 def _score(predictions: Sequence[Prediction], class_names: Sequence[str]) -> dict[str, Any]:
     """Return accuracy and confusion matrix (rows: true classes) over the labelled files, or {} if there are none."""
     confusion = np.zeros((len(class_names),) * 2, int)
@@ -210,16 +209,5 @@ def _score(predictions: Sequence[Prediction], class_names: Sequence[str]) -> dic
         if one.label is not None and one.probabilities is not None:
             confusion[class_names.index(one.label), np.argmax(one.probabilities)] += 1
     count = int(confusion.sum())
-    if not count:
-        return {}
-    accuracy = int(np.trace(confusion)) / count
-    return {"num_labelled": count, "accuracy": accuracy, "confusion_matrix": confusion.tolist()}
-
-
-def _score_text(score: dict[str, Any], class_names: Sequence[str]) -> str:
-    count, confusion = score["num_labelled"], np.asarray(score["confusion_matrix"])
-    correct = f"{score['accuracy']:.2%} ({np.trace(confusion):,} of {count:,} in folders named after classes)"
-    lines = [f"\naccuracy {correct}\n"]
-    if len(class_names) <= confusion_matrix.FEW_CLASSES:
-        lines += [*confusion_matrix.text_lines(confusion, class_names), ""]
-    return "\n".join(lines)
+    accuracy = int(np.trace(confusion)) / max(count, 1)
+    return {"num_labelled": count, "accuracy": accuracy, "confusion_matrix": confusion.tolist()} if count else {}
