@@ -1,6 +1,7 @@
 """The classifier that `cifar_flax.load` returns."""
 
 import functools
+import warnings
 from collections.abc import Iterable
 from os import PathLike
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from cifar_flax.data.images import read_image, without_pillow_warnings
+from cifar_flax.data.images import read_image
 from cifar_flax.errors import UserError
 from cifar_flax.paths import local_path
 from cifar_flax.restore import RestoredRun
@@ -59,7 +60,7 @@ class Classifier:
         if not all(isinstance(path, str | PathLike) for path in paths):
             raise UserError("images: must be one array (n, height, width, channels) or a list of files")
         pixels = np.empty((len(paths), *self.image_shape), np.uint8)
-        with without_pillow_warnings():
+        with warnings.catch_warnings(action="ignore"):  # of Pillow
             for i, path in enumerate(paths):
                 try:
                     pixels[i] = read_image(local_path("images", path), self.image_shape)

@@ -121,16 +121,12 @@ def _sha256(path: Path) -> str:
 
 def sync_folder(folder: Path) -> None:
     """Flush the entries of `folder` to disk, so that renames survive a power loss."""
-    try:
+    with suppress(OSError):  # some systems cannot open folders
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # some systems cannot open folders
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def remove_folder(folder: Path, aside: Path) -> None:

@@ -43,7 +43,7 @@ def test_files_not_written_by_the_cache_are_never_removed(tmp_path):
     (tmp_path / "photos" / "a.jpg").write_bytes(b"mine")
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(UserError, match=r"data\.cache_dir: .*photos.*a\.jpg"),
+        pytest.raises(UserError, match=r"data\.cache_dir: .*photos: Directory not empty"),
     ):
         cache.load(tmp_path / "photos")
     assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"mine"
@@ -128,13 +128,13 @@ def test_the_newest_version_of_a_key_is_found(tmp_path):
     folder = tmp_path / "set" / "*" / "train"
     assert cache.newest(folder) is None
     for version in ("3.0.2", "3.0.10", "2.9.9"):
-        store(tmp_path / "set" / version / "train.ab.1")
-    store(tmp_path / "set" / "3.0.2" / "train.cd.1")
-    store(tmp_path / "set" / "3.0.11" / "train_32px.ab.1")
-    assert cache.newest(folder) == cache.newest(folder, "ab.") == tmp_path / "set" / "3.0.10" / "train.ab.1"
-    assert cache.newest(folder, "cd.") == tmp_path / "set" / "3.0.2" / "train.cd.1"
-    assert cache.newest(folder, "ab.2") is None
-    assert cache.newest(tmp_path / "set" / "2.9.9" / "train") == tmp_path / "set" / "2.9.9" / "train.ab.1"
+        store(tmp_path / "set" / version / "train.ab1")
+    store(tmp_path / "set" / "3.0.2" / "train.cd1")
+    store(tmp_path / "set" / "3.0.11" / "train_32px.ab1")
+    assert cache.newest(folder) == cache.newest(folder, "ab1") == tmp_path / "set" / "3.0.10" / "train.ab1"
+    assert cache.newest(folder, "cd1") == tmp_path / "set" / "3.0.2" / "train.cd1"
+    assert cache.newest(folder, "ab") is None
+    assert cache.newest(tmp_path / "set" / "2.9.9" / "train") == tmp_path / "set" / "2.9.9" / "train.ab1"
 
 
 FULL_DISK = """

@@ -21,7 +21,7 @@ from cifar_flax import files
 from cifar_flax.checkpoints import metadata
 from cifar_flax.config import Config
 from cifar_flax.data import archive, cache
-from cifar_flax.data.images import FORMATS, read_image, without_pillow_warnings
+from cifar_flax.data.images import FORMATS, read_image
 from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.telemetry.metrics_log import _keep_until
 
@@ -196,7 +196,7 @@ def test_images(tmp_path):
         Image.fromarray(pixels).convert("RGB" if kind == "JPEG" else "RGBA").save(stream, format=kind)
         intact[kind] = stream.getvalue()
     path, loaded, messages = tmp_path / "file", 0, []
-    with without_pillow_warnings():
+    with warnings.catch_warnings(action="ignore"):
         for case in range(1500):
             path.write_bytes(damaged(intact[FORMATS[case % len(FORMATS)]], random.Random(case)))
             try:

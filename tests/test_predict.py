@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import sys
-import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from cifar_flax.data import sources
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.modes.predict import Prediction, _inverted, classify, find, predict
+from cifar_flax.modes.predict import _inverted, find, predict
 from cifar_flax.restore import restore, saved_config
 from cifar_flax.training import evaluator
 
@@ -327,13 +326,3 @@ def test_paths_and_settings_may_be_in_any_order(run, value):
     assert command.paths == (Path("cat.jpg"), Path("dog.png"), Path("holiday"))
     assert command.config.eval.tta == "mirror"
     assert command.output is None
-
-
-def test_closing_the_results_does_not_wait_for_threads(model, photos, monkeypatch):
-    """The garbage collector may close them while another thread starts, where a wait would deadlock."""
-    results = classify(model, [Prediction(path) for path in sorted(photos.rglob("*.png"))[:3]])
-    next(results)
-    joined = []
-    monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout=None: joined.append(thread))
-    results.close()
-    assert not joined

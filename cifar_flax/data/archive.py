@@ -8,6 +8,7 @@ import gzip
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,11 @@ def read_archive(path: Path, split: str) -> Arrays:
     wanted = _FILES[split]
     found: dict[str, bytes] = {}
     others: list[str] = []
-    read_members = _folder_members if path.is_dir() else _tar_members
     try:
-        for name, content in read_members(path, wanted, others):
+        for name, content in _members(path, wanted):
+            if content is None:
+                others.append(name)
+                continue
             if len(content) != _FILE_SIZE or name in found:
                 raise UserError(f"{setting}: {name} is damaged: must occur once and have {_FILE_SIZE} bytes")
             found[name] = content
@@ -56,28 +59,23 @@ def read_archive(path: Path, split: str) -> Arrays:
     return Arrays(images, labels, _CLASS_NAMES, "cifar10/binary")
 
 
-def _folder_members(path: Path, wanted: tuple[str, ...], others: list[str]) -> Iterator[tuple[str, bytes]]:
-    others += [file.name for file in path.iterdir() if file.name not in wanted]
-    for name in wanted:
-        if (path / name).is_file():
-            with (path / name).open("rb") as file:
-                yield name, file.read(_FILE_SIZE + 1)
+def _members(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes | None]]:
+    """Yield the names of all files, in one pass, with the contents of the wanted ones, or None.
 
-
-def _tar_members(path: Path, wanted: tuple[str, ...], others: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of the wanted members, in one pass; content is at most one byte longer than `_FILE_SIZE`.
-
-    Append the names of the other files to `others`. Read the file to its end, where gzip's checksum is: tarfile alone
-    would not verify it.
+    Contents are at most one byte longer than `_FILE_SIZE`. Read an archive to its end, where gzip's checksum is:
+    tarfile alone would not verify it.
     """
+    if path.is_dir():
+        for file in path.iterdir():
+            with file.open("rb") if file.name in wanted and file.is_file() else nullcontext() as opened:
+                yield file.name, opened.read(_FILE_SIZE + 1) if opened else None
+        return
     with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
+        for member in filter(tarfile.TarInfo.isfile, archive):
             folder, _, name = member.name.rpartition("/")
-            if folder == _FOLDER and name in wanted and member.isfile():
-                file = archive.extractfile(member)
-                assert file is not None
-                yield name, file.read(_FILE_SIZE + 1)
-            elif member.isfile():
-                others.append(member.name)
+            if folder == _FOLDER and name in wanted and (content := archive.extractfile(member)):
+                yield name, content.read(_FILE_SIZE + 1)
+            else:
+                yield member.name, None
         while stream.read(2**20):
             pass

@@ -7,13 +7,12 @@ their final names, so readers never see a partial one.
 
 import hashlib
 import os
-import secrets
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -46,30 +45,29 @@ class Arrays:
 
 
 def newest(folder: Path, key: str = "") -> Path | None:
-    """Return the cached split `folder`, without its key, whose key starts with `key`; None if there is none.
+    """Return the cached split `folder` with this key, or any if it is ""; None if there is none.
 
     The version in `folder` may be "*". Of several, choose the highest version, and of this, the last one decoded.
     """
     found = []
     for manifest in folder.parent.parent.glob(f"{folder.parent.name}/{folder.name}*/{_MANIFEST}"):
         (name, _, its_key), version = manifest.parent.name.partition("."), manifest.parent.parent.name.split(".")
-        if name == folder.name and its_key.startswith(key) and all(map(str.isdigit, version)):
+        if name == folder.name and key in ("", its_key) and all(map(str.isdigit, version)):
             found.append((list(map(int, version)), manifest.stat().st_mtime_ns, manifest.parent))
     return max(found)[-1] if found else None
 
 
-def key(data_dir: Path, name: str) -> tuple[str, str]:
-    """Return two parts of the key of the dataset `name` that is prepared in the folder `data_dir`.
+def key(data_dir: Path, name: str) -> str:
+    """Return the key of the dataset `name` that is prepared in the folder `data_dir`, or "" if it is not.
 
-    The first stands for the folder, the second for the names, sizes and times of the dataset's files; "" without files.
+    It stands for the folder, and for the names, sizes and times of the dataset's files.
     """
     found = []
-    for folder, _, names in os.walk(os.path.join(data_dir, name)):
+    for folder, _, names in os.walk(os.path.join(os.path.realpath(data_dir), name)):
         for path in (os.path.join(folder, file) for file in names):
             with suppress(OSError):  # TFDS removes temporary files while it prepares a dataset
-                found.append((os.path.relpath(path, data_dir), os.stat(path).st_size, os.stat(path).st_mtime_ns))
-    where, what = files.json_checksum(os.path.realpath(data_dir)), files.json_checksum(sorted(found))
-    return f"{where[:8]}.", what[:8] if found else ""
+                found.append((path, os.stat(path).st_size, os.stat(path).st_mtime_ns))
+    return files.json_checksum(sorted(found))[:16] if found else ""
 
 
 @contextmanager
@@ -78,13 +76,12 @@ def filling(folder: Path) -> Iterator[None]:
 
     Raise `UserError` if the folder is not writable.
     """
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(files.locked(folder / ".lock", wait=True))
-        except OSError as error:
-            raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
-        yield
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.locked(folder / ".lock", wait=True):
+            yield
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
 
 
 def load(folder: Path) -> Arrays | None:
@@ -137,15 +134,16 @@ def store(
             filled = 0
             # Not through a memory map: if the disk is full, a write through one ends the process with SIGBUS.
             with (partial / _FILES[0]).open("xb") as images, (partial / _FILES[1]).open("xb") as labels:
-                _write_header(images, np.uint8, (num_examples, *image_shape))
-                _write_header(labels, np.int32, (num_examples,))
+                for file, dtype, shape in ((images, "|u1", image_shape), (labels, "<i4", ())):
+                    header = {"descr": dtype, "fortran_order": False, "shape": (num_examples, *shape)}
+                    np.lib.format.write_array_header_1_0(file, header)
                 for some_images, some_labels in batches:
                     if some_labels.min() < 0 or some_labels.max() >= len(class_names):
                         raise UserError(
                             f"{dataset}: labels must be 0 to {len(class_names) - 1}; choose a split with labels"
                         )
                     images.write(np.ascontiguousarray(some_images, np.uint8))
-                    labels.write(np.ascontiguousarray(some_labels, np.int32))
+                    labels.write(np.ascontiguousarray(some_labels, "<i4"))
                     filled += len(some_images)
             if filled != num_examples:
                 raise UserError(f"{dataset}: decoded {filled} examples, expected {num_examples}")
@@ -161,21 +159,11 @@ def store(
     return arrays
 
 
-def _write_header(file: BinaryIO, dtype: type, shape: tuple[int, ...]) -> None:
-    """Write the start of a `.npy` file, which the bytes of the array follow."""
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
 def _remove(folder: Path) -> None:
-    """Remove `folder` atomically: other processes never see a part of it.
-
-    Raise `UserError` if it contains files that are not part of the cache.
-    """
+    """Remove the cached split in `folder`. Raise `UserError` if it contains other files, or cannot be removed."""
     try:
-        strange = {path.name for path in folder.iterdir()} - {_MANIFEST, *_FILES}
-        if strange:
-            raise UserError(f"data.cache_dir: {folder} is not removed: it contains an unknown file, {min(strange)}")
-        files.remove_folder(folder, folder.with_name(f".{folder.name}.{secrets.token_hex(4)}"))
+        for file in (_MANIFEST, *_FILES):
+            (folder / file).unlink(missing_ok=True)
+        folder.rmdir()
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot remove {folder}: {error.strerror}") from error

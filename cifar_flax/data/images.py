@@ -4,7 +4,6 @@ import contextlib
 import os
 import stat
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 100_000_000  # limit per file, because a small file can decompress to more than the memory
 _MAX_SIDE = 65_535  # pixels, likewise: an image is resized to the target's width first, with all its rows
 _STRIP = 2**18  # pixels that are converted and resized at a time
+_memory, _used = threading.Condition(), 0  # pixels that all threads decode
 
 Shape = tuple[int, int, int]  # height, width, channels
-
-
-_PARTS = 1000  # of the memory for images
-_lock, _free = threading.Lock(), threading.Semaphore(_PARTS)
 
 
 @contextlib.contextmanager
@@ -37,26 +33,17 @@ def _memory_for(width: int, height: int, copies: int = 1) -> Iterator[None]:
     if width * height > largest or max(width, height) > _MAX_SIDE:
         allowed = f"{largest:,} are allowed, {_MAX_SIDE:,} per side"
         raise UserError(f"too many pixels, {width}x{height}; at most {allowed}")
-    count = width * height * _PARTS // largest
-    if count:  # otherwise do not wait, since this thread may hold some of it
-        with _lock:
-            for _ in range(count):
-                _free.acquire()
+    global _used
+    pixels = width * height * copies
+    with _memory:
+        _memory.wait_for(lambda: _used + pixels <= MAX_PIXELS)
+        _used += pixels
     try:
         yield
     finally:
-        for _ in range(count):
-            _free.release()
-
-
-@contextlib.contextmanager
-def without_pillow_warnings() -> Iterator[None]:
-    """Suppress Pillow's warnings inside the block, for all threads. Files above `MAX_PIXELS` are rejected anyway."""
-    Image = packages.load("pillow")
-    with warnings.catch_warnings():  # not thread-safe, hence once for all threads
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        warnings.simplefilter("ignore", UserWarning)  # about invalid metadata
-        yield
+        with _memory:
+            _used -= pixels
+            _memory.notify_all()
 
 
 def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
@@ -74,8 +61,6 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     png.MAX_TEXT_CHUNK = png.MAX_TEXT_MEMORY  # comments and color profiles may exceed the default of 1 MB
     try:
         found = os.stat(path)
-        if stat.S_ISDIR(found.st_mode):
-            raise UserError("is a folder")
         if not stat.S_ISREG(found.st_mode):
             raise UserError("is not a regular file")
         if not found.st_size:
@@ -169,11 +154,9 @@ def resize(pixels: UInt8[np.ndarray, "h w channels"], shape: Shape) -> UInt8[np.
 def _scale(pixels: Num[np.ndarray, "h w channels"], height: int, width: int) -> Float32[np.ndarray, "_ _ channels"]:
     from PIL import Image
 
-    def scaled(plane: Num[np.ndarray, "h w"]) -> Float32[np.ndarray, "_ _"]:
-        image = Image.fromarray(plane.astype(np.float32))
-        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-
-    return np.stack([scaled(plane) for plane in np.moveaxis(pixels, -1, 0)], axis=-1)
+    planes = (Image.fromarray(plane.astype(np.float32)) for plane in np.moveaxis(pixels, -1, 0))
+    resized = [np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes]
+    return np.stack(resized, axis=-1)
 
 
 def _rounded(pixels: Float32[np.ndarray, "h w channels"]) -> UInt8[np.ndarray, "h w channels"]:

@@ -18,14 +18,10 @@ def resolve(pipeline: str, layout: Layout, num_bytes: int) -> str:
     """
     if pipeline != "auto":
         return pipeline
-    fits = layout.platform != "cpu" and num_bytes <= _FRACTION * _memory(layout)
-    return "resident" if fits or packages.fault("tensorflow") else "streaming"
-
-
-def _memory(layout: Layout) -> int:
-    """Return the bytes that JAX may use on a device, or a low estimate if it does not report them."""
     try:
         stats: dict[str, int] = layout.mesh.local_devices[0].memory_stats() or {}
     except jax.errors.JaxRuntimeError:  # such as for a device that a program is only compiled for
         stats = {}
-    return stats.get("bytes_limit", _UNKNOWN_MEMORY)
+    memory = stats.get("bytes_limit", _UNKNOWN_MEMORY)
+    fits = layout.platform != "cpu" and num_bytes <= _FRACTION * memory
+    return "resident" if fits or packages.fault("tensorflow") else "streaming"

@@ -72,16 +72,13 @@ def load(config: DataConfig, split: str) -> Arrays:
         arrays = datasets.read(config.name, split, local_path("data.data_dir", config.data_dir))
     else:
         return _load_tfds(config, split)
-    return _resize(arrays, config.image_size) if config.image_size else arrays
-
-
-def _resize(arrays: Arrays, size: int) -> Arrays:
-    packages.load("pillow")
-    shape = (size, size, arrays.images.shape[-1])
-    resized = np.empty((len(arrays.images), *shape), np.uint8)
-    for i, image in enumerate(arrays.images):
-        resized[i] = resize(image, shape)
-    return dataclasses.replace(arrays, images=resized)
+    if config.image_size:
+        packages.load("pillow")
+        resized = np.empty((len(arrays.images), *[config.image_size] * 2, arrays.images.shape[-1]), np.uint8)
+        for i, image in enumerate(arrays.images):
+            resized[i] = resize(image, resized.shape[1:])
+        arrays = dataclasses.replace(arrays, images=resized)
+    return arrays
 
 
 def cache_dir(config: DataConfig) -> Path:
@@ -98,50 +95,38 @@ def cache_folder(config: DataConfig, split: str, version: str) -> Path:
 def find_cached(config: DataConfig, split: str) -> tuple[Path | None, str]:
     """Return the folder of the decoded split in the cache (None: decode it), and a line to log ("": none).
 
-    The files in `data.data_dir` must be as they were when they were decoded. If they are gone, their cache is still
-    used, and if `data.data_dir` is not set, also a cache of files from elsewhere. Raise `ConfigError` if
-    `data.data_dir` does not exist.
+    It must have been decoded from the files in `data.data_dir` as they are now. If this is not set and there are none,
+    data from elsewhere is used. Raise `ConfigError` if `data.data_dir` does not exist.
     """
     (name, _, version), data_dir = config.name.partition(":"), _data_dir(config)
     allowed = "must be an existing folder, or empty for TFDS_DATA_DIR, ~/tensorflow_datasets or data in the cache"
     require(not config.data_dir or os.path.isdir(data_dir), "data.data_dir", config.data_dir, allowed)
-    wanted, (where, what) = cache_folder(config, split, version or "*"), cache.key(data_dir, name)
-    if cached := cache.newest(wanted, where + what):
-        return cached, ""
-    if cache.newest(wanted, where):
-        return None, f"{name}: its files in {data_dir} have changed since the {split} split was decoded; decoding again"
-    elsewhere = None if what or config.data_dir else cache.newest(wanted)
-    has_key = elsewhere is not None and elsewhere.suffix
-    return elsewhere, f"{config.name} is not in {data_dir}; using data from elsewhere in {elsewhere}" if has_key else ""
+    wanted, key = cache_folder(config, split, version or "*"), cache.key(data_dir, name)
+    cached = cache.newest(wanted, key)
+    if key:
+        line = f"{name}: the cached {split} split is of other files than those in {data_dir}; decoding these"
+        return cached, line if cached is None and cache.newest(wanted) else ""
+    if config.data_dir or cached is None:
+        return None, ""
+    return cached, f"{config.name} is not in {data_dir}; using data from elsewhere in {cached}" if cached.suffix else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """The work that is left before the splits of a dataset are in the cache."""
+def preparation(config: DataConfig, splits: Sequence[str]) -> tuple[Path, dict[str, int], int]:
+    """Return what `load` must do for `splits` that are not in the cache: TFDS's folder, downloads, size of the arrays.
 
-    folder: Path  # TFDS's folder of the dataset
-    is_prepared: bool  # whether TFDS has prepared the data, so that only decoding is left
-    downloads: dict[str, int]  # URL -> size in bytes
-    decoded: int  # size of the arrays in bytes; 0 if unknown before the data is prepared
-
-
-def preparation(config: DataConfig, splits: Sequence[str]) -> Preparation:
-    """Return what `load` must download, prepare or decode for `splits` that are not in the cache; write nothing.
-
-    Raise `ConfigError` and `UserError` as `load` does.
+    The downloads are a dict from URL to bytes, and the size of the arrays in bytes is 0, unless TFDS has prepared the
+    data. Write nothing. Raise `ConfigError` and `UserError` as `load` does.
     """
     require_tfds(config, splits[0])
     builder = _tfds_builder(config)
-    info = builder.info
+    folder, info = Path(builder.data_dir), builder.info
     _, _, image_shape = _features(config, info)
-    folder = Path(builder.data_dir)
     if not folder.exists():  # as TFDS decides; its is_prepared fails if the name of a folder is a glob pattern
-        return Preparation(folder, False, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0)
+        return folder, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0
     _require_splits(config, info.splits)
     for split in splits:
         _require_files(info, split)
-    decoded = sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
-    return Preparation(folder, True, {}, decoded)
+    return folder, {}, sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
 
 
 def _load_tfds(config: DataConfig, split: str) -> Arrays:
@@ -153,18 +138,16 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
     if cached is not None:
         return cached
     require_tfds(config, split)
-    builder = _tfds_builder(config)
-    info = builder.info
-    image_key, label_key, image_shape = _features(config, info)
     name = config.name.partition(":")[0]
     with cache.filling(cache_dir(config) / name):
-        builder = _tfds_builder(config)  # again, since another process may just have prepared the data
+        builder = _tfds_builder(config)
         info = builder.info
+        image_key, label_key, image_shape = _features(config, info)
         _prepare(config, builder)
         _require_splits(config, info.splits)
         _require_files(info, split)
         folder = cache_folder(config, split, str(info.version))
-        folder = folder.with_name(f"{folder.name}.{''.join(cache.key(_data_dir(config), name))}")
+        folder = folder.with_name(f"{folder.name}.{cache.key(_data_dir(config), name)}")
         return cache.load(folder) or cache.store(  # another process may have decoded it
             folder,
             _decode(builder, split, image_key, label_key, config.image_size),
@@ -254,11 +237,11 @@ def _prepare(config: DataConfig, builder: Any) -> None:
 
 def alternatives(config: DataConfig) -> str:
     """Return alternatives for the user if the dataset cannot be downloaded."""
-    ways = ["use data that TFDS has prepared elsewhere (--config.data.data_dir=DIR or TFDS_DATA_DIR)"]
-    if config.name == "cifar10":
-        ways.append("read the official archive (--config.data.archive=cifar-10-binary.tar.gz)")
-    ways.append("use data that needs no download (--config quickstart)")
-    return "; ".join(ways)
+    archive = "; read the official archive (--config.data.archive=cifar-10-binary.tar.gz)"
+    return (
+        "use data that TFDS has prepared elsewhere (--config.data.data_dir=DIR or TFDS_DATA_DIR)"
+        f"{archive if config.name == 'cifar10' else ''}; use data that needs no download (--config quickstart)"
+    )
 
 
 def _decode(

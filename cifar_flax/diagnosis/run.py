@@ -59,21 +59,21 @@ def data(examination: Examination) -> Iterator[Finding]:
 def _preparation(examination: Examination, splits: list[str]) -> Iterator[Finding]:
     data, names = examination.config.data, " and ".join(splits)
     sources.require_tfds(data, splits[0])
-    work = sources.preparation(data, splits)
-    size = sum(work.downloads.values())
-    decoded = work.decoded or (0 if data.image_size else size)  # a lower bound: images in files are compressed
-    examination.needs.append(("decoded images", sources.cache_dir(data), decoded))
-    if work.is_prepared:
-        yield Finding(OK, f"{names}: prepared by TFDS in {work.folder}; a run decodes {_size(work.decoded)}")
+    folder, downloads, decoded = sources.preparation(data, splits)
+    size = sum(downloads.values())
+    least = decoded or (0 if data.image_size else size)  # images in files are compressed
+    examination.needs.append(("decoded images", sources.cache_dir(data), least))
+    if decoded:
+        yield Finding(OK, f"{names}: prepared by TFDS in {folder}; a run decodes {_size(decoded)}")
         return
-    examination.needs.append(("TFDS download and preparation", work.folder, 2 * size))
-    failed = _unreachable(work.downloads)
+    examination.needs.append(("TFDS download and preparation", folder, 2 * size))
+    failed = _unreachable(downloads)
     if failed:
         raise UserError(
-            f"{data.name} is neither in the cache nor prepared in {work.folder}, and its download host cannot be "
+            f"{data.name} is neither in the cache nor prepared in {folder}, and its download host cannot be "
             f"reached: {', '.join(failed)}. Alternatives: {sources.alternatives(data)}"
         )
-    hosts = ", ".join(sorted({str(urlsplit(url).hostname) for url in work.downloads})) or "an unknown host"
+    hosts = ", ".join(sorted({str(urlsplit(url).hostname) for url in downloads})) or "an unknown host"
     yield Finding(NOTE, f"{names}: TFDS downloads {_size(size)} from {hosts}")
 
 

@@ -1,12 +1,12 @@
 """--mode=predict: classify image files; print a table, or write a .csv, .json or .jsonl file."""
 
-import contextlib
 import csv
 import dataclasses
 import io
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from jaxtyping import Float32, UInt8
 from cifar_flax import files, packages
 from cifar_flax.classifier import Classifier
 from cifar_flax.config import Config
-from cifar_flax.data.images import read_image, without_pillow_warnings
+from cifar_flax.data.images import read_image
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError, reason, require
 from cifar_flax.report import confusion as confusion_matrix
@@ -27,6 +27,7 @@ from cifar_flax.restore import restore
 from cifar_flax.runtime.environment import usable_cores
 from cifar_flax.telemetry.console import printable, show
 
+_FORMATS = (".csv", ".json", ".jsonl")
 _RUNNERS_UP = 2
 _FAR = 0.75  # standard deviations
 
@@ -72,9 +73,13 @@ def predict(config: Config, workdir: Path, paths: Sequence[Path], output: Path |
         about = {"workdir": str(workdir), "step": run.step, "dataset": run.info.name}
         about |= {"class_names": model.class_names} | score
         rows = [_fields(prediction, model.class_names) for prediction in predictions]
-        files.replace(output, _FORMATS[output.suffix](about, rows))
+        files.replace(output, _content(output.suffix, about, rows))
     if score:
-        show(_score_text(score, model.class_names))
+        confusion = np.asarray(score["confusion_matrix"])
+        labelled = f"{np.trace(confusion):,} of {score['num_labelled']:,} in folders named after classes"
+        show(f"\naccuracy {score['accuracy']:.2%} ({labelled})\n")
+        if len(confusion) <= confusion_matrix.FEW_CLASSES:
+            show("\n".join([*confusion_matrix.text_lines(confusion, model.class_names), ""]))
     if hint := _inverted([one.mean for one in predictions if not one.error], run.info):
         show(hint)
     if output is not None:
@@ -95,36 +100,30 @@ def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Predicti
     classes = {name.casefold(): name for name in class_names}
     for path in paths:
         folder = os.path.basename(os.path.abspath(path))
-        entries = _below(path) if os.path.isdir(path) else {Path(): ""}
-        for entry, error in sorted(entries.items(), key=lambda item: (item[0].parent.parts, item[0].name)):
+        for file, error in list(_below(path)) or [(path, "is a folder without files")]:
+            entry = file.relative_to(path)
             labels = [classes.get(name.casefold()) for name in (*entry.parent.parts[:1], folder)]
-            label = next(filter(None, labels), None) if entry.parts else None
-            yield Prediction(path / entry, label, error=error)
+            yield Prediction(file, next(filter(None, labels), None) if entry.parts else None, error=error)
 
 
-def _below(path: Path) -> dict[Path, str]:
-    """Return the files below the folder `path`, relative to it, and the folders that cannot be searched.
+def _below(path: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
+    """Yield the files below `path`, or `path` if it is a file, each with ""; and folders that cannot be searched.
 
-    The values are the reasons why folders cannot be searched, and "" for files.
+    Those come with the reason. `above` are the folders through which the search has come.
     """
-    found: dict[Path, str] = {}
-    left: list[tuple[Path, tuple[str, ...]]] = [(path, ())]  # folders to search; for each, the folders above it
-    while left:
-        folder, above = left.pop()
-        real = os.path.realpath(folder)
-        try:
-            if any(Path(one).is_relative_to(real) for one in above):
-                raise OSError("is a link to a folder that contains it")
-            names = [name for name in os.listdir(folder) if not name.startswith(".")]
-        except OSError as error:
-            found[folder.relative_to(path)] = reason(error)
-            continue
-        for entry in (folder / name for name in names):
-            if os.path.isdir(entry):
-                left.append((entry, (*above, real)))
-            else:
-                found[entry.relative_to(path)] = ""
-    return found or {Path(): "is a folder without files"}
+    if not os.path.isdir(path):
+        yield path, ""
+        return
+    real = os.path.realpath(path)
+    try:
+        if any(Path(one).is_relative_to(real) for one in above):
+            raise OSError("is a link to a folder that contains it")
+        entries = [path / name for name in os.listdir(path) if not name.startswith(".")]
+    except OSError as error:
+        yield path, reason(error)
+        return
+    for entry in sorted(entries, key=lambda entry: (os.path.isdir(entry), entry.name)):
+        yield from _below(entry, (*above, real))
 
 
 def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Prediction]:
@@ -136,44 +135,29 @@ def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Predict
         except UserError as error:
             return str(error)  # the exception itself refers to the memory of the image
 
-    with _thread_pool() as pool, without_pillow_warnings():
-        for start in range(0, len(found), model.batch_size):
-            batch = found[start : start + model.batch_size]
+    for start in range(0, len(found), model.batch_size):
+        batch = found[start : start + model.batch_size]
+        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(usable_cores()) as pool:
             contents = list(pool.map(read, batch))
-            images = [content for content in contents if isinstance(content, np.ndarray)]
-            rows = iter(model.predict(np.stack(images)) if images else ())
-            for one, content in zip(batch, contents, strict=True):
-                if isinstance(content, str):
-                    yield dataclasses.replace(one, error=content)
-                else:
-                    yield dataclasses.replace(one, probabilities=next(rows), mean=float(content.mean()))
-
-
-@contextlib.contextmanager
-def _thread_pool() -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool with one thread per CPU core. Do not wait for its threads at the end.
-
-    The garbage collector may close a suspended generator inside `Thread.start`, where a wait would deadlock.
-    """
-    pool = ThreadPoolExecutor(usable_cores())
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False)
+        images = [content for content in contents if isinstance(content, np.ndarray)]
+        rows = iter(model.predict(np.stack(images)) if images else ())
+        for one, content in zip(batch, contents, strict=True):
+            if isinstance(content, str):
+                yield dataclasses.replace(one, error=content)
+            else:
+                yield dataclasses.replace(one, probabilities=next(rows), mean=float(content.mean()))
 
 
 def _inverted(means: Sequence[float], info: DatasetInfo) -> str:
-    """Return a hint if dark and light seem to be swapped in images with these mean pixels, or "" if not.
+    """Return a hint if images with these mean pixels look like inverted training images, or "" if not.
 
-    This shows only if the training images are mostly dark or mostly light, as drawings are: inverting them must change
-    their mean by more than `_FAR` standard deviations of their pixels. The images must differ from them by as much, and
-    be closer to the inverted ones. Photos are neither: on CIFAR-10, inverting changes the mean by 0.2 of them.
+    They must be closer to them than to the training images, by more than `_FAR` standard deviations of the pixels of
+    these. Photos never are: inverting those of CIFAR-10 changes their mean by 0.2 standard deviations.
     """
     trained, std = float(np.mean(info.mean)), float(np.mean(info.std))
     found = float(np.mean(means)) if means else trained
-    far, is_known = _FAR * std, std < 255 / 2  # normalization "unit" stores 255
-    away, from_inverted = abs(found - trained), abs(found - (255 - trained))
-    if not is_known or abs(255 - 2 * trained) <= far or away <= max(far, from_inverted):
+    is_known = trained > 0  # normalization "unit" stores 0
+    if not is_known or abs(found - trained) - abs(found - (255 - trained)) <= _FAR * std:
         return ""
     return (
         f"hint: dark and light may be swapped: the mean pixel is {found:.0f} in these images and {trained:.0f} in the "
@@ -203,7 +187,12 @@ def _fields(prediction: Prediction, class_names: Sequence[str]) -> dict[str, Any
     return fields | {"class": best, "probability": values[best], "probabilities": values}
 
 
-def _csv(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
+def _content(suffix: str, about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
+    """Return the content of an output file; `suffix` is one of `_FORMATS`."""
+    if suffix == ".json":
+        return json.dumps(about | {"predictions": rows}).encode()
+    if suffix == ".jsonl":
+        return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
     text = io.StringIO(newline="")
     columns = ["file", "class", "probability", "label", "error", *(f"p({name})" for name in about["class_names"])]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -213,17 +202,6 @@ def _csv(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     return text.getvalue().encode(errors="surrogateescape")  # file names may be any bytes
 
 
-def _json(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
-    return json.dumps(about | {"predictions": rows}).encode()
-
-
-def _jsonl(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-
-
-_FORMATS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}
-
-
 def _score(predictions: Sequence[Prediction], class_names: Sequence[str]) -> dict[str, Any]:
     """Return accuracy and confusion matrix (rows: true classes) over the labelled files, or {} if there are none."""
     confusion = np.zeros((len(class_names),) * 2, int)
@@ -231,16 +209,5 @@ def _score(predictions: Sequence[Prediction], class_names: Sequence[str]) -> dic
         if one.label is not None and one.probabilities is not None:
             confusion[class_names.index(one.label), np.argmax(one.probabilities)] += 1
     count = int(confusion.sum())
-    if not count:
-        return {}
-    accuracy = int(np.trace(confusion)) / count
-    return {"num_labelled": count, "accuracy": accuracy, "confusion_matrix": confusion.tolist()}
-
-
-def _score_text(score: dict[str, Any], class_names: Sequence[str]) -> str:
-    count, confusion = score["num_labelled"], np.asarray(score["confusion_matrix"])
-    correct = f"{score['accuracy']:.2%} ({np.trace(confusion):,} of {count:,} in folders named after classes)"
-    lines = [f"\naccuracy {correct}\n"]
-    if len(class_names) <= confusion_matrix.FEW_CLASSES:
-        lines += [*confusion_matrix.text_lines(confusion, class_names), ""]
-    return "\n".join(lines)
+    accuracy = int(np.trace(confusion)) / max(count, 1)
+    return {"num_labelled": count, "accuracy": accuracy, "confusion_matrix": confusion.tolist()} if count else {}

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int, Key, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from cifar_flax.data.augment.base import Context, Examples
 
@@ -18,7 +18,9 @@ def flip_and_crop(examples: Examples, context: Context) -> Examples:
     config, image = context.config, examples.image
     if config.flip == "none" and not config.crop_padding:
         return examples
-    rows, columns = (_shifts(context.keys(name), config.crop_padding) for name in ("crop_rows", "crop_columns"))
+    # From the image to a crop of the same size out of the padded image.
+    shift = jax.vmap(lambda key: jax.random.randint(key, (), -config.crop_padding, config.crop_padding + 1))
+    rows, columns = shift(context.keys("crop_rows")), shift(context.keys("crop_columns"))
     flipped = jnp.zeros(len(image), jnp.bool_)
     if config.flip != "none":
         is_alternating = config.flip == "alternating"
@@ -28,11 +30,6 @@ def flip_and_crop(examples: Examples, context: Context) -> Examples:
     if context.platform == "tpu":
         return examples._replace(image=_select(image, rows, columns, flipped, config.crop_padding))
     return examples._replace(image=_gather(image, rows, columns, flipped))
-
-
-def _shifts(keys: Key[Array, " batch"], padding: int) -> Int[Array, " batch"]:
-    """Return the distance from the image to a random crop of the same size out of the padded image."""
-    return jax.vmap(lambda key: jax.random.randint(key, (), -padding, padding + 1))(keys)
 
 
 def _gather(
