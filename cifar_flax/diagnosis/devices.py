@@ -3,17 +3,31 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 
+from cifar_flax.config import Config
 from cifar_flax.diagnosis import nvidia
-from cifar_flax.diagnosis.examination import Examination
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.packages import has_module
 from cifar_flax.runtime import allocator, compilation
 from cifar_flax.runtime.devices import all_devices
 from cifar_flax.runtime.environment import machine
+
+
+@dataclass(slots=True)
+class Examination:
+    """The run to examine, and results of checks that later checks use."""
+
+    config: Config
+    workdir: Path
+    platform: str = ""  # platform that JAX uses, such as "gpu"; "": no device found
+    has_data: bool = False  # whether the data is decoded and ready
+    state_bytes: int = 50_000_000  # size of the train state; if not known, that of the reference network with AdamW
+    needs: list[tuple[str, Path, int]] = field(default_factory=list)  # (content, folder, minimum size in bytes)
 
 
 def devices(examination: Examination) -> Iterator[Finding]:

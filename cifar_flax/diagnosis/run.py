@@ -18,7 +18,7 @@ from cifar_flax.checkpoints.manager import CheckpointConfig, Checkpoints
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
 from cifar_flax.data import cache, sources
 from cifar_flax.data.datasets import DATASETS
-from cifar_flax.diagnosis.examination import Examination
+from cifar_flax.diagnosis.devices import Examination
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
 from cifar_flax.training.state import TrainState

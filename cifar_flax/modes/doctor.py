@@ -26,9 +26,8 @@ _wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_long_words=F
 def doctor(config: "Config", workdir: Path) -> None:
     """Check whether a run of `config` in `workdir` can start; print the findings. Raise `UserError` if it cannot."""
     from cifar_flax.diagnosis import devices, run
-    from cifar_flax.diagnosis.examination import Examination
 
-    examination = Examination(config, workdir)
+    examination = devices.Examination(config, workdir)
     print(f"cifar_flax {cifar_flax.__version__}: can a run with {config.data.name} start here?")
     # In printing order; a check may use the results of earlier checks.
     checks: list[tuple[str, Check]] = [

@@ -156,8 +156,7 @@ def _inverted(means: Sequence[float], info: DatasetInfo) -> str:
     """
     trained, std = float(np.mean(info.mean)), float(np.mean(info.std))
     found = float(np.mean(means)) if means else trained
-    is_known = trained > 0  # normalization "unit" stores 0
-    if not is_known or abs(found - trained) - abs(found - (255 - trained)) <= _FAR * std:
+    if not trained or abs(found - trained) - abs(found - (255 - trained)) <= _FAR * std:  # 0: normalization "unit"
         return ""
     return (
         f"hint: dark and light may be swapped: the mean pixel is {found:.0f} in these images and {trained:.0f} in the "
