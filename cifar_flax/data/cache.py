@@ -64,7 +64,7 @@ def key(data_dir: Path, name: str) -> tuple[str, str]:
     The first stands for the folder, the second for the names, sizes and times of the dataset's files; "" without files.
     """
     found = []
-    for folder, _, names in os.walk(os.path.join(data_dir, name)):
+    for folder, _, names in os.walk(os.path.join(data_dir, name), followlinks=True):
         for path in (os.path.join(folder, file) for file in names):
             with suppress(OSError):  # TFDS removes temporary files while it prepares a dataset
                 found.append((os.path.relpath(path, data_dir), os.stat(path).st_size, os.stat(path).st_mtime_ns))
