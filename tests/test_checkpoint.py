@@ -1,9 +1,11 @@
 import contextlib
 import math
 import shutil
+import sys
 import tempfile
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -292,3 +294,17 @@ def test_a_run_that_is_training_can_be_read(straight, tmp_path):
     finally:
         stop.set()
         thread.join()
+
+
+def test_reads_and_writes_that_orbax_has_given_up_print_no_traceback(monkeypatch):
+    async def given_up():
+        raise OSError("the file has gone")
+
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    coroutine, other = given_up(), object()
+    with storage._quiet():
+        for thing in (coroutine, other):
+            sys.unraisablehook(types.SimpleNamespace(object=thing, exc_value=OSError("the file has gone")))
+    coroutine.close()
+    assert [report.object for report in reported] == [other]

@@ -1,6 +1,7 @@
 """Save, verify and restore the arrays of checkpoints. Only this module imports Orbax."""
 
 import contextlib
+import inspect
 import logging
 import re
 import sys
@@ -81,10 +82,10 @@ def _quiet() -> Iterator[None]:
     """
     hook = sys.unraisablehook
 
-    def without_closed_loops(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+    def without_coroutines(unraisable: Any) -> None:
+        if not (inspect.iscoroutine(unraisable.object) or "Event loop is closed" in str(unraisable.exc_value)):
             hook(unraisable)
 
-    sys.unraisablehook = without_closed_loops
+    sys.unraisablehook = without_coroutines
     yield
     sys.unraisablehook = hook
