@@ -4,6 +4,7 @@ Nothing heavy is imported before the installed packages are checked.
 """
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ def entry_point() -> NoReturn:
     """Run the command in `sys.argv` and exit with its exit code."""
     streams.prepare()
     os.environ["MPLBACKEND"] = "agg"  # the value of a notebook may name a module that this process does not have
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no warnings about its cache
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C interrupts the imports
     allocator.keep_freed_memory()  # re-executes the process, so it precedes the slow imports

@@ -58,8 +58,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             yield partial
             (partial / _LOCK).unlink()
             publish(partial, folder)
-    except OSError as error:  # such as a full disk, which no file name comes with
-        raise OSError(error.errno, error.strerror, str(error.filename or folder)) from error
+    except OSError as error:  # such as a full disk
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

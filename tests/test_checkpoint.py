@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -285,3 +286,17 @@ def test_a_run_that_is_training_can_be_read(straight, tmp_path):
     finally:
         stop.set()
         thread.join()
+
+
+def test_reads_and_writes_that_orbax_has_given_up_print_no_traceback(tmp_path):
+    of_orbax = {"__name__": "orbax"}
+    exec(compile("async def given_up(): pass", "/site-packages/orbax/reading.py", "exec"), of_orbax)
+
+    async def ours():
+        pass
+
+    reported, coroutines = [], [of_orbax["given_up"](), ours()]
+    for coroutine in coroutines:
+        storage._report(types.SimpleNamespace(object=coroutine, exc_value=OSError("gone")), reported.append)
+        coroutine.close()
+    assert [one.object for one in reported] == coroutines[1:]

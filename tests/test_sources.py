@@ -184,6 +184,15 @@ def test_changed_data_is_decoded_again_with_one_line(two_folders, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_linked_folders_of_a_dataset_are_compared_by_what_they_link_to(tmp_path, two_folders):
+    version = tmp_path / "linked" / "fake_gray" / "1.0.0"
+    version.parent.mkdir(parents=True)
+    for folder in two_folders:
+        version.unlink(missing_ok=True)
+        version.symlink_to(folder / "fake_gray" / "1.0.0")
+        np.testing.assert_array_equal(load_from(tmp_path / "linked").labels, load_from(folder).labels)
+
+
 def test_a_data_dir_that_does_not_exist_is_refused_although_data_is_cached(tmp_path, two_folders):
     load_from(two_folders[0])
     with pytest.raises(ConfigError, match=r"data\.data_dir='.*nowhere': must be an existing folder"):

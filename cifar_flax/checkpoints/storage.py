@@ -1,6 +1,7 @@
 """Save, verify and restore the arrays of checkpoints. Only this module imports Orbax."""
 
 import contextlib
+import inspect
 import logging
 import re
 import sys
@@ -19,13 +20,14 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def _without_closed_loops(unraisable: Any, report: Any = sys.unraisablehook) -> None:
+def _report(unraisable: Any, report: Any = sys.unraisablehook) -> None:
     """Suppress the tracebacks of reads and writes that end after Orbax has given up."""
-    if "Event loop is closed" not in str(unraisable.exc_value):
+    file = unraisable.object.cr_code.co_filename if inspect.iscoroutine(unraisable.object) else ""
+    if "orbax" not in file and "Event loop is closed" not in str(unraisable.exc_value):
         report(unraisable)
 
 
-sys.unraisablehook = _without_closed_loops
+sys.unraisablehook = _report
 
 # Orbax passes absolute paths to `glob`. If a folder's name is a pattern, the files of a save are not found and not
 # merged, without an error.

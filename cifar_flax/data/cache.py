@@ -63,7 +63,7 @@ def key(data_dir: Path, name: str) -> str:
     It stands for the folder, and for the names, sizes and times of the dataset's files.
     """
     found = []
-    for folder, _, names in os.walk(os.path.join(os.path.realpath(data_dir), name)):
+    for folder, _, names in os.walk(os.path.join(os.path.realpath(data_dir), name), followlinks=True):
         for path in (os.path.join(folder, file) for file in names):
             with suppress(OSError):  # TFDS removes temporary files while it prepares a dataset
                 found.append((path, os.stat(path).st_size, os.stat(path).st_mtime_ns))

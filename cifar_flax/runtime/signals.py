@@ -32,8 +32,9 @@ class Stopped(KeyboardInterrupt):
 def signals_raise_stopped() -> Iterator[None]:
     """Make `SIGNALS` raise `Stopped` in the main thread inside the block, except in a block of `deferred`.
 
-    After the first signal, SIGTERM and SIGINT end the process immediately; the others are ignored. A separate thread
-    watches for them, because Python runs no signal handler while the main thread compiles or waits for the device.
+    After the first signal, a second SIGTERM or SIGINT ends the process immediately; the others are ignored. A separate
+    thread watches for them, because Python runs no signal handler while the main thread compiles or waits for the
+    device.
     """
     global _asked
     reader, writer = os.pipe()
@@ -87,17 +88,17 @@ def _handle(number: int, frame: object) -> None:
 
 def _watch(reader: int) -> None:
     """React to each signal as soon as its number is in the pipe. Return when the pipe is closed."""
-    first = True
+    counted, is_urgent = SIGNALS, False
     while byte := os.read(reader, 1):
         number = byte[0]
-        if number not in (SIGNALS if first else _URGENT):
+        if number not in counted:
             continue
         name = signal.Signals(number).name
-        if first and _deferring:
+        if _deferring and not is_urgent:
             streams.print_error(f"{name}: saving after this step; a second SIGTERM or SIGINT stops at once")
-            first = False
+            counted, is_urgent = _URGENT, number in _URGENT  # SIGTERM often follows SIGHUP before the state is saved
             continue
-        if first:
+        if not is_urgent:
             readable, _, _ = select.select([reader], [], [], _GRACE)
             if readable and not os.read(reader, 1):
                 return
