@@ -35,7 +35,7 @@ def entry_point() -> NoReturn:
             from cifar_flax.modes.doctor import examine_installation
 
             examine_installation(error)
-        streams.print_error(f"error: {error}")
+        streams.show(f"error: {error}", error=True)
         sys.exit(error.exit_code)
     from cifar_flax.runtime import processes
 
@@ -63,7 +63,7 @@ def main() -> int:
     from cifar_flax.runtime import compilation, devices, processes, settings, signals
 
     def fail(line: str, code: int) -> int:
-        streams.print_error(f"{processes.label()}{line}")
+        streams.show(f"{processes.label()}{line}", error=True)
         return code
 
     for line in settings.pin():

@@ -32,6 +32,7 @@ def start_run(folder, config):
 
 
 def test_a_run_that_can_start(tiny_config, tmp_path, monkeypatch):
+    packages.load("matplotlib")  # its first import writes a cache
     monkeypatch.setenv(*next(iter(allocator.SETTINGS.items())))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     jax.jit(abs)(1.0)  # opens the compilation cache

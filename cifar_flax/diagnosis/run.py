@@ -102,8 +102,7 @@ def start(examination: Examination) -> Iterator[Finding]:
         missing = "the images are not decoded yet" if examination.platform else "no device found"
         yield Finding(NOTE, f"not tried: {missing}")
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         try:
             trainer = Trainer(examination.config)
         except Exception as error:

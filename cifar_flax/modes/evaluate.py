@@ -12,7 +12,8 @@ from cifar_flax.report import confusion
 from cifar_flax.report.run import write_report
 from cifar_flax.restore import restore
 from cifar_flax.runtime import processes
-from cifar_flax.telemetry.console import evaluation_table, show
+from cifar_flax.runtime.streams import show
+from cifar_flax.telemetry.console import evaluation_table
 from cifar_flax.telemetry.tensorboard import write_evaluation_events
 from cifar_flax.training.evaluator import final_evaluator
 

@@ -16,7 +16,7 @@ from cifar_flax.errors import UserError, require
 from cifar_flax.export import program
 from cifar_flax.models.network import activation_dtype
 from cifar_flax.restore import RestoredRun, restore
-from cifar_flax.telemetry.console import show
+from cifar_flax.runtime.streams import show
 from cifar_flax.training import evaluator
 
 _ON_CPU, _ON_ACCELERATORS = 1e-5, 2.0**-8  # see `tolerance`

@@ -25,7 +25,8 @@ from cifar_flax.errors import UserError, reason, require
 from cifar_flax.report import confusion as confusion_matrix
 from cifar_flax.restore import restore
 from cifar_flax.runtime.environment import usable_cores
-from cifar_flax.telemetry.console import printable, show
+from cifar_flax.runtime.streams import show
+from cifar_flax.telemetry.console import printable
 
 _FORMATS = (".csv", ".json", ".jsonl")
 _RUNNERS_UP = 2
@@ -158,10 +159,7 @@ def _inverted(means: Sequence[float], info: DatasetInfo) -> str:
     found = float(np.mean(means)) if means else trained
     if not trained or abs(found - trained) - abs(found - (255 - trained)) <= _FAR * std:  # 0: normalization "unit"
         return ""
-    return (
-        f"hint: dark and light may be swapped: the mean pixel is {found:.0f} in these images and {trained:.0f} in the "
-        "training images; if so, invert the images"
-    )
+    return f"hint: dark and light may be swapped (mean pixel {found:.0f}, in the training images {trained:.0f})"
 
 
 def _name(file: Prediction) -> str:

@@ -89,7 +89,7 @@ def _remove_damaged(show: Callable[..., None]) -> None:
                 path.unlink()
         if not printed:
             printed = True
-            streams.print_error(f"compiled programs in {folder} cannot be {effect} ({reason})")
+            streams.show(f"compiled programs in {folder} cannot be {effect} ({reason})", error=True)
 
     warnings.showwarning = handle
 

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from cifar_flax import files
 from cifar_flax.errors import ConfigError, UserError, one_line
 from cifar_flax.packages import has_module
+from cifar_flax.runtime import streams
 from cifar_flax.runtime.devices import Layout, ParallelConfig, all_devices
 
 # Seconds that a process with an error waits for the others before it exits. The main process hosts the coordination
@@ -89,8 +90,7 @@ def label() -> str:
 def log(text: str) -> None:
     """Print `text` in the main process only. Ignore a closed pipe, so that it cannot end a run."""
     if is_main():
-        with contextlib.suppress(OSError):
-            print(f"{_label}{text}")
+        streams.show(f"{_label}{text}")
 
 
 def wait_for_all() -> None:

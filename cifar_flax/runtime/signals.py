@@ -95,12 +95,12 @@ def _watch(reader: int) -> None:
             continue
         name = signal.Signals(number).name
         if _deferring and not is_urgent:
-            streams.print_error(f"{name}: saving after this step; a second SIGTERM or SIGINT stops at once")
+            streams.show(f"{name}: saving after this step; a second SIGTERM or SIGINT stops at once", error=True)
             counted, is_urgent = _URGENT, number in _URGENT  # SIGTERM often follows SIGHUP before the state is saved
             continue
         if not is_urgent:
             readable, _, _ = select.select([reader], [], [], _GRACE)
             if readable and not os.read(reader, 1):
                 return
-        streams.print_error(f"stopped by {name}")
+        streams.show(f"stopped by {name}", error=True)
         os._exit(128 + number)

@@ -21,7 +21,7 @@ def prepare() -> None:
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a killed run loses no printed line
 
 
-def print_error(line: str) -> None:
-    """Print `line` to stderr. Ignore a closed pipe or a full disk, so that it cannot end a run."""
+def show(text: str, *, error: bool = False) -> None:
+    """Print `text` to stdout, or to stderr if `error`. Ignore a closed pipe or a full disk, so that runs continue."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)

@@ -1,16 +1,9 @@
 """Terminal output."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from cifar_flax.telemetry.scalars import other_scalars, title
-
-
-def show(text: str) -> None:
-    """Print `text`; a closed pipe is not an error."""
-    with contextlib.suppress(OSError):
-        print(text)
 
 
 def printable(text: str) -> str:
