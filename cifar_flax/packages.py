@@ -116,6 +116,8 @@ def load(name: str, module: str = "") -> ModuleType:
 
     Raise `UserError` that names the required version if the package is missing, too old or cannot be imported.
     """
+    if name in _broken:
+        raise _broken[name]
     package = PACKAGES[name]
     require([name], package.used_for)
     try:
