@@ -22,13 +22,15 @@ def other_settings(names=tuple(settings.PINNED)):
     """Set every pinned setting of this version of JAX to another value."""
     others = {name: OTHERS[settings.PINNED[name]] for name in names if hasattr(jax.config, name)}
     before = {name: getattr(jax.config, name) for name in others}
-    try:
-        for name, value in others.items():
-            jax.config.update(name, value)
-        yield others
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            for name, value in others.items():
+                jax.config.update(name, value)
+                patch.setenv(name.upper(), str(value))
+            yield others
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
 
 
 def test_settings_of_other_programs_do_not_change_a_run(straight, tmp_path):

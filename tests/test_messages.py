@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 from cifar_flax import arguments, cli, packages, workdir
 from cifar_flax import config as configs
 from cifar_flax.data import datasets
+from cifar_flax.diagnosis import devices as examined_devices
 from cifar_flax.errors import ConfigError
 from cifar_flax.runtime import devices
 
@@ -252,7 +253,8 @@ def test_settings_that_no_data_fits_are_refused_before_the_data_is_read(
         raise OSError("the data was read")
 
     monkeypatch.setitem(datasets.DATASETS, "digits", datasets.Dataset(read=read))
-    monkeypatch.setattr(devices, "all_devices", lambda: jax.devices()[:1] * 2)
+    for module in (devices, examined_devices):
+        monkeypatch.setattr(module, "all_devices", lambda *warn: jax.devices()[:1] * 2)
     monkeypatch.setattr(packages, "installed", lambda name: name != "tensorflow")
     flags = [f"--config.{setting}" for setting in settings.format(tmp=tmp_path).split()]
     folder = "run" if settings == "seed=1" else "new"

@@ -26,10 +26,11 @@ _ROUNDING = (
 def pin() -> list[str]:
     """Pin the settings of this process. Return a line for each environment variable that has no effect."""
     found = {name: getattr(jax.config, name, None) for name in PINNED}  # None: not in this version, or not set
-    changed = {name: value for name, value in found.items() if value not in (None, PINNED[name])}
+    changed = [name for name, value in found.items() if value not in (None, PINNED[name])]
     for name in changed:
         jax.config.update(name, PINNED[name])
-    return [f"{name.upper()}={value}: ignored, so that results do not depend on it" for name, value in changed.items()]
+    set_to = {name.upper(): os.environ.get(name.upper()) for name in changed}
+    return [f"{name}={value}: ignored, so that results do not depend on it" for name, value in set_to.items() if value]
 
 
 @contextlib.contextmanager

@@ -33,8 +33,7 @@ def signals_raise_stopped() -> Iterator[None]:
     """Make `SIGNALS` raise `Stopped` in the main thread inside the block, except in a block of `deferred`.
 
     After the first signal, a second SIGTERM or SIGINT ends the process immediately; the others are ignored. A separate
-    thread watches for them, because Python runs no signal handler while the main thread compiles or waits for the
-    device.
+    thread watches for them, because Python runs no handler while the main thread compiles or waits for the device.
     """
     global _asked
     reader, writer = os.pipe()
