@@ -142,8 +142,8 @@ def store(
                         raise UserError(
                             f"{dataset}: labels must be 0 to {len(class_names) - 1}; choose a split with labels"
                         )
-                    images.write(np.ascontiguousarray(some_images, np.uint8))
-                    labels.write(np.ascontiguousarray(some_labels, "<i4"))
+                    images.write(np.asarray(some_images, np.uint8).tobytes())
+                    labels.write(np.asarray(some_labels, "<i4").tobytes())
                     filled += len(some_images)
             if filled != num_examples:
                 raise UserError(f"{dataset}: decoded {filled} examples, expected {num_examples}")
