@@ -42,8 +42,8 @@ def replace(path: Path, content: bytes) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder, which is renamed to `folder` at the end of the block.
 
-    Readers never see an incomplete `folder`. If the block raises, the temporary folder is removed; those that killed
-    processes left are removed first. Raise `OSError` that names `folder` if it already exists and is not empty.
+    Readers never see an incomplete `folder`. If the block raises, the temporary folder is removed. Temporary folders of
+    killed processes are removed first. Raise `OSError` that names `folder` if it already exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}."

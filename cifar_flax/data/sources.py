@@ -95,8 +95,8 @@ def cache_folder(config: DataConfig, split: str, version: str) -> Path:
 def find_cached(config: DataConfig, split: str) -> tuple[Path | None, str]:
     """Return the folder of the decoded split in the cache (None: decode it), and a line to log ("": none).
 
-    It must have been decoded from the files in `data.data_dir` as they are now. If this is not set and there are none,
-    data from elsewhere is used. Raise `ConfigError` if `data.data_dir` does not exist.
+    It must have been decoded from the files in TFDS's folder as they are now. If the dataset is not there and
+    `data.data_dir` is not set, the newest cached data is used. Raise `ConfigError` if `data.data_dir` does not exist.
     """
     (name, _, version), data_dir = config.name.partition(":"), _data_dir(config)
     allowed = "must be an existing folder, or empty for TFDS_DATA_DIR, ~/tensorflow_datasets or data in the cache"

@@ -152,8 +152,8 @@ def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Predict
 def _inverted(means: Sequence[float], info: DatasetInfo) -> str:
     """Return a hint if images with these mean pixels look like inverted training images, or "" if not.
 
-    They must be closer to them than to the training images, by more than `_FAR` standard deviations of the pixels of
-    these. Photos never are: inverting those of CIFAR-10 changes their mean by 0.2 standard deviations.
+    Their mean must be closer to the inverted mean of the training images than to the mean itself, by more than `_FAR`
+    standard deviations. That of photos never is: inverting CIFAR-10 changes its mean by 0.2 standard deviations.
     """
     trained, std = float(np.mean(info.mean)), float(np.mean(info.std))
     found = float(np.mean(means)) if means else trained

@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
     `SETTINGS` steps are faster, but the process keeps its peak memory.
 
     Do nothing if JAX could use an accelerator, the C library is not glibc, GLIBC_TUNABLES is set (even to the empty
-    string), the process was started for another program (a notebook, a debugger), or for one from standard input.
+    string), or the process was started for another program (a notebook, a debugger) or reads it from standard input.
     """
     if "GLIBC_TUNABLES" in os.environ or _may_use_accelerator() or not _has_glibc() or not _is_own_process():
         return
