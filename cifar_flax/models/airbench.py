@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
 from cifar_flax.models.layers import Conv, conv2d, gelu, save_input
-from cifar_flax.models.network import ModelConfig, Network, activation_dtype
+from cifar_flax.models.network import ModelConfig, Network, activation_dtype, require_size
 from cifar_flax.models.norm import BatchNorm
 from cifar_flax.models.pooling import global_max_pool, max_pool
 
@@ -138,6 +138,7 @@ class Airbench(Network):
         )
         self.global_pool = config.global_pool
         inputs = widths[-1] * (1 if self.global_pool else size[0] * size[1])
+        require_size(config.name, image_shape, inputs, num_classes)
         self.logit_scale, kernel_init = (1 / inputs, _unit_std) if config.init == "muon" else (1 / 9, _UNIFORM)
         self.head = nnx.Linear(
             inputs, num_classes, use_bias=False, kernel_init=kernel_init, dtype=self.dtype, rngs=rngs
