@@ -1,5 +1,7 @@
 """Check a folder of images, and estimate the memory and the time of a run on it."""
 
+import contextlib
+import io
 import time
 from collections.abc import Iterator
 
@@ -8,8 +10,8 @@ import numpy as np
 
 from cifar_flax import packages
 from cifar_flax.config import Config
-from cifar_flax.data import folder, sources
-from cifar_flax.data.config import cache_dir
+from cifar_flax.data import folder
+from cifar_flax.data.class_folders import Listing, find
 from cifar_flax.diagnosis.installation import NOTE, OK, Finding
 from cifar_flax.runtime.streams import printable
 from cifar_flax.training.trainer import Trainer
@@ -22,33 +24,38 @@ _SECONDS = 3.0  # of training that the time of a run is estimated from
 def contents(config: Config) -> Iterator[Finding]:
     """Decode `data.folder` into the cache, as a run does, and report classes, sizes and files that cannot be read."""
     data = config.data
-    splits = [sources.load(data, split) for split in (data.train_split, data.eval_split)]
-    names, counts = splits[0].class_names, [np.bincount(arrays.labels) for arrays in splits]
-    each = [f"{name} {train:,} + {test:,}" for name, train, test in zip(names, *counts, strict=True)]
+    listing = find(data)
+    with contextlib.redirect_stdout(io.StringIO()):  # the findings cover what a run prints
+        splits = {split: folder.decoded(data, split, listing) for split in listing.splits}
+    train, test = splits.values()
+    names = train.class_names
+    counts = [np.bincount(arrays.labels, minlength=len(names)) for arrays in (train, test)]
+    each = [f"{name} {here:,} + {there:,}" for name, here, there in zip(names, *counts, strict=True)]
     more = f", and {len(each) - _CLASSES:,} more" if len(each) > _CLASSES else ""
     both = f"{data.train_split} + {data.eval_split}"
     yield Finding(OK, f"{len(names):,} classes ({both}): {printable(', '.join(each[:_CLASSES]))}{more}")
-    size = sum(arrays.nbytes for arrays in splits) / 1e6
-    yield Finding(OK, f"decoded to {data.side}x{data.side} pixels, {size:,.0f} MB in {cache_dir(data)}")
-    yield Finding(OK, _sizes(config))
-    bad = sum(len(arrays.skipped) for arrays in splits)
-    yield Finding(NOTE if bad else OK, f"{bad:,} files cannot be read{' (listed above)' if bad else ''}")
+    yield Finding(OK, f"decoded to {data.side}x{data.side} pixels, {(train.nbytes + test.nbytes) / 1e6:,.0f} MB")
+    yield Finding(OK, _sizes(listing))
+    for split, arrays in splits.items():
+        if arrays.skipped:
+            count = f"{len(arrays.skipped):,} {split} files cannot be read"
+            yield Finding(NOTE, f"{count}: {'; '.join(folder.unreadable(arrays))}")
+        folder.require_few_unreadable(data, split, arrays)
+    if copies := folder.duplicates(train, test):
+        yield Finding(NOTE, copies)
     smallest, largest = (int(end(counts[0])) for end in (np.min, np.max))
     if largest >= 3 * smallest:
-        advice = "data.sampling=balanced or train.class_weights=balanced may help"
-        yield Finding(
-            NOTE, f"the largest class has {largest / smallest:.1f} times the images of the smallest; {advice}"
-        )
+        times = f"the largest class has {largest / smallest:.1f} times the images of the smallest"
+        yield Finding(NOTE, f"{times}; data.sampling=balanced or train.class_weights=balanced may help")
 
 
-def _sizes(config: Config) -> str:
+def _sizes(listing: Listing) -> str:
     Image = packages.load("pillow")
-    root, _, splits = folder.find(config.data)
-    paths = [path for split in splits.values() for path, _ in split.files]
+    paths = [path for split in listing.splits.values() for path, _ in split.files]
     sizes = []
     for path in paths[:: -(-len(paths) // _OPENED)]:
         try:
-            with Image.open(root / path) as image:
+            with Image.open(listing.root / path) as image:
                 sizes.append(image.size)
         except Exception:  # decoding has reported it
             continue

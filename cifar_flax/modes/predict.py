@@ -99,11 +99,14 @@ def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Predicti
     class that the folder itself is named after. Links count under their own names.
     """
     classes = {name.casefold(): name for name in class_names}
+    exact = set(class_names)  # two classes may differ in case only
     for path in paths:
         folder = os.path.basename(os.path.abspath(path))
         for file, error in list(files_below(path)) or [(path, "is a folder without files")]:
             entry = file.relative_to(path)
-            labels = [classes.get(name.casefold()) for name in (*entry.parent.parts[:1], folder)]
+            labels = [
+                name if name in exact else classes.get(name.casefold()) for name in (*entry.parent.parts[:1], folder)
+            ]
             yield Prediction(file, next(filter(None, labels), None) if entry.parts else None, error=error)
 
 

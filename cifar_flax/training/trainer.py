@@ -58,8 +58,8 @@ class Trainer:
             eval_checksum=eval_arrays.checksum(),
         )
         self.info.check(eval_arrays)
-        if config.data.folder:
-            folder.log_duplicates(self.arrays, eval_arrays, config.data.eval_split)
+        if config.data.folder and (copies := folder.duplicates(self.arrays, eval_arrays)):
+            processes.log(copies)
         self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
         self.pipeline = pipelines.resolve(config.data.pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes)
