@@ -25,7 +25,8 @@ def color_jitter(examples: Examples, context: Context) -> Examples:
     image = blend(mean_gray(image), image, contrast)
     if image.shape[-1] == 3:
         image = blend(gray(image), image, saturation)
-    return examples._replace(image=image)
+    # Otherwise XLA:CPU computes the image again for each use of a pixel.
+    return examples._replace(image=jax.lax.optimization_barrier(image))
 
 
 def blend(base: Array, image: Array, factor: Array) -> UInt8[Array, "..."]:

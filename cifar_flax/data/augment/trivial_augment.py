@@ -37,14 +37,14 @@ def transform(image: Images, operation: PerImage, level: PerImage, sign: PerImag
     Each image passes through three stages, of which at most one changes it: under `vmap`, `lax.switch` would compute
     all 14 operations for each image.
     """
-    stage = jax.lax.optimization_barrier  # otherwise XLA:CPU computes a stage again for each use of its pixels
+    stage = jax.lax.optimization_barrier  # otherwise XLA:CPU computes a stage again for each use of a pixel
     chosen = {name: operation == number for number, name in enumerate(OPERATIONS)}
     factor = (0.01 + 1.99 * level / _TOP)[:, None, None]  # of brightness, contrast, color and sharpness
     image = stage(_move(image, chosen, level, sign))
     image = stage(_map_values(image, chosen, level, factor))
     is_color, is_sharpness = chosen["color"][:, None, None, None], chosen["sharpness"][:, None, None, None]
     base = jnp.where(is_sharpness, _smooth(image), gray(image))
-    return jnp.where(is_color | is_sharpness, blend(base, image, factor[..., None]), image)
+    return stage(jnp.where(is_color | is_sharpness, blend(base, image, factor[..., None]), image))
 
 
 def _move(image: Images, chosen: dict[str, PerImage], level: PerImage, sign: PerImage) -> Images:
