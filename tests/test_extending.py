@@ -67,7 +67,8 @@ SECTIONS = {
     "A network": ("configs/vit.py", *SMALL, *TINY_VIT),
     "A dataset": ("configs/shapes.py", "--config.train.epochs=2"),
     "An augmentation": ("configs/default.py", *SMALL, "--config.model.width=4", "--config.model.hidden=16",
-                        "--config.augment.noise=0.1", "--config.augment.mixup=0.3", "--config.augment.cutout=4"),
+                        "--config.augment.noise=0.1", "--config.augment.vertical_concat=0.3",
+                        "--config.augment.cutout=4"),
     "An optimizer or a schedule": ("configs/quickstart.py", *SMALL, "--config.optim.name=lion",
                                    "--config.optim.schedule=inverse_sqrt"),
     "A metric": ("configs/quickstart.py", *SMALL),
@@ -133,7 +134,7 @@ def test_all_examples_together(project):
     run(
         project, "configs/vit.py", "--config.model.width=8", "--config.model.depth=1", "--config.data.name=shapes",
         "--config.data.train_split=training", "--config.data.eval_split=validation", "--config.train.epochs=2",
-        "--config.train.log_every=4", "--config.augment.noise=0.1", "--config.augment.mixup=0.3",
+        "--config.train.log_every=4", "--config.augment.noise=0.1", "--config.augment.vertical_concat=0.3",
         "--config.optim.name=lion", devices=2,
     )  # fmt: skip
     lines = read_metrics(project / "resumed")
@@ -178,7 +179,7 @@ def test_augmentations_do_not_change_each_others_random_numbers(project, tmp_pat
     apply(examples("An augmentation"), project)
     expected = losses(original, "--config.augment.cutout=4")
     assert losses(project, "--config.augment.cutout=4") == expected
-    for setting in ("--config.augment.noise=0.1", "--config.augment.mixup=0.3"):
+    for setting in ("--config.augment.noise=0.1", "--config.augment.vertical_concat=0.3"):
         assert losses(project, "--config.augment.cutout=4", setting)[0] != expected[0]
 
 

@@ -89,6 +89,7 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     """Take one training step; return the new state and the metrics of the step, each a scalar.
 
     `loss` (with label smoothing) and `accuracy` are means over the batch of all devices, augmented and with dropout.
+    If augmentation mixes targets, `loss` uses the mixed ones, but `accuracy` the example's own label.
     `finite` is whether the loss and the gradient are finite; with `task.skip_nonfinite`, also the new state. Any other
     metric in the returned dict is logged and plotted as its mean over the steps; it must be equal on all devices.
     """

@@ -10,8 +10,12 @@ normalized float32 images. Either may change the targets, and mix each example w
 from collections.abc import Callable
 
 from cifar_flax.data.augment.base import AugmentConfig, Context, Examples, normalize
+from cifar_flax.data.augment.color_jitter import color_jitter
 from cifar_flax.data.augment.cutout import cutout
 from cifar_flax.data.augment.flip_crop import flip_and_crop
+from cifar_flax.data.augment.mix import mix
+from cifar_flax.data.augment.resized_crop import random_resized_crop
+from cifar_flax.data.augment.trivial_augment import trivial_augment
 from cifar_flax.data.augment.tta import VIEWS, views
 
 __all__ = ["VIEWS", "AugmentConfig", "Context", "Examples", "augment", "normalize", "views"]
@@ -19,8 +23,8 @@ __all__ = ["VIEWS", "AugmentConfig", "Context", "Examples", "augment", "normaliz
 Augmentation = Callable[[Examples, Context], Examples]
 
 # In the order of application.
-ON_BYTES: tuple[Augmentation, ...] = (flip_and_crop,)
-ON_FLOATS: tuple[Augmentation, ...] = (cutout,)
+ON_BYTES: tuple[Augmentation, ...] = (random_resized_crop, flip_and_crop, trivial_augment, color_jitter)
+ON_FLOATS: tuple[Augmentation, ...] = (cutout, mix)
 
 
 def augment(examples: Examples, context: Context, mean: tuple[float, ...], std: tuple[float, ...]) -> Examples:

@@ -17,7 +17,12 @@ class AugmentConfig:
     normalization: str = "standard"  # standard (mean 0, standard deviation 1 over the train split) | unit (0 to 1)
     flip: str = "none"  # horizontal: none | random | alternating (random in epoch 0, then changed in every epoch)
     crop_padding: int = 0  # pixels of reflect padding before a random crop to the original size
+    random_resized_crop: float = 1.0  # smallest area of a random crop, a fraction of the image's; 1.0: no crop
+    trivial_augment: bool = False  # TrivialAugment: one random operation of random strength per image
+    color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
     cutout: int = 0  # side in pixels of a random square that is set to zero after normalization
+    mixup: float = 0.0  # alpha of mixup, which averages each example with the next one; 0.0: off
+    cutmix: float = 0.0  # alpha of CutMix, which pastes a rectangle of the next image; 0.0: off
 
     def validate(self) -> None:
         for field, allowed in (("normalization", ("standard", "unit")), ("flip", ("none", "random", "alternating"))):
@@ -25,6 +30,13 @@ class AugmentConfig:
             require(value in allowed, f"augment.{field}", value, f"must be one of {', '.join(allowed)}")
         for field in ("crop_padding", "cutout"):
             require(getattr(self, field) >= 0, f"augment.{field}", getattr(self, field), "must be at least 0")
+        area, jitter, padding = self.random_resized_crop, self.color_jitter, self.crop_padding
+        require(0 < area <= 1, "augment.random_resized_crop", area, "must be above 0 and at most 1 (off)")
+        alone = "must be 0 with augment.random_resized_crop, which crops too"
+        require(area == 1 or padding == 0, "augment.crop_padding", padding, alone)
+        require(0 <= jitter <= 1, "augment.color_jitter", jitter, "must be in [0, 1]")
+        for field, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            require(alpha == 0 or 0.01 <= alpha <= 100, f"augment.{field}", alpha, "must be 0 (off) or in [0.01, 100]")
 
     def validate_for(self, image_shape: tuple[int, int, int]) -> None:
         """Raise `ConfigError` if images of `image_shape` (height, width, channels) are too small for a setting."""
