@@ -31,12 +31,16 @@ class TrainConfig:
     log_every: int = 50  # steps between two training lines in metrics.jsonl
     sync_batchnorm: bool = True  # BatchNorm statistics over the batch of all devices; False: per device
     init_from: str = ""  # workdir of another run whose matching weights are the initial ones; "": random weights
+    freeze: str = "none"  # none | backbone: train the head only, with dropout off and BatchNorm's running statistics
     steps_per_call: int = 1  # steps that the device runs in one loop at most, if the data is in its memory
 
     def validate(self) -> None:
         for name in ("batch_size", "log_every", "steps_per_call"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         require(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
+        require(self.freeze in ("none", "backbone"), "train.freeze", self.freeze, "must be none or backbone")
+        fits = self.freeze == "none" or self.init_from != ""
+        require(fits, "train.freeze", self.freeze, "needs train.init_from, the run whose backbone is kept")
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "must be in [0, 1)")
 
 
