@@ -31,12 +31,18 @@ class TrainConfig:
     log_every: int = 50  # steps between two training lines in metrics.jsonl
     sync_batchnorm: bool = True  # BatchNorm statistics over the batch of all devices; False: per device
     init_from: str = ""  # workdir of another run whose matching weights are the initial ones; "": random weights
+    freeze: str = "none"  # none | backbone: train the head only, with dropout off and BatchNorm's running statistics
+    patience: int = 0  # consecutive evaluations without a higher validation accuracy that end the run; 0: never
     steps_per_call: int = 1  # steps that the device runs in one loop at most, if the data is in its memory
 
     def validate(self) -> None:
         for name in ("batch_size", "log_every", "steps_per_call"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        require(self.patience >= 0, "train.patience", self.patience, "must be at least 0")
         require(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
+        require(self.freeze in ("none", "backbone"), "train.freeze", self.freeze, "must be none or backbone")
+        fits = self.freeze == "none" or self.init_from != ""
+        require(fits, "train.freeze", self.freeze, "needs train.init_from, the run whose backbone is kept")
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "must be in [0, 1)")
 
 
@@ -95,9 +101,12 @@ class Config:
         fits = "whitening" in models.network_class(self.model).groups.values() or whitening == GroupConfig()
         allowed = f"does not apply to {self.model.name}, which has no whitening layer"
         require(fits, "optim.whitening", whitening, allowed)
+        validates, patience = self.data.validation_fraction > 0, self.train.patience
+        allowed = "needs data.validation_fraction above 0. The test split must not decide when training stops."
+        require(patience == 0 or validates, "train.patience", patience, allowed)
         best, every, often = self.checkpoint.keep_best, self.checkpoint.every_epochs, self.eval.every_epochs
         allowed = "needs data.validation_fraction above 0. The test split must not choose a checkpoint."
-        require(best == 0 or self.data.validation_fraction > 0, "checkpoint.keep_best", best, allowed)
+        require(best == 0 or validates, "checkpoint.keep_best", best, allowed)
         fits, allowed = best == 0 or every % often == 0, f"must be a multiple of eval.every_epochs={often}"
         require(fits, "checkpoint.every_epochs", every, allowed)
         fits, allowed = best > 0 or self.eval.checkpoint != "best", "needs checkpoint.keep_best above 0"
@@ -133,11 +142,12 @@ def from_dict(values: Any) -> Config:
     return config
 
 
-# Settings that do not affect the trained weights may change between restarts of a run.
+# Settings that do not affect the weights after a given step may change between restarts of a run.
 _HARMLESS = (
     "data.pipeline",
     "data.max_bad_fraction",
     "train.log_every",
+    "train.patience",
     "train.steps_per_call",
     "on_nonfinite",
     "max_skipped",

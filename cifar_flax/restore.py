@@ -106,7 +106,8 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
     as a head for another number of classes) keep their fresh initialization and are logged. The optimizer state and the
     average of the weights are initialized afresh.
 
-    Raise `UserError` if that run has no checkpoint or if none of its parameters matches.
+    Raise `ConfigError` if a weight outside the head does not match and is frozen. Raise `UserError` if that run has no
+    checkpoint or if none of its parameters matches.
     """
     folder = local_path(_FIELD, config.train.init_from)
     saved = saved_config(folder, _FIELD)
@@ -123,6 +124,9 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
         for name in (here | there)
         if name not in fits
     ]
+    outside = [line for line in unfit if not line.startswith("head.")]
+    allowed = f"needs all weights outside the head from {_FIELD} ({first_of(outside)})"
+    require(config.train.freeze == "none" or not outside, "train.freeze", config.train.freeze, allowed)
     if not fits & named_leaves(state.params, ".").keys():
         raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights matches this model ({first_of(unfit)})")
     processes.log(f"initialized {len(fits)} of {len(ours)} weights from {folder}, step {run.step}")

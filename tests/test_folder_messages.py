@@ -13,7 +13,7 @@ BAD = "x"  # content of files that are not images
 
 # Images in the folder, files that are not images, settings, exit code, part of the message ({in} is the folder).
 BAD_INPUT = [
-    ([], [], "data.folder=", 2, "data.folder='': must be the path of a folder"),
+    ([], [], "data.folder=", 2, "data.folder='': must be a folder that holds a folder of images per"),
     ([], [], "data.folder=nowhere", 2, "data.folder='nowhere': must be a folder that holds a folder of images per"),
     ([], [], "data.folder=gs://bucket", 2, "data.folder='gs://bucket': must be a local path"),
     ([], [], "", 2, "data.folder='{in}': must hold at least two class folders with images; it holds 0"),

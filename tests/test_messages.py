@@ -47,6 +47,10 @@ SAVED = [
         "checkpoint.every_epochs=3: must be a multiple of eval.every_epochs=2",
     ),
     ({"data": {"eval_split": "train"}}, "data.eval_split='train': must not be the split to train on"),
+    ({"train": {"patience": -1}}, "train.patience=-1: must be at least 0"),
+    ({"train": {"patience": 1}}, "train.patience=1: needs data.validation_fraction"),
+    ({"train": {"freeze": "head"}}, "train.freeze='head': must be none or backbone"),
+    ({"train": {"freeze": "backbone"}}, "train.freeze='backbone': needs train.init_from"),
     ({"eval": {"checkpoint": "best"}}, "eval.checkpoint='best': needs checkpoint.keep_best"),
     ([], "config=[]: must be a JSON object"),
     # Settings of the optimizer.

@@ -7,7 +7,7 @@ from flax import nnx
 
 from cifar_flax import models
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.models.network import ModelConfig, Network, param_groups
+from cifar_flax.models.network import ModelConfig, Network, freeze_backbone, param_groups
 from cifar_flax.runtime.trees import named_leaves
 from cifar_flax.training import state
 from cifar_flax.training.trainer import Trainer
@@ -59,6 +59,8 @@ def test_groups_of_the_networks(name):
     network = nnx.eval_shape(
         lambda: models.build(models.config_class(name)(), (32, 32, 3), 10, platform="cpu", rngs=nnx.Rngs(0))
     )
+    frozen = named_leaves(freeze_backbone(param_groups(network), name), ".")
+    assert {path.split(".")[0] for path, group in frozen.items() if group != "frozen"} == {"head"}
     shapes = named_leaves(nnx.to_pure_dict(nnx.state(network, nnx.Param)), ".")
     for path, group in groups_of(network).items():
         by_axes = {1: "biases", 2: "dense", 4: "convolutions"}[shapes[path].ndim]

@@ -52,7 +52,12 @@ def find(config: DataConfig) -> Listing:
         config.folder,
         (config.train_split, config.eval_split),
     )
-    require(os.path.isdir(root), "data.folder", value, "must be a folder that holds a folder of images per class")
+    require(
+        bool(value) and os.path.isdir(root),
+        "data.folder",
+        value,
+        "must be a folder that holds a folder of images per class",
+    )
     folders, _ = _entries(root)
     if set(names) & set(folders):
         for field, name in zip(("train_split", "eval_split"), names, strict=True):

@@ -47,14 +47,18 @@ class DataConfig:
         require(0 < self.test_fraction < 1, "data.test_fraction", self.test_fraction, "must be above 0 and below 1")
         bad = self.max_bad_fraction
         require(0 <= bad <= 1, "data.max_bad_fraction", bad, "must be in [0, 1]")
-        if self.folder:
+        if self.is_folder:
             smallest, largest = FOLDER_SIDES
             fits, allowed = smallest <= self.side <= largest, f"must be {smallest} to {largest} for data.folder"
             require(fits, "data.image_size", self.image_size, allowed)
             require(not self.archive, "data.archive", self.archive, "must be empty if data.folder is set")
-        require(self.name != "folder" or bool(self.folder), "data.folder", self.folder, "must be the path of a folder")
         if self.archive:
             require(self.name == "cifar10", "data.name", self.name, "must be cifar10 if data.archive is set")
+
+    @property
+    def is_folder(self) -> bool:
+        """Return whether the data is a folder of images. The config file `folder.py` leaves its path open."""
+        return bool(self.folder) or self.name == "folder"
 
     @property
     def side(self) -> int:

@@ -30,7 +30,7 @@ def load(config: DataConfig, split: str) -> Arrays:
     Raise `ConfigError` if there is no such dataset or split, or it does not hold images with one label each. Raise
     `UserError` if the data cannot be downloaded, prepared or read.
     """
-    if config.folder:
+    if config.is_folder:
         return folder.load(config, split)
     if config.archive:
         require_splits(config, ("train", "test"))

@@ -35,7 +35,7 @@ _SMALL_FILES = 20_000_000  # bytes that a run writes besides checkpoints
 def data(examination: Examination) -> Iterator[Finding]:
     """Check that the training and evaluation data are available or can be downloaded."""
     data, splits = examination.config.data, (examination.config.data.train_split, examination.config.data.eval_split)
-    if data.folder:
+    if data.is_folder:
         yield from folders.contents(examination.config)
         examination.has_data = True
         return
@@ -122,7 +122,7 @@ def start(examination: Examination) -> Iterator[Finding]:
         yield Finding(NOTE, trainer.no_streaming)
     examination.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.initial_state))
     yield Finding(OK, f"config, data and devices work together: {trainer.total_steps} steps on {trainer.layout}")
-    if examination.config.data.folder:
+    if examination.config.data.is_folder:
         yield from folders.estimate(trainer)
 
 

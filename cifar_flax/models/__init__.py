@@ -17,7 +17,8 @@ statistics. Pass `decode=False` to `nnx.MultiHeadAttention`, and store constant 
 `network.activation_dtype(config.dtype, platform)` is the dtype of the activations, which `model.dtype` sets.
 
 Name matrices `kernel` or `embedding`: `network.param_groups` chooses the optimizer group by this name and by the
-layer. `groups` assigns the parameters of an attribute to another group. A network that needs training images before the
+layer. `groups` assigns the parameters of an attribute to another group. Name the last layer `head`, so that
+`train.freeze=backbone` can train it alone. A network that needs training images before the
 first step, such as for whitening, sets `sample_size` and overrides `fit`.
 """
 

@@ -15,6 +15,7 @@ from cifar_flax.errors import UserError, require
 from cifar_flax.models.layers import Conv
 
 _MOST_PARAMETERS = 100_000_000  # of the layer that grows with the images: 1.6 GB with gradient and moments of Adam
+FROZEN = "frozen"  # optimizer group of the parameters that are never trained
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -95,3 +96,9 @@ def param_groups(network: Network) -> PyTree[str]:
         return "convolutions" if is_convolution else "dense"
 
     return jax.tree.map_with_path(lambda path, _: group(tuple(entry.key for entry in path)), params)
+
+
+def freeze_backbone(groups: dict[str, PyTree[str]], model: str) -> dict[str, PyTree[str]]:
+    """Return the `param_groups` `groups`, with all parameters outside the attribute `head` in the group `FROZEN`."""
+    require("head" in groups, "train.freeze", "backbone", f"needs a layer named head, which {model} does not have")
+    return {name: part if name == "head" else jax.tree.map(lambda _: FROZEN, part) for name, part in groups.items()}

@@ -18,6 +18,7 @@ from cifar_flax.runtime import environment, processes, signals
 from cifar_flax.telemetry.metrics_log import Metrics, MetricsWriter
 from cifar_flax.telemetry.progress import Progress
 from cifar_flax.telemetry.scalars import scalars
+from cifar_flax.training.early_stopping import EarlyStopping
 from cifar_flax.training.guard import NonFiniteGuard
 from cifar_flax.training.metrics import MetricsAccumulator, StepMetrics
 from cifar_flax.training.profiling import Profiled
@@ -76,8 +77,9 @@ def run(trainer: Trainer, folder: Path) -> None:
         start, total = metadata.get("step", 0), trainer.total_steps
         if restored:
             trainer.require_same_data(metadata["dataset"])
-        if start >= total and metadata["evaluated"]:
-            processes.log(f"{folder} is finished: {start} steps of {total}; evaluating its checkpoint")
+        if (start >= total or _early_stopping(trainer, metadata).is_due) and metadata["evaluated"]:
+            early = "" if start >= total else f", stopped early (train.patience={trainer.config.train.patience})"
+            processes.log(f"{folder} is finished: {start} steps of {total}{early}; evaluating its checkpoint")
             return
         steps = f"resuming from step {start} of {total}" if start else f"{total} steps"
         images = f"{trainer.info.num_examples} images ({trainer.pipeline})"
@@ -85,6 +87,10 @@ def run(trainer: Trainer, folder: Path) -> None:
         if trainer.no_streaming:
             processes.log(trainer.no_streaming)
         TrainingLoop(trainer, folder, checkpoints, state, metadata).run()
+
+
+def _early_stopping(trainer: Trainer, metadata: Metadata) -> EarlyStopping:
+    return EarlyStopping(patience=trainer.config.train.patience, **metadata.get("early_stopping", {}))
 
 
 class TrainingLoop:
@@ -102,6 +108,7 @@ class TrainingLoop:
         self._mark = metadata.get("metrics")  # of metrics.jsonl at this step
         max_skipped = self._config.max_skipped if self._config.on_nonfinite == "skip" else 0
         self._guard = NonFiniteGuard(max_skipped, metadata.get("last_loss"), metadata.get("skipped_in_a_row", 0))
+        self._early_stopping = _early_stopping(trainer, metadata)
         self._inputs = InputTimer(trainer.inputs(self._config.seed, self._step))
         self._blocked_seconds = 0.0
         unlogged = metadata.get("interval", {})
@@ -136,7 +143,7 @@ class TrainingLoop:
                 )
                 if self._step == stop:
                     self._evaluate_and_save()
-                if self._asked:
+                if self._asked or self._early_stopping.is_due:
                     break
             if self._asked and self._step != self._saved:
                 self._save()
@@ -178,8 +185,13 @@ class TrainingLoop:
                 "input_wait_fraction": evaluation.input_wait_fraction,
             }
             self._progress.show_evaluation(self._log(trainer.monitored_split, metrics))
-            accuracy = metrics["accuracy"] if trainer.has_validation else None
-        if trainer.timetable.is_due(self._step, self._config.checkpoint.every_epochs):
+            if trainer.has_validation:
+                accuracy = metrics["accuracy"]
+                self._early_stopping.update(accuracy)
+        if self._early_stopping.is_due and self._step < trainer.total_steps:
+            steps = f"stopping early at step {self._step} of {trainer.total_steps}"
+            processes.log(f"{steps}: {self._early_stopping.reason}")
+        if self._early_stopping.is_due or trainer.timetable.is_due(self._step, self._config.checkpoint.every_epochs):
             self._save(accuracy)
 
     def _log(self, split: str, metrics: Metrics) -> Metrics:
@@ -198,6 +210,7 @@ class TrainingLoop:
             "interval": self._accumulator.values(),
             "last_loss": self._guard.loss,
             "skipped_in_a_row": self._guard.skipped,
+            "early_stopping": self._early_stopping.saved(),
         }
         is_due = self._trainer.timetable.is_due(self._step, self._config.checkpoint.every_epochs)
         self._checkpoints.save(self._state, metadata, accuracy, is_extra=not is_due)

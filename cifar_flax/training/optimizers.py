@@ -13,6 +13,7 @@ import optax
 from jaxtyping import PyTree
 
 from cifar_flax.errors import require
+from cifar_flax.models.network import FROZEN
 from cifar_flax.training import muon
 
 
@@ -216,6 +217,7 @@ def make_optimizer(
         bases[name] = own
         optimizer_name = OPTIMIZERS[config.name].for_groups or config.name
         groups[name] = of(optimizer_name, own, _group_schedule(group, own, total_steps, steps_per_epoch))
+    groups[FROZEN] = optax.set_to_zero()
     optimizer = optax.partition(groups, param_groups)
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

@@ -14,6 +14,7 @@ from cifar_flax.data import order
 from cifar_flax.data.augment import normalize
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import require
+from cifar_flax.models.network import FROZEN, freeze_backbone
 from cifar_flax.runtime import compilation, processes
 from cifar_flax.runtime.devices import Layout, make_layout
 from cifar_flax.training import optimizers, state
@@ -67,11 +68,14 @@ def setup(
         config.model, info.image_shape, len(info.class_names),
         platform=platform or layout.platform, norm_axis=layout.axis_name if sync_batchnorm else None,
     )  # fmt: skip
-    optimizer = optimizers.make_optimizer(config.optim, steps, steps_per_epoch, model.param_groups)
+    groups = model.param_groups
+    if config.train.freeze == "backbone":
+        groups = freeze_backbone(groups, config.model.name)
+    optimizer = optimizers.make_optimizer(config.optim, steps, steps_per_epoch, groups)
     frozen_from = {
         name: step
-        for name, step in optimizers.frozen_steps(config.optim, steps_per_epoch).items()
-        if step < steps and name in jax.tree.leaves(model.param_groups)
+        for name, step in (optimizers.frozen_steps(config.optim, steps_per_epoch) | {FROZEN: 0}).items()
+        if step < steps and name in jax.tree.leaves(groups)
     }
     task = Task(
         graphdef=model.graphdef,
@@ -89,7 +93,7 @@ def setup(
         sync_batchnorm=sync_batchnorm,
         loss_scale=_FLOAT16_LOSS_SCALE if config.model.dtype == "float16" else 1.0,
         skip_nonfinite=config.on_nonfinite == "skip",
-        param_groups=model.param_groups,
+        param_groups=groups,
         frozen_from=frozen_from,
     )
     options = compilation.options(layout.platform, deterministic=True) if layout.deterministic else None

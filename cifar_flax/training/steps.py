@@ -20,6 +20,7 @@ from cifar_flax.data import resident
 from cifar_flax.data.augment import VIEWS, AugmentConfig, Context, Examples, augment, normalize, views
 from cifar_flax.data.batches import Batch, Indices
 from cifar_flax.errors import UserError
+from cifar_flax.models.network import FROZEN
 from cifar_flax.runtime.devices import Layout
 from cifar_flax.runtime.trees import all_finite
 from cifar_flax.training import averaging, metrics
@@ -107,11 +108,14 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     target = optax.smooth_labels(jax.nn.one_hot(batch.label, task.num_classes), task.label_smoothing)
     image, target = augment(Examples(batch.image, target), context, task.mean, task.std)
 
+    # In evaluation mode, a frozen backbone keeps its statistics and has no dropout.
+    training_keys = None if FROZEN in task.frozen else dropout_keys
+
     def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
         if task.frozen:
             params = jax.tree.map(functools.partial(_unless_frozen, task), params, task.param_groups)
         model = nnx.merge(task.graphdef, params, state.batch_stats)
-        logits = _require_logits(task, model(image, dropout_keys), image)
+        logits = _require_logits(task, model(image, training_keys), image)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, target))
         return task.loss_scale * loss, (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 

@@ -58,7 +58,7 @@ class Trainer:
             eval_checksum=eval_arrays.checksum(),
         )
         self.info.check(eval_arrays)
-        if config.data.folder and (copies := folder.duplicates(self.arrays, eval_arrays)):
+        if config.data.is_folder and (copies := folder.duplicates(self.arrays, eval_arrays)):
             processes.log(copies)
         self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
