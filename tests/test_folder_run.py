@@ -174,7 +174,7 @@ def trained_state(config):
     ],
 )
 def test_a_data_set_written_as_files_is_the_same_data_and_the_same_run(name, tmp_path, monkeypatch, pytestconfig):
-    """The order of the examples differs: a folder is read class by class."""
+    """A folder is read class by class, so the arrays are sorted by class first."""
     whole = DataConfig(name=name, data_dir=str(PREPARED) if name == "cifar10" else "")
     limit = 300 if name == "digits" else 1000 if pytestconfig.getoption("--reduced") else None
     sorted_by_class = {}

@@ -47,17 +47,10 @@ def find(config: DataConfig) -> Listing:
 
     Raise `ConfigError` if it does not hold a folder per class, or a folder per split that holds the same classes.
     """
-    root, value, names = (
-        local_path("data.folder", config.folder),
-        config.folder,
-        (config.train_split, config.eval_split),
-    )
-    require(
-        bool(value) and os.path.isdir(root),
-        "data.folder",
-        value,
-        "must be a folder that holds a folder of images per class",
-    )
+    root, value = local_path("data.folder", config.folder), config.folder
+    names = config.train_split, config.eval_split
+    is_there = bool(value) and os.path.isdir(root)
+    require(is_there, "data.folder", value, "must be a folder that holds a folder of images per class")
     folders, _ = _entries(root)
     if set(names) & set(folders):
         for field, name in zip(("train_split", "eval_split"), names, strict=True):
