@@ -47,6 +47,12 @@ SAVED = [
         "checkpoint.every_epochs=3: must be a multiple of eval.every_epochs=2",
     ),
     ({"data": {"eval_split": "train"}}, "data.eval_split='train': must not be the split to train on"),
+    ({"data": {"sampling": "random"}}, "data.sampling='random': must be one of shuffled, balanced"),
+    ({"train": {"class_weights": "inverse"}}, "train.class_weights='inverse': must be none or balanced"),
+    (
+        {"data": {"sampling": "balanced"}, "train": {"class_weights": "balanced"}},
+        "train.class_weights='balanced': must be none if data.sampling is balanced",
+    ),
     ({"eval": {"checkpoint": "best"}}, "eval.checkpoint='best': needs checkpoint.keep_best"),
     ([], "config=[]: must be a JSON object"),
     # Settings of the optimizer.

@@ -24,6 +24,7 @@ class DatasetInfo:
     num_examples: int  # number of training examples
     mean: tuple[float, ...]  # per channel, of pixels in [0, 255]
     std: tuple[float, ...]  # likewise
+    class_counts: tuple[int, ...] = ()  # training examples of each class; () in checkpoints of earlier releases
 
     @classmethod
     def of(cls, arrays: Arrays, examples: Int32[np.ndarray, " n"], normalization: str) -> "DatasetInfo":
@@ -42,6 +43,7 @@ class DatasetInfo:
             num_examples=len(examples),
             mean=mean,
             std=std,
+            class_counts=tuple(np.bincount(arrays.labels[examples], minlength=len(arrays.class_names)).tolist()),
         )
 
     @classmethod

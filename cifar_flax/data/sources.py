@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cifar_flax import files, packages
-from cifar_flax.data import cache, datasets
+from cifar_flax.data import cache, datasets, order
 from cifar_flax.data.archive import read_archive
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.images import resize
@@ -39,12 +39,15 @@ class DataConfig:
     train_split: str = "train"  # split to train on
     eval_split: str = "test"  # split to evaluate on
     validation_fraction: float = 0.0  # fraction of the train split that is held out for validation
+    sampling: str = "shuffled"  # shuffled: each example once per epoch | balanced: each class equally often
     pipeline: str = "auto"  # streaming (tf.data) | resident (data in device memory) | auto: by device, see Devices
     drop_last: bool = False  # drop the incomplete last batch of an epoch; otherwise batches span epoch boundaries
 
     def validate(self) -> None:
         fraction = self.validation_fraction
         require(self.pipeline in PIPELINES, "data.pipeline", self.pipeline, f"must be one of {', '.join(PIPELINES)}")
+        allowed = f"must be one of {', '.join(order.SAMPLING)}"
+        require(self.sampling in order.SAMPLING, "data.sampling", self.sampling, allowed)
         require(0 <= fraction < 1, "data.validation_fraction", fraction, "must be in [0, 1)")
         require(
             self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8"

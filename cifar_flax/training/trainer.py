@@ -66,6 +66,7 @@ class Trainer:
                     raise
                 self.pipeline, self.no_streaming = "resident", f"data.pipeline is resident: {error}"
         processes.require_agreement(data=self.arrays.digest(), pipeline=self.pipeline)
+        self._classes = self.arrays.labels[self.examples] if config.data.sampling == "balanced" else None
         # Copied to the devices once, for all seeds.
         size = models.network_class(config.model).sample_size
         sample = self.layout.replicate(self.arrays.images[self.examples[:size]]) if size else None
@@ -89,7 +90,7 @@ class Trainer:
         was = DatasetInfo.from_dict(saved)
         for field in dataclasses.fields(was):
             before, now = getattr(was, field.name), getattr(self.info, field.name)
-            if before != now:
+            if before != now and field.name in saved:
                 change = f"{field.name}: {before} in the checkpoint, {now} in the data"
                 raise UserError(f"the checkpoint was trained on other data ({change}); choose another --workdir")
 
@@ -101,6 +102,7 @@ class Trainer:
             "seed": seed,
             "start": start,
             "stop": self.total_steps,
+            "classes": self._classes,
             "rows": self.layout.local_slice(self.config.train.batch_size),
         }
         ends, calls = itertools.tee(self.timetable.calls(start, self.total_steps))
