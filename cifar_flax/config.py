@@ -14,7 +14,7 @@ from typing import Any
 from cifar_flax import models
 from cifar_flax.checkpoints.manager import CheckpointConfig
 from cifar_flax.data.augment import VIEWS, AugmentConfig
-from cifar_flax.data.sources import DataConfig
+from cifar_flax.data.config import DataConfig
 from cifar_flax.errors import ConfigError, require
 from cifar_flax.models import AirbenchConfig, CNNConfig, ModelConfig, ResNetConfig  # noqa: F401
 from cifar_flax.runtime.devices import ParallelConfig
@@ -110,7 +110,7 @@ class Config:
 
 
 # Locations of data: they may differ between hosts, and between training and later uses of a checkpoint.
-LOCATIONS = ("data.data_dir", "data.archive", "data.cache_dir")
+LOCATIONS = ("data.data_dir", "data.folder", "data.archive", "data.cache_dir")
 
 
 def may_override(path: str) -> bool:
@@ -139,7 +139,14 @@ def from_dict(values: Any) -> Config:
 
 
 # Settings that do not affect the trained weights may change between restarts of a run.
-_HARMLESS = ("data.pipeline", "train.log_every", "train.steps_per_call", "on_nonfinite", "max_skipped")
+_HARMLESS = (
+    "data.pipeline",
+    "data.max_bad_fraction",
+    "train.log_every",
+    "train.steps_per_call",
+    "on_nonfinite",
+    "max_skipped",
+)
 
 
 def differences(saved: Config, config: Config, where: str = "the checkpoint") -> list[str]:

@@ -196,6 +196,37 @@ def test_dtype_applies_to_activations_only(dtype):
     assert jax.eval_shape(model.blocks[0].convs[0], jnp.zeros((1, 15, 15, 24))).dtype == dtype
 
 
+def test_global_pool_makes_the_parameters_independent_of_the_image_size():
+    assert count(nnx.eval_shape(lambda: build((256, 256, 3), global_pool=True))) == 1_971_352  # as of 32x32 images
+    x = jax.random.normal(jax.random.key(0), (2, 40, 24, 3))
+    model = build(x.shape[1:], widths=(5, 6, 7), global_pool=True)
+    model.fit(x)
+    features = jax.jit(
+        lambda x: functools.reduce(lambda y, block: block(y, False), model.blocks, airbench.gelu(model.whitening(x)))
+    )
+    y = features(x)
+    assert y.shape == (2, 4, 2, 7)
+    np.testing.assert_allclose(run(model, x)[0], y.max(axis=(1, 2)) @ model.head.kernel[...] / 7, rtol=1e-3, atol=1e-4)
+
+
+def test_global_pool_on_images_of_32_pixels_is_the_3x3_pool():
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    outputs = []
+    for global_pool in (False, True):
+        model = build(widths=(4, 4, 4), global_pool=global_pool)
+        model.fit(x)
+        outputs.append(run(model, x)[0])
+    np.testing.assert_allclose(*outputs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("global_pool", [False, True])
+def test_one_pixel_less_is_refused(global_pool):
+    least = 9 if global_pool else 25
+    build((least, least, 3), global_pool=global_pool, widths=(4, 4, 4))
+    with pytest.raises(ConfigError, match=f"must be at least {least}"):
+        build((least, least - 1, 3), global_pool=global_pool)
+
+
 def test_small_images_are_refused():
     with pytest.raises(ConfigError, match=r"model\.name='airbench': .*24x32.*25"):
         build(image_shape=(24, 32, 3))

@@ -23,7 +23,7 @@ RULES = {
     "telemetry": {"runtime"},
     # config.py combines the config dataclasses of all packages; the training loop needs the whole Config.
     "training": {"runtime", "models", "data", "checkpoints", "telemetry", "config"},
-    "report": {"data", "training", "telemetry"},
+    "report": {"runtime", "data", "training", "telemetry"},
     "export": {"runtime", "training", "config", "restore"},
     "diagnosis": {"runtime", "data", "checkpoints", "training", "config", "workdir"},
 }

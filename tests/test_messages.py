@@ -135,6 +135,11 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.data.name=huggingface:mnist", 2, "data.name='huggingface:mnist': must look like"),
     (f"--config {DIGITS} --config.optim.b1=None", 2, "optim.b1='None': must be a finite number"),
     (f"--config {DIGITS} --config.data.validation_fraction=1e-9", 2, "must leave at least one training"),
+    (
+        f"--config {DIGITS} --config.data.image_size=90 --config.model.hidden=2000",
+        2,
+        "model.name='cnn': images of 90x90 need 123,904,000 parameters in one layer, above 100,000,000. Set a smaller",
+    ),
     ("--config {tmp}/long.py", 2, "ValueError: one two"),
     (f"--config {DIGITS} --config.train.steps_per_call=0", 2, "train.steps_per_call=0: must be at least 1"),
     (f"--config {CIFAR} --config.data.pipeline=best", 2, "data.pipeline='best': must be one of auto, streaming, resid"),

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from cifar_flax import models
-from cifar_flax.errors import UserError
+from cifar_flax.errors import ConfigError, UserError
 from cifar_flax.models.network import ModelConfig, Network, param_groups
 from cifar_flax.runtime.trees import named_leaves
 from cifar_flax.training import state
@@ -122,3 +122,24 @@ def test_configs_of_networks_share_the_dtype():
         assert issubclass(config, ModelConfig)
         with pytest.raises(UserError, match=r"model\.dtype='float64'"):
             config(dtype="float64").validate()
+
+
+def grown(config, size, classes=10):
+    """Build a network for images of `size` x `size`; no array is allocated."""
+    return nnx.eval_shape(lambda: models.build(config, (size, size, 3), classes, platform="cpu", rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "classes", "needed"),
+    [
+        (models.CNNConfig(), 160, 10, 32 * 79**2 * 512),  # 79 = (160 - 2) / 2
+        (models.AirbenchConfig(), 145, 10_851, 256 * 6**2 * 10_851),  # 6 = (145 - 1) / 8 / 3
+    ],
+)
+def test_images_that_need_too_many_parameters_are_refused(config, size, classes, needed):
+    assert needed > 100_000_000
+    grown(config, size - 1, classes)
+    with pytest.raises(ConfigError) as caught:
+        grown(config, size, classes)
+    assert str(caught.value).startswith(f"model.name={config.name!r}: images of {size}x{size} need {needed:,} param")
+    grown(models.AirbenchConfig(global_pool=True), size, classes)  # as the message recommends

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cifar_flax.models.cpu import pooling
-from cifar_flax.models.pooling import max_pool
+from cifar_flax.models.pooling import global_max_pool, max_pool
 
 PLATFORMS = ("gpu", "tpu")  # a CPU without its own kernels pools as a GPU
 
@@ -52,6 +52,42 @@ def test_max_pool_propagates_nan(platform, place):
     (gradient,) = backward(jnp.ones_like(found))
     assert sorted(gradient[0, :2, :2, 0].ravel().tolist()) == [0, 0, 0, 1]
     np.testing.assert_array_equal(gradient.sum(), 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 5), (31, 17)])
+@pytest.mark.parametrize("values", [3, 1000])
+def test_global_max_pool_equals_numpy(dtype, height, width, values):
+    """With three values, all images contain their maximum more than once. The maximum may be negative."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-values, 0, (2, height, width, 3)).astype(dtype)
+    dy = rng.integers(1, 100, (2, 3)).astype(dtype)
+    found, backward = jax.vjp(global_max_pool, jnp.asarray(x))
+    flat, gradient = x.reshape(2, -1, 3), np.zeros((2, height * width, 3), dtype)
+    np.put_along_axis(gradient, flat.argmax(axis=1, keepdims=True), dy[:, None], axis=1)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, flat.max(axis=1))
+    np.testing.assert_array_equal(backward(jnp.asarray(dy))[0], gradient.reshape(x.shape))
+
+
+def test_global_max_pool_propagates_nan():
+    """Other images and channels are not affected."""
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 2)).at[1, 2, 3, 0].set(jnp.nan).at[1, 3, 3, 0].set(jnp.nan)
+    found, backward = jax.vjp(global_max_pool, x)
+    np.testing.assert_array_equal(jnp.isnan(found), [[False, False], [True, False]])
+    gradient = backward(jnp.ones_like(found))[0]
+    np.testing.assert_array_equal(gradient.sum(axis=(1, 2)), jnp.ones((2, 2)))
+    assert gradient[1, 2, 3, 0] == 1
+
+
+def test_gradient_of_global_max_pool_compares_no_floats():
+    """The gradient of `jnp.max` is NaN if an `x` that is computed again, with another rounding, has no maximum."""
+    program = jax.make_jaxpr(jax.grad(lambda x: global_max_pool(x).sum()))(jnp.ones((1, 9, 9, 4)))
+    names = {equation.primitive.name for equation in program.eqns}
+    operands = {equation.invars[0].aval.dtype for equation in program.eqns if equation.primitive.name == "eq"}
+    assert "argmax" in names
+    assert not names & {"reduce_max", "div"}
+    assert operands == {jnp.dtype("int32")}
 
 
 def test_a_gpu_needs_no_select_and_scatter():

@@ -8,11 +8,12 @@ their final names, so readers never see a partial one.
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -33,6 +34,8 @@ class Arrays:
     labels: Int32[Any, " n"]
     class_names: tuple[str, ...]
     dataset: str  # name and version, such as "cifar10/3.0.2"
+    files: Sequence[str] = ()  # of a folder: the path of each image, relative to the folder
+    skipped: Sequence[tuple[str, str]] = ()  # of a folder: paths that cannot be read, with the reasons
 
     @property
     def nbytes(self) -> int:
@@ -42,6 +45,12 @@ class Arrays:
     def digest(self) -> str:
         """Return the SHA-256 checksum of the labels, in order; it does not cover the images."""
         return hashlib.sha256(np.asarray(self.labels).tobytes()).hexdigest()
+
+    def checksum(self) -> str:
+        """Return the SHA-256 checksum of images and labels on the host."""
+        whole = hashlib.sha256(np.ascontiguousarray(self.images))
+        whole.update(np.asarray(self.labels, "<i4").tobytes())
+        return whole.hexdigest()
 
 
 def newest(folder: Path, key: str = "") -> Path | None:
@@ -92,25 +101,27 @@ def load(folder: Path) -> Arrays | None:
     if not folder.exists():
         return None
     try:
-        class_names, dataset = verify(folder)
+        manifest = verify(folder)
     except ValueError as error:
         reason = f"is damaged or has another format ({error})"
         warnings.warn(f"the data cache {folder} {reason}; rebuilding it", stacklevel=2)
-        _remove(folder)
+        remove(folder)
         return None
     # Copy-on-write: TensorFlow shares only writable memory, and the file must not change.
     images, labels = (np.load(folder / file, mmap_mode="c", allow_pickle=False) for file in _FILES)
-    return Arrays(images, labels, class_names, dataset)
+    skipped = [(path, reason) for path, reason in manifest.get("skipped", ())]
+    class_names, dataset = tuple(manifest["class_names"]), manifest["dataset"]
+    return Arrays(images, labels, class_names, dataset, manifest.get("files", ()), skipped)
 
 
-def verify(folder: Path) -> tuple[tuple[str, ...], str]:
-    """Return class names and dataset of the arrays in `folder`; raise `ValueError` if they are missing or damaged."""
+def verify(folder: Path) -> dict[str, Any]:
+    """Return the manifest of the arrays in `folder`; raise `ValueError` if they are missing or damaged."""
     try:
         manifest = files.read_sealed(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']}")
         files.require_checksums(folder, {file: manifest["sha256"][file] for file in _FILES})
-        return tuple(manifest["class_names"]), manifest["dataset"]
+        return manifest
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from error
 
@@ -119,24 +130,24 @@ def store(
     folder: Path,
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     *,
-    num_examples: int,
     image_shape: tuple[int, int, int],
     class_names: tuple[str, ...],
     dataset: str,
+    num_examples: int | None = None,
+    about: Mapping[str, list[Any]] = MappingProxyType({}),
 ) -> Arrays:
     """Write `batches` of (images, labels) to `folder` and return them as memory-mapped arrays.
 
-    Raise `UserError` if the folder is not writable, if a label is invalid, or if `batches` do not contain exactly
-    `num_examples` examples.
+    `about` has the fields `files` and `skipped` of the arrays, which `batches` may fill. Raise `UserError` if the
+    folder is not writable, if a label is invalid, or if `batches` do not contain exactly `num_examples` examples, if
+    that is not None.
     """
     try:
         with files.new_folder(folder) as partial:
             filled = 0
             # Not through a memory map: if the disk is full, a write through one ends the process with SIGBUS.
             with (partial / _FILES[0]).open("xb") as images, (partial / _FILES[1]).open("xb") as labels:
-                for file, dtype, shape in ((images, "|u1", image_shape), (labels, "<i4", ())):
-                    header = {"descr": dtype, "fortran_order": False, "shape": (num_examples, *shape)}
-                    np.lib.format.write_array_header_1_0(file, header)
+                _write_headers(images, labels, 0, image_shape)
                 for some_images, some_labels in batches:
                     if some_labels.min() < 0 or some_labels.max() >= len(class_names):
                         raise UserError(
@@ -145,11 +156,12 @@ def store(
                     images.write(np.asarray(some_images, np.uint8).tobytes())
                     labels.write(np.asarray(some_labels, "<i4").tobytes())
                     filled += len(some_images)
-            if filled != num_examples:
+                _write_headers(images, labels, filled, image_shape)
+            if num_examples not in (None, filled):
                 raise UserError(f"{dataset}: decoded {filled} examples, expected {num_examples}")
             checksums = files.checksums(partial)
             manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names, "sha256": checksums}
-            files.write_sealed(partial / _MANIFEST, manifest)
+            files.write_sealed(partial / _MANIFEST, {**manifest, **about})
     except OSError as error:
         if not (folder / _MANIFEST).exists():  # another process may have stored the same bytes first
             raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
@@ -159,7 +171,15 @@ def store(
     return arrays
 
 
-def _remove(folder: Path) -> None:
+def _write_headers(images: BinaryIO, labels: BinaryIO, count: int, image_shape: tuple[int, int, int]) -> None:
+    """Write the headers of the two `.npy` files, whose length does not depend on `count`, at their start."""
+    for file, dtype, shape in ((images, "|u1", image_shape), (labels, "<i4", ())):
+        file.seek(0)
+        header = {"descr": dtype, "fortran_order": False, "shape": (count, *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+
+def remove(folder: Path) -> None:
     """Remove the cached split in `folder`. Raise `UserError` if it contains other files, or cannot be removed."""
     try:
         for file in (_MANIFEST, *_FILES):

@@ -1,6 +1,7 @@
 """Read image files of any size and format as arrays of the model's input shape."""
 
 import contextlib
+import functools
 import os
 import stat
 import threading
@@ -55,10 +56,7 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
 
     Raise `UserError`, with the reason alone, without the path, if the file cannot be read as an image.
     """
-    Image = packages.load("pillow")
-    import PIL.PngImagePlugin as png
-
-    png.MAX_TEXT_CHUNK = png.MAX_TEXT_MEMORY  # comments and color profiles may exceed the default of 1 MB
+    Image = _pillow()
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
@@ -85,6 +83,15 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
         raise UserError(reason(error)) from error
     except Exception as error:  # Pillow may raise anything for a damaged file
         raise UserError(f"damaged ({one_line(error)})") from error
+
+
+@functools.cache  # checking the installed version takes longer than reading a small image
+def _pillow() -> Any:
+    Image = packages.load("pillow")
+    import PIL.PngImagePlugin as png
+
+    png.MAX_TEXT_CHUNK = png.MAX_TEXT_MEMORY  # comments and color profiles may exceed the default of 1 MB
+    return Image
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:

@@ -24,6 +24,8 @@ class DatasetInfo:
     num_examples: int  # number of training examples
     mean: tuple[float, ...]  # per channel, of pixels in [0, 255]
     std: tuple[float, ...]  # likewise
+    checksum: str = ""  # of images and labels of the whole train split; "" in checkpoints of earlier releases
+    eval_checksum: str = ""  # likewise of the evaluation split
     class_counts: tuple[int, ...] = ()  # training examples of each class; () in checkpoints of earlier releases
 
     @classmethod

@@ -1,64 +1,27 @@
-"""Load the splits of a dataset: from a reader in `datasets.py`, the official archive, or TFDS through the cache."""
+"""Load the splits of a dataset: from a reader in `datasets.py`, the official archive, a folder, or TFDS."""
 
 import dataclasses
 import logging
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cifar_flax import files, packages
-from cifar_flax.data import cache, datasets, order
+from cifar_flax import packages
+from cifar_flax.data import cache, datasets, folder
 from cifar_flax.data.archive import read_archive
 from cifar_flax.data.cache import Arrays
+from cifar_flax.data.config import DataConfig, cache_dir, require_splits
 from cifar_flax.data.images import resize
-from cifar_flax.data.pipelines import PIPELINES
 from cifar_flax.errors import ConfigError, UserError, one_line, require
 from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.environment import usable_cores
 
 _DECODE_BATCH = 1000  # images
-# Names become folders in the cache, so they must not contain "..".
-_NAME = r"\w[\w-]*(/\w[\w.+-]*)?(:\d+(\.\d+)*)?"
-_SPLIT = r"\w[\w-]*"
-
-
-@dataclass(slots=True, kw_only=True)
-class DataConfig:
-    name: str = "cifar10"  # digits, or a TFDS image-classification set such as cifar100, svhn_cropped or mnist:3.0.1
-    data_dir: str = ""  # folder of the data, such as that of TFDS; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
-    archive: str = ""  # path of cifar-10-binary.tar.gz or of the folder it unpacks to, to read instead of TFDS
-    cache_dir: str = ""  # folder of decoded arrays; "" is cifar_flax in the user's cache folder
-    image_size: int = 0  # height and width in pixels that images are resized to; 0 keeps their size
-    train_split: str = "train"  # split to train on
-    eval_split: str = "test"  # split to evaluate on
-    validation_fraction: float = 0.0  # fraction of the train split that is held out for validation
-    sampling: str = "shuffled"  # shuffled: each example once per epoch | balanced: each class equally often
-    pipeline: str = "auto"  # streaming (tf.data) | resident (data in device memory) | auto: by device, see Devices
-    drop_last: bool = False  # drop the incomplete last batch of an epoch; otherwise batches span epoch boundaries
-
-    def validate(self) -> None:
-        fraction = self.validation_fraction
-        require(self.pipeline in PIPELINES, "data.pipeline", self.pipeline, f"must be one of {', '.join(PIPELINES)}")
-        allowed = f"must be one of {', '.join(order.SAMPLING)}"
-        require(self.sampling in order.SAMPLING, "data.sampling", self.sampling, allowed)
-        require(0 <= fraction < 1, "data.validation_fraction", fraction, "must be in [0, 1)")
-        require(
-            self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8"
-        )
-        require(bool(re.fullmatch(_NAME, self.name)), "data.name", self.name, "must look like cifar10 or cifar10:3.0.2")
-        for field, split in (("train_split", self.train_split), ("eval_split", self.eval_split)):
-            require(bool(re.fullmatch(_SPLIT, split)), f"data.{field}", split, "must be a name such as test")
-        fits = self.eval_split != self.train_split
-        require(fits, "data.eval_split", self.eval_split, "must not be the split to train on")
-        if self.archive:
-            require(self.name == "cifar10", "data.name", self.name, "must be cifar10 if data.archive is set")
 
 
 def load(config: DataConfig, split: str) -> Arrays:
@@ -67,11 +30,13 @@ def load(config: DataConfig, split: str) -> Arrays:
     Raise `ConfigError` if there is no such dataset or split, or it does not hold images with one label each. Raise
     `UserError` if the data cannot be downloaded, prepared or read.
     """
+    if config.folder:
+        return folder.load(config, split)
     if config.archive:
-        _require_splits(config, ("train", "test"))
+        require_splits(config, ("train", "test"))
         arrays = read_archive(local_path("data.archive", config.archive), split)
     elif config.name in datasets.DATASETS:
-        _require_splits(config, datasets.DATASETS[config.name].splits)
+        require_splits(config, datasets.DATASETS[config.name].splits)
         arrays = datasets.read(config.name, split, local_path("data.data_dir", config.data_dir))
     else:
         return _load_tfds(config, split)
@@ -82,11 +47,6 @@ def load(config: DataConfig, split: str) -> Arrays:
             resized[i] = resize(image, resized.shape[1:])
         arrays = dataclasses.replace(arrays, images=resized)
     return arrays
-
-
-def cache_dir(config: DataConfig) -> Path:
-    """Return the folder of decoded arrays; it may not exist."""
-    return local_path("data.cache_dir", config.cache_dir) if config.cache_dir else files.user_cache()
 
 
 def cache_folder(config: DataConfig, split: str, version: str) -> Path:
@@ -126,7 +86,7 @@ def preparation(config: DataConfig, splits: Sequence[str]) -> tuple[Path, dict[s
     _, _, image_shape = _features(config, info)
     if not folder.exists():  # as TFDS decides; its is_prepared fails if the name of a folder is a glob pattern
         return folder, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0
-    _require_splits(config, info.splits)
+    require_splits(config, info.splits)
     for split in splits:
         _require_files(info, split)
     return folder, {}, sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
@@ -147,7 +107,7 @@ def _load_tfds(config: DataConfig, split: str) -> Arrays:
         info = builder.info
         image_key, label_key, image_shape = _features(config, info)
         _prepare(config, builder)
-        _require_splits(config, info.splits)
+        require_splits(config, info.splits)
         _require_files(info, split)
         folder = cache_folder(config, split, str(info.version))
         folder = folder.with_name(f"{folder.name}.{cache.key(_data_dir(config), name)}")
@@ -171,12 +131,6 @@ def _tfds() -> Any:
     from cifar_flax.data import tensorflow  # noqa: F401  # before TFDS, which would import all of TensorFlow
 
     return packages.load("tensorflow-datasets")
-
-
-def _require_splits(config: DataConfig, splits: Iterable[str]) -> None:
-    """Raise `ConfigError` unless both splits of the config exist, before one of them is decoded."""
-    for field, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split)):
-        require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
 
 
 def _data_dir(config: DataConfig) -> Path:

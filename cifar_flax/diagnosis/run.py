@@ -1,5 +1,7 @@
 """Check the data, the start, the folder and the disk space of a run."""
 
+import contextlib
+import io
 import os
 import shutil
 import socket
@@ -18,6 +20,7 @@ from cifar_flax.checkpoints.manager import CheckpointConfig, Checkpoints
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
 from cifar_flax.data import cache, sources
 from cifar_flax.data.datasets import DATASETS
+from cifar_flax.diagnosis import folder as folders
 from cifar_flax.diagnosis.devices import Examination
 from cifar_flax.diagnosis.installation import FAIL, NOTE, OK, Finding
 from cifar_flax.errors import UserError, one_line
@@ -32,6 +35,10 @@ _SMALL_FILES = 20_000_000  # bytes that a run writes besides checkpoints
 def data(examination: Examination) -> Iterator[Finding]:
     """Check that the training and evaluation data are available or can be downloaded."""
     data, splits = examination.config.data, (examination.config.data.train_split, examination.config.data.eval_split)
+    if data.folder:
+        yield from folders.contents(examination.config)
+        examination.has_data = True
+        return
     if data.archive or data.name in DATASETS:
         counts = [f"{len(sources.load(data, split).labels)} {split} images" for split in splits]
         yield Finding(OK, f"{data.archive or data.name}: {', '.join(counts)}")
@@ -95,14 +102,18 @@ def _unreachable(urls: Iterable[str]) -> list[str]:
 
 
 def start(examination: Examination) -> Iterator[Finding]:
-    """Load the data and build the initial state as a run does, without compiling the step or writing files."""
+    """Load the data and build the initial state as a run does, without writing files.
+
+    For a folder of images, also compile the step and estimate the time of the run.
+    """
     if examination.platform:
         require_startable(examination.config)
     if not (examination.platform and examination.has_data):
         missing = "the images are not decoded yet" if examination.platform else "no device found"
         yield Finding(NOTE, f"not tried: {missing}")
         return
-    with warnings.catch_warnings(action="ignore"):
+    # The check of the data has printed what loading a folder prints.
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         try:
             trainer = Trainer(examination.config)
         except Exception as error:
@@ -111,6 +122,8 @@ def start(examination: Examination) -> Iterator[Finding]:
         yield Finding(NOTE, trainer.no_streaming)
     examination.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.initial_state))
     yield Finding(OK, f"config, data and devices work together: {trainer.total_steps} steps on {trainer.layout}")
+    if examination.config.data.folder:
+        yield from folders.estimate(trainer)
 
 
 def folder(examination: Examination) -> Iterator[Finding]:

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
 from cifar_flax.models.layers import Conv, conv2d, gelu, save_input
-from cifar_flax.models.network import ModelConfig, Network, activation_dtype
+from cifar_flax.models.network import ModelConfig, Network, activation_dtype, require_size
 from cifar_flax.models.norm import BatchNorm
-from cifar_flax.models.pooling import max_pool
+from cifar_flax.models.pooling import global_max_pool, max_pool
 
 _WHITENING_EPS = 5e-4  # added to the eigenvalues, so that directions of pure noise are not amplified
 _UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within ±1 / sqrt(fan_in)
@@ -34,6 +34,7 @@ class AirbenchConfig(ModelConfig):
     depth: int = 2  # convolutions per block: 2 or 3
     residual: bool = False  # add the output of each block's first GELU to the input of its last GELU
     norm_decay: float = 0.6  # EMA decay of BatchNorm's running statistics, per step
+    global_pool: bool = False  # global instead of 3x3 max-pool, so that image sizes do not change the parameters
     init: str = "muon"  # initialization of head and whitening bias, as in the original's script for muon | sgd
 
     def validate(self) -> None:
@@ -109,7 +110,7 @@ class Block(nnx.Module):
 
 
 class Airbench(Network):
-    """Whitening, three blocks, 3x3 max-pool and a linear head whose logits are scaled by a constant."""
+    """Whitening, three blocks, 3x3 or global max-pool and a linear head whose logits are scaled by a constant."""
 
     sample_size = 5000
     groups = MappingProxyType({"whitening": "whitening"})
@@ -124,8 +125,10 @@ class Airbench(Network):
         rngs: nnx.Rngs,
     ):
         height, width, channels = image_shape
-        size = [(side - 1) // 8 // 3 for side in (height, width)]
-        allowed = f"images of {height}x{width} are too small for this network; their sides must be at least 25"
+        window = 1 if config.global_pool else 3
+        size = [(side - 1) // 8 // window for side in (height, width)]
+        least = f"their sides must be at least {8 * window + 1}"
+        allowed = f"images of {height}x{width} are too small for this network; {least}"
         require(min(size) >= 1, "model.name", config.name, allowed)
         self.dtype, self.platform = activation_dtype(config.dtype, platform), platform
         self.whitening = Whitening(channels, init=config.init, dtype=self.dtype, platform=platform, rngs=rngs)
@@ -133,7 +136,9 @@ class Airbench(Network):
         self.blocks = nnx.List(
             Block(c_in, c_out, config, platform=platform, rngs=rngs) for c_in, c_out in itertools.pairwise(widths)
         )
-        inputs = size[0] * size[1] * widths[-1]
+        self.global_pool = config.global_pool
+        inputs = widths[-1] * (1 if self.global_pool else size[0] * size[1])
+        require_size(config.name, image_shape, inputs, num_classes)
         self.logit_scale, kernel_init = (1 / inputs, _unit_std) if config.init == "muon" else (1 / 9, _UNIFORM)
         self.head = nnx.Linear(
             inputs, num_classes, use_bias=False, kernel_init=kernel_init, dtype=self.dtype, rngs=rngs
@@ -150,7 +155,7 @@ class Airbench(Network):
         x = save_input(gelu, self.whitening(x))
         for block in self.blocks:
             x = block(x, training)
-        x = max_pool(x, 3, platform=self.platform).reshape(x.shape[0], -1)
+        x = global_max_pool(x) if self.global_pool else max_pool(x, 3, platform=self.platform).reshape(x.shape[0], -1)
         return self.head(x).astype(jnp.float32) * self.logit_scale
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from cifar_flax.errors import require
 from cifar_flax.models.layers import Conv, dropout
-from cifar_flax.models.network import ModelConfig, Network, activation_dtype
+from cifar_flax.models.network import ModelConfig, Network, activation_dtype, require_size
 from cifar_flax.models.norm import BatchNorm
 
 
@@ -40,6 +40,7 @@ class CNN(Network):
         self.config = config
         self.dtype = activation_dtype(config.dtype, platform)
         flat = ((height - 2) // 2) * ((width - 2) // 2) * config.width
+        require_size(config.name, image_shape, flat, config.hidden)
         glorot = nnx.initializers.glorot_uniform()
         self.conv = Conv(
             channels, config.width, 3, padding="VALID", pool=True, kernel_init=glorot,

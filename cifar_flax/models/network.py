@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from cifar_flax.errors import UserError, require
 from cifar_flax.models.layers import Conv
 
+_MOST_PARAMETERS = 100_000_000  # of the layer that grows with the images: 1.6 GB with gradient and moments of Adam
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -37,6 +38,14 @@ class Network(nnx.Module):
 
     def fit(self, images: Float[Array, "n height width c"]) -> None:
         """Initialize the statistics that depend on the training data, from normalized training images."""
+
+
+def require_size(model: str, image_shape: tuple[int, int, int], inputs: int, outputs: int) -> None:
+    """Raise `ConfigError` if images are too large for a dense layer whose number of `inputs` grows with them."""
+    height, width, _ = image_shape
+    needed = f"images of {height}x{width} need {inputs * outputs:,} parameters in one layer, above {_MOST_PARAMETERS:,}"
+    remedy = "Set a smaller data.image_size, or use resnet18 or airbench with model.global_pool."
+    require(inputs * outputs <= _MOST_PARAMETERS, "model.name", model, f"{needed}. {remedy}")
 
 
 def activation_dtype(name: str, platform: str) -> jnp.dtype:

@@ -1,4 +1,4 @@
-"""Max-pooling over disjoint squares, with the gradient that is fastest on each platform."""
+"""Max-pooling over disjoint squares or whole images, with the gradient that is fastest on each platform."""
 
 import functools
 
@@ -18,6 +18,18 @@ def max_pool(
     differentiation (`jax.jvp`) is not supported.
     """
     return max_of_windows(x, window) if platform == "tpu" else max_with_places(x, window)
+
+
+def global_max_pool(x: Float[Array, "batch height width c"]) -> Float[Array, "batch c"]:
+    """Return the maximum over height and width, which is NaN if any element is. The first maximum gets the gradient.
+
+    Maximum and gradient are selected by the place of the maximum: no compiler can make them disagree by computing `x`
+    a second time with another rounding.
+    """
+    places = x.reshape(x.shape[0], -1, x.shape[-1])
+    number = lax.broadcasted_iota(jnp.int32, places.shape, 1)
+    is_first = number == jnp.argmax(places, axis=1, keepdims=True)
+    return jnp.where(is_first, places, jnp.zeros((), x.dtype)).sum(axis=1)
 
 
 def max_of_windows(x: Float[Array, "batch height width c"], window: int) -> Float[Array, "batch h_out w_out c"]:

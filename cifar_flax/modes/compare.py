@@ -12,8 +12,7 @@ from cifar_flax.errors import require
 from cifar_flax.report import charts, page, results
 from cifar_flax.report.log import Lines, Log, read_log
 from cifar_flax.report.page import NOTHING, Content, Markup, Section, element, join, note, percent
-from cifar_flax.runtime.streams import show
-from cifar_flax.telemetry.console import printable
+from cifar_flax.runtime.streams import printable, show
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ def doctor(config: "Config", workdir: Path) -> None:
     from cifar_flax.diagnosis import devices, run
 
     examination = devices.Examination(config, workdir)
-    print(f"cifar_flax {cifar_flax.__version__}: can a run with {config.data.name} start here?")
+    data = Path(config.data.folder).name or config.data.name
+    print(f"cifar_flax {cifar_flax.__version__}: can a run with {data} start here?")
     # In printing order; a check may use the results of earlier checks.
     checks: list[tuple[str, Check]] = [
         ("python", installation.python),

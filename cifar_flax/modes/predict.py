@@ -21,12 +21,12 @@ from cifar_flax.classifier import Classifier
 from cifar_flax.config import Config
 from cifar_flax.data.images import read_image
 from cifar_flax.data.info import DatasetInfo
-from cifar_flax.errors import UserError, reason, require
+from cifar_flax.data.search import files_below
+from cifar_flax.errors import UserError, require
 from cifar_flax.report import confusion as confusion_matrix
 from cifar_flax.restore import restore
 from cifar_flax.runtime.environment import usable_cores
-from cifar_flax.runtime.streams import show
-from cifar_flax.telemetry.console import printable
+from cifar_flax.runtime.streams import printable, show
 
 _FORMATS = (".csv", ".json", ".jsonl")
 _RUNNERS_UP = 2
@@ -99,32 +99,15 @@ def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Predicti
     class that the folder itself is named after. Links count under their own names.
     """
     classes = {name.casefold(): name for name in class_names}
+    exact = set(class_names)  # two classes may differ in case only
     for path in paths:
         folder = os.path.basename(os.path.abspath(path))
-        for file, error in list(_below(path)) or [(path, "is a folder without files")]:
+        for file, error in list(files_below(path)) or [(path, "is a folder without files")]:
             entry = file.relative_to(path)
-            labels = [classes.get(name.casefold()) for name in (*entry.parent.parts[:1], folder)]
+            labels = [
+                name if name in exact else classes.get(name.casefold()) for name in (*entry.parent.parts[:1], folder)
+            ]
             yield Prediction(file, next(filter(None, labels), None) if entry.parts else None, error=error)
-
-
-def _below(path: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
-    """Yield the files below `path`, or `path` if it is a file, each with ""; and folders that cannot be searched.
-
-    Those come with the reason. `above` are the folders through which the search has come.
-    """
-    if not os.path.isdir(path):
-        yield path, ""
-        return
-    real = os.path.realpath(path)
-    try:
-        if any(Path(one).is_relative_to(real) for one in above):
-            raise OSError("is a link to a folder that contains it")
-        entries = [path / name for name in os.listdir(path) if not name.startswith(".")]
-    except OSError as error:
-        yield path, reason(error)
-        return
-    for entry in sorted(entries, key=lambda entry: (os.path.isdir(entry), entry.name)):
-        yield from _below(entry, (*above, real))
 
 
 def classify(model: Classifier, found: Sequence[Prediction]) -> Iterator[Prediction]:

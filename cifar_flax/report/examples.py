@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from cifar_flax.data.cache import Arrays
 from cifar_flax.report.charts import short
 from cifar_flax.report.page import Content, Markup, element, join, note, percent
+from cifar_flax.runtime.streams import printable
 
 _MISTAKES = 24
 _CLASSES = 20  # maximum number of classes whose hardest images are shown
@@ -99,6 +100,7 @@ def _gallery(
     for i, image, caption in zip(indices, images, captions, strict=True):
         words = f"{arrays.class_names[arrays.labels[i]]} predicted as {arrays.class_names[predicted[i]]}"
         uri = f"data:image/png;base64,{base64.b64encode(png(shrink(image))).decode()}"
-        photo = element("img", src=uri, alt=words, title=f"image {i:,}: {words}")
+        name = printable(arrays.files[i]) if arrays.files else f"image {i:,}"
+        photo = element("img", src=uri, alt=words, title=f"{name}: {words}")
         entries.append(element("li", photo, element("p", *caption, class_="caption")))
     return element("ul", *entries, class_=f"gallery {size}")

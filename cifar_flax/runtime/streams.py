@@ -25,3 +25,8 @@ def show(text: str, *, error: bool = False) -> None:
     """Print `text` to stdout, or to stderr if `error`. Ignore a closed pipe or a full disk, so that runs continue."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return `text`, such as a file name, with control characters replaced by "?"."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -6,11 +6,6 @@ from typing import Any
 from cifar_flax.telemetry.scalars import is_fraction, other_scalars, title
 
 
-def printable(text: str) -> str:
-    """Return `text`, such as a file name, with control characters replaced by "?"."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """Return the metrics of eval.json as a table to print."""
     name_width = max(len("class"), *(len(name) for name in result["per_class"]))

@@ -1,43 +1,26 @@
 """Progress of a training run: a bar on a terminal, otherwise one line per evaluation."""
 
-import sys
 import time
-from typing import Any
 
-from cifar_flax import packages
-from cifar_flax.errors import one_line
 from cifar_flax.runtime import processes
+from cifar_flax.runtime.progress import ProgressBar
 from cifar_flax.telemetry.metrics_log import Metrics
 
 
-class Progress:
+class Progress(ProgressBar):
     """Show a progress bar on a terminal, otherwise one line per evaluation; in the main process only."""
 
     def __init__(self, *, start: int, total: int, epochs: float):
+        super().__init__(total, "step", start)
         self._start, self._total, self._epochs = start, total, epochs
         self._begin = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty() and processes.is_main():
-            try:
-                tqdm = packages.load("tqdm").tqdm
-                self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True)
-            except Exception as error:  # tqdm reads settings from environment variables
-                processes.log(f"no progress bar: {one_line(error)}")
         self._train: Metrics = {}
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def advance(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
 
     def show_training(self, metrics: Metrics) -> None:
         self._train = metrics
-        if self._bar is not None:
-            self._bar.set_description(f"epoch {metrics['epoch']:.1f}/{self._epochs:g}", refresh=False)
-            self._bar.set_postfix_str(f"{_training(metrics)}, {metrics['images_per_second']:,.0f} images/s")
+        if self.tqdm is not None:
+            self.tqdm.set_description(f"epoch {metrics['epoch']:.1f}/{self._epochs:g}", refresh=False)
+            self.tqdm.set_postfix_str(f"{_training(metrics)}, {metrics['images_per_second']:,.0f} images/s")
 
     def show_evaluation(self, metrics: Metrics) -> None:
         train, step = self._train, metrics["step"]
@@ -53,7 +36,7 @@ class Progress:
                 f"{train['input_wait_fraction']:.2%} of the time waiting for input",
                 f"{left:.0f} s left",
             ]
-        write = processes.log if self._bar is None else self._bar.write
+        write = processes.log if self.tqdm is None else self.tqdm.write
         write(" | ".join(columns))
 
 

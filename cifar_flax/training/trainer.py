@@ -11,7 +11,7 @@ import numpy as np
 
 from cifar_flax import models, packages
 from cifar_flax.config import Config
-from cifar_flax.data import order, pipelines, resident, sources
+from cifar_flax.data import folder, order, pipelines, resident, sources
 from cifar_flax.data.batches import GROUP, empty_batch, empty_indices, to_device
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError, require
@@ -52,8 +52,14 @@ class Trainer:
         if self.arrays.dataset != eval_arrays.dataset:
             both = f"{self.arrays.dataset} and {eval_arrays.dataset}"
             raise UserError(f"data.name={config.data.name!r}: the train and the evaluation split are of {both}")
-        self.info = DatasetInfo.of(self.arrays, self.examples, config.augment.normalization)
+        self.info = dataclasses.replace(
+            DatasetInfo.of(self.arrays, self.examples, config.augment.normalization),
+            checksum=self.arrays.checksum(),
+            eval_checksum=eval_arrays.checksum(),
+        )
         self.info.check(eval_arrays)
+        if config.data.folder and (copies := folder.duplicates(self.arrays, eval_arrays)):
+            processes.log(copies)
         self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
         self.pipeline = pipelines.resolve(config.data.pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes)
@@ -87,12 +93,19 @@ class Trainer:
 
     def require_same_data(self, saved: dict[str, Any]) -> None:
         """Raise `UserError` unless `saved`, the metadata of a checkpoint, describes the same data."""
-        was = DatasetInfo.from_dict(saved)
+        was, changes = DatasetInfo.from_dict(saved), []
         for field in dataclasses.fields(was):
             before, now = getattr(was, field.name), getattr(self.info, field.name)
-            if before != now and field.name in saved:
-                change = f"{field.name}: {before} in the checkpoint, {now} in the data"
-                raise UserError(f"the checkpoint was trained on other data ({change}); choose another --workdir")
+            if field.name in ("checksum", "eval_checksum"):
+                split = self.config.data.train_split if field.name == "checksum" else self.config.data.eval_split
+                changes += [f"images or labels of the {split} split"] * (before not in ("", now))
+            elif before != now and field.name in saved:
+                changes.append(f"{field.name}: {before} in the checkpoint, {now} in the data")
+        if changes:
+            raise UserError(
+                f"the data has changed since the checkpoint was saved ({changes[0]}); "
+                "restore the data, or choose another --workdir"
+            )
 
     def inputs(self, seed: int, start: int) -> Iterator[Call]:
         """Yield the calls from step `start` on, with their inputs in device memory."""

@@ -1,0 +1,76 @@
+"""The settings of the data, and the folder of decoded arrays."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cifar_flax import files
+from cifar_flax.data.order import SAMPLING
+from cifar_flax.data.pipelines import PIPELINES
+from cifar_flax.errors import require
+from cifar_flax.paths import local_path
+
+# Names become folders in the cache, so they must not contain "..".
+_NAME = r"\w[\w-]*(/\w[\w.+-]*)?(:\d+(\.\d+)*)?"
+_SPLIT = r"\w[\w-]*"
+FOLDER_SIDES = (16, 256)  # smallest and largest data.image_size of a folder, in pixels
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    name: str = "cifar10"  # digits, or a TFDS image-classification set such as cifar100, svhn_cropped or mnist:3.0.1
+    data_dir: str = ""  # folder of the data, such as that of TFDS; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
+    folder: str = ""  # folder of class folders, or of train and test with class folders, to read instead of data.name
+    archive: str = ""  # path of cifar-10-binary.tar.gz or of the folder it unpacks to, to read instead of TFDS
+    cache_dir: str = ""  # folder of decoded arrays; "" is cifar_flax in the user's cache folder
+    image_size: int = 0  # height and width in pixels that images are resized to; 0 keeps their size (folder: 64)
+    train_split: str = "train"  # split to train on
+    eval_split: str = "test"  # split to evaluate on
+    test_fraction: float = 0.2  # fraction of the files of a folder without train and test that are the test split
+    max_bad_fraction: float = 0.01  # fraction of unreadable files in a folder that stops a run, if more than five
+    validation_fraction: float = 0.0  # fraction of the train split that is held out for validation
+    sampling: str = "shuffled"  # shuffled: each example once per epoch | balanced: each class equally often
+    pipeline: str = "auto"  # streaming (tf.data) | resident (data in device memory) | auto: by device, see Devices
+    drop_last: bool = False  # drop the incomplete last batch of an epoch; otherwise batches span epoch boundaries
+
+    def validate(self) -> None:
+        fraction = self.validation_fraction
+        require(self.pipeline in PIPELINES, "data.pipeline", self.pipeline, f"must be one of {', '.join(PIPELINES)}")
+        require(self.sampling in SAMPLING, "data.sampling", self.sampling, f"must be one of {', '.join(SAMPLING)}")
+        require(0 <= fraction < 1, "data.validation_fraction", fraction, "must be in [0, 1)")
+        require(
+            self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8"
+        )
+        require(bool(re.fullmatch(_NAME, self.name)), "data.name", self.name, "must look like cifar10 or cifar10:3.0.2")
+        for field, split in (("train_split", self.train_split), ("eval_split", self.eval_split)):
+            require(bool(re.fullmatch(_SPLIT, split)), f"data.{field}", split, "must be a name such as test")
+        fits = self.eval_split != self.train_split
+        require(fits, "data.eval_split", self.eval_split, "must not be the split to train on")
+        require(0 < self.test_fraction < 1, "data.test_fraction", self.test_fraction, "must be above 0 and below 1")
+        bad = self.max_bad_fraction
+        require(0 <= bad <= 1, "data.max_bad_fraction", bad, "must be in [0, 1]")
+        if self.folder:
+            smallest, largest = FOLDER_SIDES
+            fits, allowed = smallest <= self.side <= largest, f"must be {smallest} to {largest} for data.folder"
+            require(fits, "data.image_size", self.image_size, allowed)
+            require(not self.archive, "data.archive", self.archive, "must be empty if data.folder is set")
+        require(self.name != "folder" or bool(self.folder), "data.folder", self.folder, "must be the path of a folder")
+        if self.archive:
+            require(self.name == "cifar10", "data.name", self.name, "must be cifar10 if data.archive is set")
+
+    @property
+    def side(self) -> int:
+        """Return the height and width in pixels of the images of a folder."""
+        return self.image_size or 64
+
+
+def cache_dir(config: DataConfig) -> Path:
+    """Return the folder of decoded arrays; it may not exist."""
+    return local_path("data.cache_dir", config.cache_dir) if config.cache_dir else files.user_cache()
+
+
+def require_splits(config: DataConfig, splits: Iterable[str]) -> None:
+    """Raise `ConfigError` unless both splits of the config exist, before one of them is decoded."""
+    for field, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split)):
+        require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")

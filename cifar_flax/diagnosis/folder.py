@@ -1,0 +1,90 @@
+"""Check a folder of images, and estimate the memory and the time of a run on it."""
+
+import contextlib
+import io
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from cifar_flax import packages
+from cifar_flax.config import Config
+from cifar_flax.data import folder
+from cifar_flax.data.class_folders import Listing, find
+from cifar_flax.diagnosis.installation import NOTE, OK, Finding
+from cifar_flax.runtime.streams import printable
+from cifar_flax.training.trainer import Trainer
+
+_CLASSES = 50  # whose numbers of images are listed
+_OPENED = 1000  # files whose sizes in pixels are read
+_SECONDS = 3.0  # of training that the time of a run is estimated from
+
+
+def contents(config: Config) -> Iterator[Finding]:
+    """Decode `data.folder` into the cache, as a run does, and report classes, sizes and files that cannot be read."""
+    data = config.data
+    listing = find(data)
+    with contextlib.redirect_stdout(io.StringIO()):  # the findings cover what a run prints
+        splits = {split: folder.decoded(data, split, listing) for split in listing.splits}
+    train, test = splits.values()
+    names = train.class_names
+    counts = [np.bincount(arrays.labels, minlength=len(names)) for arrays in (train, test)]
+    each = [f"{name} {here:,} + {there:,}" for name, here, there in zip(names, *counts, strict=True)]
+    more = f", and {len(each) - _CLASSES:,} more" if len(each) > _CLASSES else ""
+    both = f"{data.train_split} + {data.eval_split}"
+    yield Finding(OK, f"{len(names):,} classes ({both}): {printable(', '.join(each[:_CLASSES]))}{more}")
+    yield Finding(OK, f"decoded to {data.side}x{data.side} pixels, {(train.nbytes + test.nbytes) / 1e6:,.0f} MB")
+    yield Finding(OK, _sizes(listing))
+    for split, arrays in splits.items():
+        if arrays.skipped:
+            count = f"{len(arrays.skipped):,} {split} files cannot be read"
+            yield Finding(NOTE, f"{count}: {'; '.join(folder.unreadable(arrays))}")
+        folder.require_few_unreadable(data, split, arrays)
+    if copies := folder.duplicates(train, test):
+        yield Finding(NOTE, copies)
+    smallest, largest = (int(end(counts[0])) for end in (np.min, np.max))
+    if largest >= 3 * smallest:
+        times = f"the largest class has {largest / smallest:.1f} times the images of the smallest"
+        yield Finding(NOTE, f"{times}; data.sampling=balanced or train.class_weights=balanced may help")
+
+
+def _sizes(listing: Listing) -> str:
+    Image = packages.load("pillow")
+    paths = [path for split in listing.splits.values() for path, _ in split.files]
+    sizes = []
+    for path in paths[:: -(-len(paths) // _OPENED)]:
+        try:
+            with Image.open(listing.root / path) as image:
+                sizes.append(image.size)
+        except Exception:  # decoding has reported it
+            continue
+    width, height = np.median(sizes, axis=0)
+    ends = [min(sizes, key=np.prod), max(sizes, key=np.prod)]
+    shown = " to ".join(f"{columns}x{rows}" for columns, rows in ends)
+    return f"images of {shown} pixels, median {width:.0f}x{height:.0f} ({len(sizes):,} files)"
+
+
+def estimate(trainer: Trainer) -> Iterator[Finding]:
+    """Compile the training step and run it for some seconds; report the memory and the time that a run needs."""
+    state, total = trainer.initial_state, trainer.total_steps
+    calls = trainer.compile(state)
+    needed = calls.program(0).memory_analysis()
+    if needed is not None:
+        size = needed.argument_size_in_bytes + needed.temp_size_in_bytes
+        yield Finding(OK, f"a training step needs {size / 1e6:,.0f} MB of memory, besides JAX itself")
+    begin, first, done = time.perf_counter(), 0, 0
+    for call in trainer.inputs(trainer.config.seed, 0):
+        state = jax.block_until_ready(calls(state, call)[0])
+        done = call.stop
+        if not first and done < total:  # the first call may take longer
+            begin, first = time.perf_counter(), done
+        elif time.perf_counter() - begin > _SECONDS:
+            break
+    seconds = (time.perf_counter() - begin) / (done - first) * total
+    yield Finding(OK, f"training takes about {_duration(seconds)} without evaluations ({total:,} steps)")
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
