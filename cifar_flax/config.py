@@ -28,6 +28,7 @@ class TrainConfig:
     batch_size: int = 128  # images per step, on all devices together
     epochs: float = 10.0  # passes over the training examples; may be fractional
     label_smoothing: float = 0.0  # fraction of the target that is spread evenly over all classes
+    class_weights: str = "none"  # none | balanced: weight the loss of each class inversely to its number of examples
     log_every: int = 50  # steps between two training lines in metrics.jsonl
     sync_batchnorm: bool = True  # BatchNorm statistics over the batch of all devices; False: per device
     init_from: str = ""  # workdir of another run whose matching weights are the initial ones; "": random weights
@@ -44,6 +45,8 @@ class TrainConfig:
         fits = self.freeze == "none" or self.init_from != ""
         require(fits, "train.freeze", self.freeze, "needs train.init_from, the run whose backbone is kept")
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "must be in [0, 1)")
+        weights = self.class_weights
+        require(weights in ("none", "balanced"), "train.class_weights", weights, "must be none or balanced")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,6 +98,8 @@ class Config:
             part: Any = getattr(self, member.name)
             if hasattr(part, "validate"):
                 part.validate()
+        weights, allowed = self.train.class_weights, "must be none if data.sampling is balanced: use one of them"
+        require(weights == "none" or self.data.sampling == "shuffled", "train.class_weights", weights, allowed)
         warmup, allowed = self.optim.warmup_epochs, f"must be shorter than the run of {self.train.epochs:g} epochs"
         require(warmup <= self.train.epochs, "optim.warmup_epochs", warmup, allowed)
         whitening = self.optim.whitening

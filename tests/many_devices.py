@@ -119,6 +119,13 @@ def test_losses_do_not_depend_on_the_layout(reference, backend, devices):
     )
 
 
+def test_class_weights_do_not_depend_on_the_layout(reference):
+    """The devices' rows have different sums of weights."""
+    one, several = (result(*layout, class_weights="balanced")[1] for layout in (("jit", 1), ("shard_map", 8)))
+    np.testing.assert_allclose(one, several, rtol=1e-5)
+    assert abs(one[0] / reference[1][0] - 1) > 1e-4
+
+
 @pytest.mark.parametrize(("backend", "devices"), LAYOUTS)
 def test_next_row_is_that_of_the_whole_batch(backend, devices):
     task, state = build(backend, devices)

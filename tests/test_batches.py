@@ -41,11 +41,13 @@ def single_steps(examples, *, start, stop, **arguments):
     ("start", "ends", "drop_last"),
     [(0, range(1, 13), False), (3, range(4, 13), False), (3, (6, 9, 12), True), (2, (3, 7, 9, 12), False)],
 )
-def test_pipelines_agree_byte_for_byte(streaming, start, ends, drop_last):
+@pytest.mark.parametrize("balanced", [False, True])
+def test_pipelines_agree_byte_for_byte(streaming, start, ends, drop_last, balanced):
     """Calls may have different numbers of steps; the rows that are left are masked."""
     arrays = make_arrays(30)
     examples = np.arange(5, 30, dtype=np.int32)
-    arguments = {"batch_size": 8, "seed": 7, "start": start, "stop": 12, "drop_last": drop_last}
+    classes = arrays.labels[examples] if balanced else None
+    arguments = {"batch_size": 8, "seed": 7, "start": start, "stop": 12, "drop_last": drop_last, "classes": classes}
     streamed = list(streaming.training_batches(arrays, examples, **arguments))
     calls = list(resident.training_indices(examples, ends=ends, steps_per_call=4, **arguments))
     on_device = resident.put(arrays, make_layout(ParallelConfig()))
@@ -57,7 +59,7 @@ def test_pipelines_agree_byte_for_byte(streaming, start, ends, drop_last):
     rows = [Indices(*row) for call in calls for row in zip(call.index, call.epoch, call.mask, strict=True)]
     rows = [row for row in rows if row.mask.any()]
     gathered = [compiled(on_device.images, on_device.labels, row) for row in rows]
-    index, epoch = order.indices(7, examples, 8, start, 12, drop_last)
+    index, epoch = order.indices(7, examples, 8, start, 12, drop_last, classes)
     assert len(streamed) == len(gathered) == 12 - start
     for step, batches in enumerate(zip(streamed, gathered, strict=True)):
         expected = Batch(

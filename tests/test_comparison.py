@@ -55,6 +55,17 @@ def test_table_of_metrics(tmp_path, folders, results, capsys):
         assert part in printed
 
 
+def test_means_over_classes_are_columns_which_older_results_lack(tmp_path, results):
+    names = {"balanced accuracy": "balanced_accuracy", "macro F1": "macro_f1"}
+    older = {name: value for name, value in results[1].items() if name not in names.values()}
+    compare([made_up.run(tmp_path / "a", results[0]), made_up.run(tmp_path / "b", older)], tmp_path / "page.html")
+    header, new, old = pages.table(pages.read(tmp_path / "page.html"), "Metrics of the runs")
+    for title, name in names.items():
+        assert header.count(title) == 1
+        assert plain(new[header.index(title)]) == f"{results[0][name]:.2%}"
+        assert plain(old[header.index(title)]) == "-"
+
+
 def test_curves_of_all_runs(tmp_path, folders):
     compare(folders, tmp_path / "page.html")
     page = pages.read(tmp_path / "page.html")

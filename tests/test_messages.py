@@ -51,6 +51,12 @@ SAVED = [
     ({"train": {"patience": 1}}, "train.patience=1: needs data.validation_fraction"),
     ({"train": {"freeze": "head"}}, "train.freeze='head': must be none or backbone"),
     ({"train": {"freeze": "backbone"}}, "train.freeze='backbone': needs train.init_from"),
+    ({"data": {"sampling": "random"}}, "data.sampling='random': must be one of shuffled, balanced"),
+    ({"train": {"class_weights": "inverse"}}, "train.class_weights='inverse': must be none or balanced"),
+    (
+        {"data": {"sampling": "balanced"}, "train": {"class_weights": "balanced"}},
+        "train.class_weights='balanced': must be none if data.sampling is balanced",
+    ),
     ({"eval": {"checkpoint": "best"}}, "eval.checkpoint='best': needs checkpoint.keep_best"),
     ([], "config=[]: must be a JSON object"),
     # Settings of the optimizer.

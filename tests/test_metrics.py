@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
 
 from cifar_flax.data.batches import InputTimer
 from cifar_flax.errors import UserError
@@ -43,6 +50,19 @@ def test_metrics_equal_those_of_scikit_learn():
     for i, name in enumerate(CLASSES):
         row = result["per_class"][name]
         assert (row["precision"], row["recall"], row["f1"]) == pytest.approx((precision[i], recall[i], f1[i]))
+    assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(LABELS, prediction))
+    assert result["macro_f1"] == pytest.approx(f1_score(LABELS, prediction, average="macro"))
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_means_over_classes_leave_out_absent_ones():
+    """Classes 2 to 4 have examples. Class 0 is predicted only, class 4 is never predicted, 1, 5 and 6 are absent."""
+    labels = (2 + np.arange(300) % 3).astype(np.int32)
+    logits = np.where(np.isin(np.arange(7), [0, 2, 3]), LOGITS, -99)
+    result, prediction = evaluate(logits, labels), logits.argmax(axis=1)
+    assert set(prediction) == {0, 2, 3}
+    assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, prediction))
+    assert result["macro_f1"] == pytest.approx(f1_score(labels, prediction, average="macro"))
 
 
 def test_calibration_error_equals_its_definition():
@@ -119,7 +139,7 @@ def test_step_metrics_of_any_name_are_averaged():
     assert line["skipped_steps"] == 1
 
 
-@pytest.mark.parametrize("name", ["epoch", "split", "images_per_second", "accuracy", "grad_norm/head"])
+@pytest.mark.parametrize("name", ["epoch", "split", "macro_f1", "accuracy", "grad_norm/head"])
 def test_names_of_additional_metrics_must_be_new_identifiers(name):
     with pytest.raises(UserError, match=f"metric '{name}'"):
         metrics.require_new_names({"grad_norm", name})

@@ -54,6 +54,8 @@ def test_report_contains_the_results_of_the_evaluation(tmp_path):
         f" {100 * low:.2f} to {high:.2%}",
         f"{result['accuracy'] * 70:.0f} of 70 ",
         f"top-5 accuracy{result['top5_accuracy']:.2%}",
+        f"balanced accuracy{result['balanced_accuracy']:.2%}",
+        f"macro F1{result['macro_f1']:.2%}",
         f"loss{result['loss']:.4f}",
         f"calibration error{result['expected_calibration_error']:.2%}",
     ):

@@ -30,7 +30,7 @@ class Batch:
     image: UInt8[Any, "*devices batch height width channels"]
     label: Int32[Any, "*devices batch"]
     index: Int32[Any, "*devices batch"]  # of the example in its split; with epoch, it seeds the augmentation
-    epoch: Int32[Any, "*devices batch"]
+    epoch: Int32[Any, "*devices batch"]  # or, with balanced sampling, how often the example was drawn before
     mask: Bool[Any, "*devices batch"]  # False: padding, which must not count
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_flax import files
+from cifar_flax.data.order import SAMPLING
 from cifar_flax.data.pipelines import PIPELINES
 from cifar_flax.errors import require
 from cifar_flax.paths import local_path
@@ -29,12 +30,14 @@ class DataConfig:
     test_fraction: float = 0.2  # fraction of the files of a folder without train and test that are the test split
     max_bad_fraction: float = 0.01  # fraction of unreadable files in a folder that stops a run, if more than five
     validation_fraction: float = 0.0  # fraction of the train split that is held out for validation
+    sampling: str = "shuffled"  # shuffled: each example once per epoch | balanced: each class equally often
     pipeline: str = "auto"  # streaming (tf.data) | resident (data in device memory) | auto: by device, see Devices
     drop_last: bool = False  # drop the incomplete last batch of an epoch; otherwise batches span epoch boundaries
 
     def validate(self) -> None:
         fraction = self.validation_fraction
         require(self.pipeline in PIPELINES, "data.pipeline", self.pipeline, f"must be one of {', '.join(PIPELINES)}")
+        require(self.sampling in SAMPLING, "data.sampling", self.sampling, f"must be one of {', '.join(SAMPLING)}")
         require(0 <= fraction < 1, "data.validation_fraction", fraction, "must be in [0, 1)")
         require(
             self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8"

@@ -26,6 +26,7 @@ class DatasetInfo:
     std: tuple[float, ...]  # likewise
     checksum: str = ""  # of images and labels of the whole train split; "" in checkpoints of earlier releases
     eval_checksum: str = ""  # likewise of the evaluation split
+    class_counts: tuple[int, ...] = ()  # training examples of each class; () in checkpoints of earlier releases
 
     @classmethod
     def of(cls, arrays: Arrays, examples: Int32[np.ndarray, " n"], normalization: str) -> "DatasetInfo":
@@ -44,6 +45,7 @@ class DatasetInfo:
             num_examples=len(examples),
             mean=mean,
             std=std,
+            class_counts=tuple(np.bincount(arrays.labels[examples], minlength=len(arrays.class_names)).tolist()),
         )
 
     @classmethod

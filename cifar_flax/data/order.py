@@ -1,12 +1,16 @@
 """Sampling order: the example at each position of training, a pure function of seed, epoch and position."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-# Philox key of the validation split. Seeds are below 2**32, so that no run shuffles with this key.
+SAMPLING = ("shuffled", "balanced")
+
+# Philox keys. Seeds are below 2**32, so that no run shuffles epochs with the key of the validation split or of a class.
 _VALIDATION_KEY = 0x76616C6964
+_CLASS_KEYS = 2**40  # factor of the number of a class, counted from 1
 
 
 def permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, " size"]:
@@ -36,19 +40,61 @@ def total_steps(epochs: float, num_examples: int, batch_size: int, drop_last: bo
 
 
 def indices(
-    seed: int, examples: Int[np.ndarray, " n"], batch_size: int, start: int, stop: int, drop_last: bool = False
+    seed: int,
+    examples: Int[np.ndarray, " n"],
+    batch_size: int,
+    start: int,
+    stop: int,
+    drop_last: bool = False,
+    classes: Int[np.ndarray, " n"] | None = None,
 ) -> tuple[Int[np.ndarray, "steps batch"], Int[np.ndarray, "steps batch"]]:
     """Return the example and the epoch of each row of the batches of steps `start` to `stop - 1`.
+
+    No pair of example and epoch occurs twice, so that they can seed the random numbers of the row.
 
     Position `p = step * batch_size + i` belongs to epoch `p // n`, and each epoch has its own permutation of
     `examples`. Batches span epoch boundaries, so no example is dropped. With `drop_last`, n is `epoch_images`, and the
     rest of each permutation is dropped. Earlier steps are not computed.
+
+    With `classes`, the labels of `examples`, each class is equally frequent. The permutation of an epoch is then of n
+    draws, which take the classes in turn; the draws of a class go through its examples again and again, each time in
+    another order. The epoch of a row is the number of times that its example was drawn before.
     """
     size = epoch_images(len(examples), batch_size, drop_last)
     position = np.arange(start * batch_size, stop * batch_size, dtype=np.int64)
     epoch = (position // size).astype(np.int32)
-    index = np.empty(len(position), np.int32)
+    index, visit = np.empty(len(position), np.int32), epoch.copy()
+    by_class: list[np.ndarray] = []
+    if classes is not None:
+        by_label = np.argsort(classes, kind="stable")
+        by_class = np.split(examples[by_label], np.unique(classes[by_label], return_index=True)[1][1:])
     for e in range(start * batch_size // size, -(-stop * batch_size // size)):
         here = slice(*np.searchsorted(epoch, [e, e + 1]))
-        index[here] = examples[permutation(seed, e, len(examples))[position[here] - e * size]]
-    return index.reshape(-1, batch_size), epoch.reshape(-1, batch_size)
+        draw = permutation(seed, e, len(examples))[position[here] - e * size]
+        if classes is None:
+            index[here] = examples[draw]
+        else:
+            index[here], visit[here] = _balanced(seed, by_class, e * len(examples) + draw.astype(np.int64))
+    return index.reshape(-1, batch_size), visit.reshape(-1, batch_size)
+
+
+def _balanced(
+    seed: int, by_class: Sequence[Int[np.ndarray, " _"]], draw: Int[np.ndarray, " draws"]
+) -> tuple[Int[np.ndarray, " draws"], Int[np.ndarray, " draws"]]:
+    """Return the example of each draw, and the number of times that it was drawn before.
+
+    Draw d is of class `d % k` of k and takes the next example of this class. Each order in which a class goes through
+    its examples is a function of the seed, the class and the number of earlier orders alone.
+    """
+    turn, label = np.divmod(draw, len(by_class))
+    index, visit = np.empty(len(draw), np.int32), np.empty(len(draw), np.int32)
+    rows = np.split(np.argsort(label, kind="stable"), np.cumsum(np.bincount(label, minlength=len(by_class)))[:-1])
+    for number, (examples, here) in enumerate(zip(by_class, rows, strict=True)):
+        if len(here):
+            visit[here], place = np.divmod(turn[here], len(examples))
+            first, last = int(visit[here].min()), int(visit[here].max())
+            width = -(-len(examples) // 4)  # Philox yields four numbers for each value of its counter
+            stream = np.random.Philox(key=[seed + (number + 1) * _CLASS_KEYS, 0], counter=first * width)
+            raw = stream.random_raw((last - first + 1) * width * 4).reshape(-1, width * 4)[:, : len(examples)]
+            index[here] = examples[np.argsort(raw, axis=1, kind="stable")[visit[here] - first, place]]
+    return index, visit

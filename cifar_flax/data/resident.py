@@ -1,6 +1,7 @@
 """Training from device memory: the split is copied to each device once, and compiled steps gather their batches."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -52,19 +53,21 @@ def training_indices(
     ends: Iterable[int],
     steps_per_call: int,
     rows: slice = slice(None),
+    classes: Int32[np.ndarray, " n"] | None = None,
 ) -> Iterator[Indices]:
     """Yield the indices of each call from step `start` to step `stop`, at most `steps_per_call` steps per call.
 
     `ends` are the numbers of finished steps after each call. Of each batch, yield only `rows`. The arrays have
-    `steps_per_call` rows; masked zeros fill those of shorter calls.
+    `steps_per_call` rows; masked zeros fill those of shorter calls. `classes`, the labels of `examples`, balances the
+    classes.
 
     Shuffling takes the host milliseconds per epoch. Each epoch is shuffled when it is needed, while the device still
     trains on the previous one.
     """
     per_epoch = max(order.epoch_images(len(examples), batch_size, drop_last) // batch_size, 1)
+    draw = functools.partial(order.indices, seed, examples, batch_size, drop_last=drop_last, classes=classes)
     steps = itertools.chain.from_iterable(
-        zip(*order.indices(seed, examples, batch_size, begin, min(begin + per_epoch, stop), drop_last), strict=True)
-        for begin in range(start, stop, per_epoch)
+        zip(*draw(begin, min(begin + per_epoch, stop)), strict=True) for begin in range(start, stop, per_epoch)
     )
     for begin, end in itertools.pairwise(itertools.chain([start], ends)):
         call = empty_indices(steps_per_call, len(range(batch_size)[rows]))

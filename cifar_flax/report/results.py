@@ -12,7 +12,7 @@ from cifar_flax.errors import require
 from cifar_flax.report import charts
 from cifar_flax.report.log import Log
 from cifar_flax.report.page import NOTHING, Markup, percent
-from cifar_flax.telemetry.scalars import other_scalars, title
+from cifar_flax.telemetry.scalars import is_fraction, other_scalars, title
 from cifar_flax.training import metrics
 
 Result = Mapping[str, Any]  # content of eval.json
@@ -65,14 +65,17 @@ def difference(result: Result, reference: Result) -> str:
 
 def other_metrics(result: Result) -> dict[str, str]:
     """Return title -> value of the scalar metrics that not every evaluation has."""
-    return {title(name): f"{value:.4g}" for name, value in other_scalars(result).items()}
+    return {
+        title(name): percent(value) if is_fraction(name) else f"{value:.4g}"
+        for name, value in other_scalars(result).items()
+    }
 
 
 def metric_chart(name: str, lines: Sequence[charts.Line], split: str = "") -> Markup:
     """Return a chart of the metric `name`, a column of metrics.jsonl, in `split`."""
     heading = title(name)
     heading = heading[:1].upper() + heading[1:] + (f", {split}" if split else "")
-    show = charts.percentage if name.endswith("accuracy") else charts.number
+    show = charts.percentage if is_fraction(name) else charts.number
     return charts.line_chart(heading, lines, show=show)
 
 

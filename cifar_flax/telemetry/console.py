@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cifar_flax.telemetry.scalars import other_scalars, title
+from cifar_flax.telemetry.scalars import is_fraction, other_scalars, title
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
@@ -18,7 +18,10 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
         f"  top-5 accuracy              {result['top5_accuracy']:.2%}",
         f"  loss                        {result['loss']!r}",
         f"  expected calibration error  {result['expected_calibration_error']!r}",
-        *(f"  {title(name):26}  {value!r}" for name, value in other_scalars(result).items()),
+        *(
+            f"  {title(name):26}  {f'{value:.2%}' if is_fraction(name) else repr(value)}"
+            for name, value in other_scalars(result).items()
+        ),
         "",
         f"  {'class':{name_width}}  precision  recall      F1",
     ]

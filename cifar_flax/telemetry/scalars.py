@@ -12,6 +12,7 @@ _RESERVED = {
     "step", "epoch", "split", "dataset", "tta", "tta_below", "learning_rate", "images_per_second",
     "input_wait_fraction", "skipped_steps", "checkpoint_blocked_seconds", "num_examples", "accuracy", "calibration",
     "calibration_error", "expected_calibration_error", "per_class", "confusion_matrix",
+    "balanced_accuracy", "macro_f1",
 }  # fmt: skip
 
 
@@ -34,4 +35,9 @@ def other_scalars(result: Mapping[str, Any]) -> dict[str, float]:
 
 def title(name: str) -> str:
     """Return the name of a metric as text: "grad_norm" becomes "grad norm", "top5_accuracy" "top-5 accuracy"."""
-    return name.replace("top5", "top-5").replace("_", " ")
+    return name.replace("top5", "top-5").replace("_f1", "_F1").replace("_", " ")
+
+
+def is_fraction(name: str) -> bool:
+    """Return whether a metric is printed and plotted as a percentage: an accuracy or F1."""
+    return name.endswith(("accuracy", "_f1"))

@@ -71,7 +71,8 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
 
     `confusion_matrix[i][j]` counts examples of class i that were classified as class j. `calibration` has, for each bin
     of `expected_calibration_error`, the number of examples, their mean confidence and their accuracy. Precision is 0
-    for classes that are never predicted, and recall is 0 for classes without examples.
+    for classes that are never predicted, and recall is 0 for classes without examples. `balanced_accuracy` is the mean
+    recall of the classes with examples; `macro_f1` is the mean F1 of the classes with examples or predictions.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2 (expected calibration error).
     """
@@ -81,6 +82,7 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
     precision = correct / np.maximum(confusion.sum(axis=0), 1)
     recall = correct / np.maximum(confusion.sum(axis=1), 1)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    has_examples = confusion.sum(axis=1) > 0
     # |accuracy - confidence| of each bin, weighted by its fraction of the examples.
     calibration_error = np.abs(sums["bin_correct"] - sums["bin_confidence"]).sum() / count
     require_new_names(sums.keys() - _SUMS)
@@ -92,6 +94,8 @@ def summarize(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Any]:
     return {
         "num_examples": count,
         "accuracy": int(correct.sum()) / count,
+        "balanced_accuracy": float(recall[has_examples].mean()),
+        "macro_f1": float(f1[has_examples | (confusion.sum(axis=0) > 0)].mean()),
         **means,
         "expected_calibration_error": float(calibration_error),
         "calibration": [

@@ -39,6 +39,15 @@ def checked_layout(config: Config, devices: Sequence[jax.Device] | None = None) 
     return layout
 
 
+def _class_weights(counts: Sequence[int]) -> tuple[float, ...]:
+    """Return n / (k n_c) for a class with n_c of the n training examples, if k classes have any; otherwise 0.
+
+    The mean over the training examples is 1. Source: King and Zeng 2001, "Logistic Regression in Rare Events Data"
+    (weighting).
+    """
+    return tuple(sum(counts) / (np.count_nonzero(counts) * count) if count else 0.0 for count in counts)
+
+
 def setup(
     config: Config, info: DatasetInfo, devices: Sequence[jax.Device] | None = None, *, platform: str | None = None
 ) -> tuple[Task, Init]:
@@ -87,6 +96,7 @@ def setup(
         augment=config.augment,
         num_classes=len(info.class_names),
         label_smoothing=config.train.label_smoothing,
+        class_weights=_class_weights(info.class_counts) if config.train.class_weights == "balanced" else (),
         averaging=config.averaging,
         total_steps=steps,
         layout=layout,

@@ -63,6 +63,7 @@ class Task:
     skip_nonfinite: bool = False  # whether to skip the update if the loss, the gradient or the new state is not finite
     param_groups: PyTree[str] = ()  # the optimizer group of each parameter
     frozen_from: Mapping[str, int] = field(default_factory=dict)  # group -> number of steps after which it is frozen
+    class_weights: tuple[float, ...] = ()  # factor of the loss of the examples of each class; (): 1
     frozen: frozenset[str] = frozenset()  # groups that have no gradient; `phases` sets them
 
 
@@ -89,8 +90,8 @@ def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array,
 def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Shaped[Array, ""]]]:
     """Take one training step; return the new state and the metrics of the step, each a scalar.
 
-    `loss` (with label smoothing) and `accuracy` are means over the batch of all devices, augmented and with dropout.
-    If augmentation mixes targets, `loss` uses the mixed ones, but `accuracy` the example's own label.
+    `loss` (with label smoothing and class weights) and `accuracy` are means over the batch of all devices, augmented
+    and with dropout. If augmentation mixes targets, `loss` uses the mixed ones, but `accuracy` the example's own label.
     `finite` is whether the loss and the gradient are finite; with `task.skip_nonfinite`, also the new state. Any other
     metric in the returned dict is logged and plotted as its mean over the steps; it must be equal on all devices.
     """
@@ -106,6 +107,9 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
         next_row=functools.partial(next_row, task),
     )
     target = optax.smooth_labels(jax.nn.one_hot(batch.label, task.num_classes), task.label_smoothing)
+    if task.class_weights:
+        # Before the augmentation, so that each of two images that it mixes has the weight of its own class.
+        target *= jnp.asarray(task.class_weights)[batch.label][:, None]
     image, target = augment(Examples(batch.image, target), context, task.mean, task.std)
 
     # In evaluation mode, a frozen backbone keeps its statistics and has no dropout.

@@ -72,6 +72,7 @@ class Trainer:
                     raise
                 self.pipeline, self.no_streaming = "resident", f"data.pipeline is resident: {error}"
         processes.require_agreement(data=self.arrays.digest(), pipeline=self.pipeline)
+        self._classes = self.arrays.labels[self.examples] if config.data.sampling == "balanced" else None
         # Copied to the devices once, for all seeds.
         size = models.network_class(config.model).sample_size
         sample = self.layout.replicate(self.arrays.images[self.examples[:size]]) if size else None
@@ -98,7 +99,7 @@ class Trainer:
             if field.name in ("checksum", "eval_checksum"):
                 split = self.config.data.train_split if field.name == "checksum" else self.config.data.eval_split
                 changes += [f"images or labels of the {split} split"] * (before not in ("", now))
-            elif before != now:
+            elif before != now and field.name in saved:
                 changes.append(f"{field.name}: {before} in the checkpoint, {now} in the data")
         if changes:
             raise UserError(
@@ -114,6 +115,7 @@ class Trainer:
             "seed": seed,
             "start": start,
             "stop": self.total_steps,
+            "classes": self._classes,
             "rows": self.layout.local_slice(self.config.train.batch_size),
         }
         ends, calls = itertools.tee(self.timetable.calls(start, self.total_steps))

@@ -51,7 +51,7 @@ class Examples(NamedTuple):
     """The images and the targets of a device's part of a batch."""
 
     image: Shaped[Array, "batch height width c"]  # uint8 before normalization, then float32
-    target: Float[Array, "batch classes"]  # probability of each class
+    target: Float[Array, "batch classes"]  # probability of each class, times the class weight of the example
 
 
 # Do not change these numbers, which determine the results of existing configs. Other names use their CRC-32.
