@@ -12,9 +12,9 @@ from cifar_flax.config import AirbenchConfig, AugmentConfig, Config, DataConfig,
 def get_config() -> Config:
     return Config(
         data=DataConfig(name="folder", image_size=64),
-        augment=AugmentConfig(flip="random", crop_padding=4),
+        augment=AugmentConfig(flip="random", crop_padding=4, color_jitter=0.2),
         model=AirbenchConfig(widths=(32, 64, 128), global_pool=True, dtype="auto"),
-        optim=OptimConfig(name="adamw", learning_rate=4e-3, schedule="cosine", warmup_epochs=2, weight_decay=0.05),
+        optim=OptimConfig(name="adamw", learning_rate=8e-3, schedule="cosine", warmup_epochs=2, weight_decay=0.05),
         train=TrainConfig(batch_size=64, epochs=30, label_smoothing=0.1, steps_per_call=10, log_every=20),
         eval=EvalConfig(tta="mirror"),
     )

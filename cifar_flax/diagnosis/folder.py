@@ -3,6 +3,7 @@
 import contextlib
 import io
 import time
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -13,7 +14,6 @@ from cifar_flax.config import Config
 from cifar_flax.data import folder
 from cifar_flax.data.class_folders import Listing, find
 from cifar_flax.diagnosis.installation import NOTE, OK, Finding
-from cifar_flax.runtime.streams import printable
 from cifar_flax.training.trainer import Trainer
 
 _CLASSES = 50  # whose numbers of images are listed
@@ -33,14 +33,14 @@ def contents(config: Config) -> Iterator[Finding]:
     each = [f"{name} {here:,} + {there:,}" for name, here, there in zip(names, *counts, strict=True)]
     more = f", and {len(each) - _CLASSES:,} more" if len(each) > _CLASSES else ""
     both = f"{data.train_split} + {data.eval_split}"
-    yield Finding(OK, f"{len(names):,} classes ({both}): {printable(', '.join(each[:_CLASSES]))}{more}")
+    yield Finding(OK, f"{len(names):,} classes ({both}): {', '.join(each[:_CLASSES])}{more}")
     yield Finding(OK, f"decoded to {data.side}x{data.side} pixels, {(train.nbytes + test.nbytes) / 1e6:,.0f} MB")
-    yield Finding(OK, _sizes(listing))
     for split, arrays in splits.items():
         if arrays.skipped:
             count = f"{len(arrays.skipped):,} {split} files cannot be read"
             yield Finding(NOTE, f"{count}: {'; '.join(folder.unreadable(arrays))}")
         folder.require_few_unreadable(data, split, arrays)
+    yield Finding(OK, _sizes(listing))
     if copies := folder.duplicates(train, test):
         yield Finding(NOTE, copies)
     smallest, largest = (int(end(counts[0])) for end in (np.min, np.max))
@@ -53,12 +53,10 @@ def _sizes(listing: Listing) -> str:
     Image = packages.load("pillow")
     paths = [path for split in listing.splits.values() for path, _ in split.files]
     sizes = []
-    for path in paths[:: -(-len(paths) // _OPENED)]:
-        try:
-            with Image.open(listing.root / path) as image:
+    with warnings.catch_warnings(action="ignore"):  # of Pillow
+        for path in paths[:: -(-len(paths) // _OPENED)]:
+            with contextlib.suppress(Exception), Image.open(listing.root / path) as image:  # decoding reports errors
                 sizes.append(image.size)
-        except Exception:  # decoding has reported it
-            continue
     width, height = np.median(sizes, axis=0)
     ends = [min(sizes, key=np.prod), max(sizes, key=np.prod)]
     shown = " to ".join(f"{columns}x{rows}" for columns, rows in ends)
