@@ -150,7 +150,7 @@ def unpack(paths: Sequence[Path], cache_dir: Path) -> list[Path]:
             parts, strips = parts | {manifest["part"]}, strips | its_strips
         require(len(parts) == data["parts"], "ARCHIVE", sorted(parts), f"must be all {data['parts']} parts")
         name, _, version = data["dataset"].rpartition("/")
-        config = DataConfig(name=f"{name}:{version}", image_size=data["image_size"], cache_dir=str(cache_dir))
+        config = DataConfig(name=f"{name}:{version}", image_size=int(data["image_size"]), cache_dir=str(cache_dir))
         config.train_split, config.eval_split = data["splits"]
         config.validate()  # names become folders
         for split, described in data["splits"].items():

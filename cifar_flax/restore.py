@@ -132,6 +132,8 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
     processes.log(f"initialized {len(fits)} of {len(ours)} weights from {folder}, step {run.step}")
     if run.info.class_names != info.class_names and len(run.info.class_names) == len(info.class_names):
         processes.log(f"  that run has other classes: {', '.join(run.info.class_names)}")
+    if run.info.image_shape != info.image_shape:
+        processes.log(f"  that run has images of shape {run.info.image_shape}, this one {info.image_shape}")
     for line in unfit:
         processes.log(f"  does not match: {line}")
     leaves = [theirs[name] if name in fits else array for name, array in ours.items()]

@@ -49,6 +49,8 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
 def require_usable(workdir: Path, config: Config) -> None:
     """Raise `UserError` if a run of `config` cannot start or resume in `workdir`; write nothing and need no data."""
     field = f"--workdir={str(workdir)!r}"
+    if config.data.folder and workdir.resolve() == local_path("data.folder", config.data.folder).resolve():
+        raise ConfigError(f"{field}: must not be data.folder, whose folders are classes; choose another folder")
     _require_free(workdir, field)
     _require_same(workdir, config, field)
     if config.train.init_from and not saved_steps(workdir / CHECKPOINTS):

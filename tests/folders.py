@@ -26,7 +26,7 @@ def load(folder, **settings):
     """Return the train and the evaluation split of `folder`, decoded to 16x16 pixels by default."""
     config = DataConfig(**{"folder": str(folder), "image_size": 16} | settings)
     config.validate()
-    return [sources.load(config, split) for split in (config.train_split, config.eval_split)]
+    return sources.load_both(config)
 
 
 def write_arrays(folder, **splits):

@@ -1,8 +1,10 @@
 """Test folders of class folders: which files they hold, how they are split, decoded and cached."""
 
+import errno
 import io
 import os
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from cifar_flax.errors import ConfigError, UserError
 
 def listed(root, **settings):
     """Return the paths in the train and in the evaluation split, without reading them."""
-    splits = class_folders.find(DataConfig(folder=str(root), **settings)).splits.values()
+    config = DataConfig(folder=str(root), **settings)
+    splits = class_folders.find(config, (config.train_split, config.eval_split)).splits.values()
     return [[path for path, _ in split.files] for split in splits]
 
 
@@ -36,6 +39,16 @@ def test_additional_files_and_classes_move_no_other_file(tmp_path):
     assert set(train) <= set(more_train)
     assert set(test) <= set(more_test)
     assert len(more_train) + len(more_test) == 500
+
+
+def test_what_is_not_used_is_printed(tmp_path, capsys):
+    write(tmp_path, *many("train/a", "train/b", "test/a", "test/b", "val/a", count=2), "1.png", "train/2.png")
+    (tmp_path / "train" / "empty").mkdir()
+    load(tmp_path)
+    printed = capsys.readouterr().out
+    assert "2 classes (a, b), 4 train and 4 test files (50.0%)" in printed
+    unused = re.search("not used: (.*)", printed)[1]
+    assert re.fullmatch("the folder val, 1 file, 1 file in .*/train, the folder empty, which is empty", unused)
 
 
 def test_the_fraction_is_that_of_the_setting_and_independent_of_the_place_of_the_folder(tmp_path):
@@ -61,6 +74,17 @@ def test_each_class_is_in_both_splits(tmp_path):
             assert path == min((f"{name}/0.png", f"{name}/1.png"), key=class_folders._hash)
 
 
+def test_the_unicode_form_of_a_name_does_not_matter(tmp_path):
+    """A copy of a folder to another system may decompose accented letters."""
+    names = [f"{name}/é{number}.png" for name in ("café", "thé") for number in range(40)]
+    forms = {form: [unicodedata.normalize(form, name) for name in names] for form in ("NFC", "NFD")}
+    composed, decomposed = (listed(touch(tmp_path / form, *forms[form])) for form in forms)
+    assert composed == [[unicodedata.normalize("NFC", path) for path in split] for split in decomposed]
+    both = [f"{split}/{name}" for split, form in (("train", "NFC"), ("test", "NFD")) for name in forms[form][::20]]
+    train, test = load(write(tmp_path / "both", *both))
+    assert train.class_names == test.class_names == ("café", "thé")
+
+
 @pytest.mark.parametrize(("split", "settings"), [("test", {}), ("val", {"eval_split": "val"})])
 def test_folders_of_splits(tmp_path, split, settings):
     touch(tmp_path, "train/b/1.png", "train/a/2.png", "train/a/deep/er/0.png", f"{split}/a/1.png", f"{split}/b/1.png")
@@ -83,7 +107,7 @@ def test_class_names_are_in_natural_order_and_label_the_images(tmp_path):
 
 def test_files_of_systems_and_of_this_program_are_skipped(tmp_path):
     write(tmp_path, *many("cat", "dog", count=2))
-    junk = ["Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", ".hidden/0.png", "Desktop.ini"]
+    junk = ["Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", ".hidden/0.png", "Desktop.ini", "@eaDir/0.png"]
     touch(tmp_path, *junk, *(f"cat/{name}" for name in junk))
     run = ["config.json", "checkpoints/1/record.json", "confusion_matrix.png", "report.html"]
     touch(tmp_path, *(f"runs/one/{name}" for name in run), *(f"cat/run/{name}" for name in run))
@@ -107,6 +131,59 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     skipped = dict([*train.skipped, *test.skipped])
     assert skipped.keys() == {"dog/up", "dog/gone.png"}
     assert "contains it" in skipped["dog/up"]
+
+
+def test_folders_that_link_to_each_other_are_searched_once(tmp_path):
+    """Otherwise the number of paths would grow like the factorial of the number of folders."""
+    names = [f"dog/{number}" for number in range(9)]
+    touch(tmp_path, *many(*names, "cat", count=2))
+    for one in range(9):
+        for other in range(9):
+            if one != other:
+                (tmp_path / "dog" / str(one) / f"to{other}").symlink_to(f"../{other}")
+    train, test = listed(tmp_path)
+    assert len(train) + len(test) == 20
+
+
+def test_both_splits_are_of_one_search(tmp_path, monkeypatch):
+    """A folder that changes while it is decoded must not have a file in both splits."""
+    root, decode = write(tmp_path / "in", *many("a", "b", count=3)), folder._decode
+    (other,) = [path for path in listed(root)[1] if path.startswith("a/")]
+
+    def remove(*args):
+        arrays = decode(*args)
+        (root / other).unlink(missing_ok=True)
+        return arrays
+
+    monkeypatch.setattr(folder, "_decode", remove)
+    with pytest.raises(UserError, match="no test image of the class 'a'"):
+        load(root)
+
+
+def test_errors_of_the_machine_are_not_cached(tmp_path, monkeypatch):
+    """Too many open files, for example, may be over at the next start."""
+    root = write(tmp_path / "in", *many("a", "b", count=3))
+
+    def fail(path, shape):
+        try:
+            raise OSError(errno.EMFILE, "Too many open files")
+        except OSError as error:
+            raise UserError("too many open files") from error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder, "read_image", fail)
+        with pytest.raises(UserError, match=r"data\.folder: a/\d\.png: too many open files"):
+            load(root)
+    train, test = load(root)
+    assert len(train.labels) + len(test.labels) == 6
+    assert train.skipped == test.skipped == []
+
+
+def test_phone_formats_are_named(tmp_path, capsys):
+    write(tmp_path, *many("train/a", "train/b", "test/a", "test/b", count=3))
+    (tmp_path / "train" / "a" / "IMG_1.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    load(tmp_path)
+    assert "IMG_1.jpg: HEIC or AVIF" in capsys.readouterr().out
 
 
 def bad(root, count):
@@ -162,6 +239,13 @@ def decodings(monkeypatch):
 
     monkeypatch.setattr(folder, "read_image", read)
     return decoded
+
+
+def test_another_fraction_leaves_the_cache_of_the_first(tmp_path, decodings):
+    root = write(tmp_path / "in", *many("a", "b", count=20))
+    for fraction in (0.2, 0.4, 0.2, 0.4):
+        load(root, test_fraction=fraction)
+    assert len(decodings) == 80
 
 
 @pytest.mark.parametrize("change", ["time", "size", "name", "new", "removed", "moved"])
@@ -232,5 +316,5 @@ def test_a_class_folder_that_cannot_be_searched_is_named(tmp_path, monkeypatch):
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", refuse)
-    with pytest.raises(ConfigError, match=r"class 'b' has 0 images.*\(b: permission denied\)"):
+    with pytest.raises(ConfigError, match=r"'b' has 0 \(b: permission denied\)"):
         load(root)

@@ -217,7 +217,7 @@ def test_checkpoints_of_other_class_counts_are_refused(trainer):
     built = trainer()
     saved = built.info.to_dict()
     built.require_same_data(saved)
-    with pytest.raises(UserError, match=r"class_counts: \(1500, 19, 1\) .*--workdir"):
+    with pytest.raises(UserError, match=r"class_counts.*--workdir"):
         built.require_same_data(saved | {"class_counts": [1500, 19, 1]})
     del saved["class_counts"]
     built.require_same_data(saved)

@@ -21,6 +21,7 @@ def test_folders_are_searched_in_order_and_name_the_classes(tmp_path):
     assert [one.label for one in predictions] == [None, "cat", "cat", "cat", None, None]
     below = list(find([tmp_path / "in" / "Cat", tmp_path / "in" / "b.png"], ("cat", "dog")))
     assert [one.label for one in below] == ["cat", "cat", None]
+    assert [one.label for one in find([tmp_path / "in"], ("cat", "Cat"))][1:4] == ["Cat", "Cat", "cat"]
     (tmp_path / "dog" / "cat").mkdir(parents=True)
     (tmp_path / "dog" / "cat" / "1.png").touch()
     assert [one.label for one in find([tmp_path / "dog"], ("cat", "dog"))] == ["cat"]

@@ -180,7 +180,7 @@ DAMAGES = [
     (edited(lambda data, strips, contents: data.update(dataset="digits")), "data.name"),
     (edited(lambda data, strips, contents: data["splits"].update({"..": data["splits"].pop("test")})), "eval_split"),
     (edited(lambda data, strips, contents: data.update(format=2)), "format"),
-    (edited(lambda data, strips, contents: data.update(image_size="../x")), "image_size|DataConfig"),
+    (edited(lambda data, strips, contents: data.update(image_size="../x")), r"'\.\./x'"),
     (edited(lambda data, strips, contents: data.update(class_names=["a"])), "labels must be 0 to 0"),
     (strip_of(33, 16_000), "33x16000 pixels, not 32x16000"),
     (strip_of(16_383, 16_383), "DecompressionBombError"),

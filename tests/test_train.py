@@ -223,17 +223,22 @@ def test_held_out_examples_are_never_trained_on(tiny_config):
     assert trainer.info.std == pytest.approx(pixels.std(axis=(0, 1, 2)))
 
 
-def test_resuming_on_other_data_is_refused(tiny_config, finished, monkeypatch):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_resuming_on_other_data_is_refused(tiny_config, finished, monkeypatch, split):
+    """One pixel differs. The name of the same data may differ."""
     load = sources.load
 
-    def other(config, split):
-        return dataclasses.replace(load(config, split), dataset="digits/2")
+    def other(config, name):
+        arrays = load(config, name)
+        images = np.array(arrays.images)
+        images[0, 0, 0] ^= changed and name == split
+        return dataclasses.replace(arrays, images=images, dataset="digits/2")
 
     monkeypatch.setattr(sources, "load", other)
-    with pytest.raises(
-        UserError,
-        match=r"\bname: digits .*, digits/2 .*--workdir",
-    ):
+    changed = False
+    train(tiny_config, finished)
+    changed = True
+    with pytest.raises(UserError, match=rf"data has changed .*\b{split} split\b.*--workdir"):
         train(tiny_config, finished)
 
 

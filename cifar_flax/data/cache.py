@@ -107,8 +107,11 @@ def load(folder: Path) -> Arrays | None:
         warnings.warn(f"the data cache {folder} {reason}; rebuilding it", stacklevel=2)
         remove(folder)
         return None
-    # Copy-on-write: TensorFlow shares only writable memory, and the file must not change.
-    images, labels = (np.load(folder / file, mmap_mode="c", allow_pickle=False) for file in _FILES)
+    try:
+        # Copy-on-write: TensorFlow shares only writable memory, and the file must not change.
+        images, labels = (np.load(folder / file, mmap_mode="c", allow_pickle=False) for file in _FILES)
+    except FileNotFoundError:  # another process has just removed the arrays of an earlier state of a folder
+        return None
     skipped = [(path, reason) for path, reason in manifest.get("skipped", ())]
     class_names, dataset = tuple(manifest["class_names"]), manifest["dataset"]
     return Arrays(images, labels, class_names, dataset, manifest.get("files", ()), skipped)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from cifar_flax.data.config import DataConfig
 from cifar_flax.data.search import entries_of, files_below
 from cifar_flax.errors import ConfigError, reason, require
 from cifar_flax.paths import local_path
+from cifar_flax.runtime.streams import printable
 
-_MAX_CLASSES = 2000  # the confusion matrix of more classes would take hundreds of megabytes in eval.json
+_MAX_CLASSES = 2000  # the confusion matrix of more classes would take tens of megabytes in eval.json
+_SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 Problem = tuple[str, str]  # path of a file or folder that cannot be read, and the reason
 
@@ -32,8 +35,8 @@ class Listing:
 
     root: Path
     class_names: tuple[str, ...]  # in natural order: 2 before 10
-    splits: dict[str, Split]  # of training and of evaluation, in this order
-    loose: int  # number of files that are in no class folder
+    splits: dict[str, Split]  # split name -> files
+    unused: tuple[str, ...]  # what belongs to no class, such as "the folder notes" or "3 files"
 
 
 @dataclass(slots=True)
@@ -42,37 +45,44 @@ class _Class:
     problems: list[Problem]
 
 
-def find(config: DataConfig) -> Listing:
-    """Return the image files of `config.folder`.
+def find(config: DataConfig, names: Sequence[str]) -> Listing:
+    """Return the files of the splits `names` in `config.folder`.
 
     Raise `ConfigError` if it does not hold a folder per class, or a folder per split that holds the same classes.
     """
-    root, value = local_path("data.folder", config.folder), config.folder
-    names = config.train_split, config.eval_split
-    is_there = bool(value) and os.path.isdir(root)
-    require(is_there, "data.folder", value, "must be a folder that holds a folder of images per class")
-    folders, _ = _entries(root)
-    if set(names) & set(folders):
-        for field, name in zip(("train_split", "eval_split"), names, strict=True):
-            allowed = f"must be a folder in {value}: {', '.join(folders[:10])}"
-            require(name in folders, f"data.{field}", name, allowed)
-        (train, loose), (test, more) = (_classes(root, root / name, f"{value}/{name}") for name in names)
-        loose += more
-        for name, lacking in zip(names, (test.keys() - train.keys(), train.keys() - test.keys()), strict=True):
-            allowed = f"{name} lacks classes of the other split: {', '.join(sorted(lacking)[:5])}"
+    value, splits = printable(config.folder), (config.train_split, config.eval_split)
+    require(value != "", "data.folder", value, "must be the path of a folder: --config.data.folder=DIR")
+    root = local_path("data.folder", config.folder)
+    require(os.path.lexists(root), "data.folder", value, "no such folder")
+    require(os.path.isdir(root), "data.folder", value, "must be a folder, not a file; unpack an archive first")
+    folders, loose = _entries(root)
+    parts: dict[str, dict[str, _Class]] = {}
+    if set(names) <= set(folders):
+        unused = [f"the folder {printable(name)}" for name in folders if name not in splits]
+        unused += [_files(loose)] * (loose > 0)
+        for name in names:
+            parts[name], more = _classes(root, root / name, f"{value}/{name}")
+            unused += more
+        for name, classes in parts.items():
+            lacking = sorted({each for other in parts.values() for each in other} - classes.keys())
+            allowed = f"{name} lacks classes of the other split: {', '.join(lacking[:5])}"
             require(not lacking, "data.folder", value, allowed)
     else:
-        for field, name, wanted in zip(("train_split", "eval_split"), names, ("train", "test"), strict=True):
-            require(name == wanted, f"data.{field}", name, f"must be {wanted}, as {value} has no folder of this name")
-        classes, loose = _classes(root, root, value)
+        like_splits = [name for name in folders if name.casefold() in _SPLIT_NAMES]
+        both = f"needs the folders {' and '.join(splits)}, which data.train_split and data.eval_split name"
+        allowed = f"{both}; it holds {', '.join(map(printable, like_splits))}, which must not be names of classes"
+        require(not like_splits, "data.folder", value, allowed)
+        for field, name, wanted in zip(("train_split", "eval_split"), splits, ("train", "test"), strict=True):
+            allowed = f"must be {wanted}, since {value} has no folders of splits, and is divided into train and test"
+            require(name == wanted, f"data.{field}", name, allowed)
+        classes, unused = _classes(root, root, value)
         for name, one in classes.items():
-            reasons = "".join(f" ({path}: {why})" for path, why in one.problems[:1])
-            allowed = f"the class {name!r} has {len(one.files)} images; at least 2 are needed{reasons}"
+            reasons = "".join(f" ({printable(path)}: {why})" for path, why in one.problems[:1])
+            allowed = f"each class needs at least 2 images, but {name!r} has {len(one.files)}{reasons}"
             require(len(one.files) > 1, "data.folder", value, allowed)
-        train, test = (_divide(classes, config.test_fraction, is_test) for is_test in (False, True))
-    class_names = tuple(sorted(train, key=_natural))
-    splits = {name: _split(classes, class_names) for name, classes in zip(names, (train, test), strict=True)}
-    return Listing(root, class_names, splits, loose)
+        parts = dict(zip(splits, _divide(classes, config.test_fraction), strict=True))
+    class_names = tuple(sorted(next(iter(parts.values())), key=_natural))
+    return Listing(root, class_names, {name: _split(parts[name], class_names) for name in parts}, tuple(unused))
 
 
 def _entries(folder: Path) -> tuple[list[str], int]:
@@ -80,48 +90,65 @@ def _entries(folder: Path) -> tuple[list[str], int]:
     try:
         entries = entries_of(folder)
     except OSError as error:
-        raise ConfigError(f"data.folder: {folder} cannot be searched: {reason(error)}") from error
+        raise ConfigError(f"data.folder: {printable(str(folder))} cannot be searched: {reason(error)}") from error
     folders = sorted((entry.name for entry in entries if os.path.isdir(entry)), key=_natural)
     return folders, len(entries) - len(folders)
 
 
-def _classes(root: Path, folder: Path, value: str) -> tuple[dict[str, _Class], int]:
-    """Return name -> class of the folders in `folder` that hold files, and the number of files in none of them."""
+def _files(count: int) -> str:
+    return f"{count:,} {'file' if count == 1 else 'files'}"
+
+
+def _classes(root: Path, folder: Path, value: str) -> tuple[dict[str, _Class], list[str]]:
+    """Return name -> class of the folders in `folder` that hold files, and what is unused; paths are those in `root`.
+
+    Names are normalized to NFC, since file systems differ in the Unicode form of the same name.
+    """
     names, loose = _entries(folder)
-    classes, above = {}, (os.path.realpath(folder),)
+    classes: dict[str, _Class] = {}
+    unused = [f"{_files(loose)} in {value}"] * (loose > 0)
     for name in names:
-        require(name.isprintable(), "data.folder", value, f"the name of its class folder {name!r} must be printable")
-        one = _Class([], [])
-        for path, error in files_below(folder / name, above):
+        one, above = _Class([], []), (os.path.realpath(folder),)
+        for path, error in files_below(folder / name, above, set()):
             relative = path.relative_to(root).as_posix()
             if error:
                 one.problems.append((relative, error))
             else:
                 one.files.append(relative)
-        if one.files or one.problems:
-            classes[name] = one
-    rest = f" and {loose:,} files outside of them" if loose else ""
-    fits, allowed = len(classes) > 1, f"must hold at least two class folders with images; it holds {len(classes)}{rest}"
-    require(fits, "data.folder", value, allowed)
+        if not one.files and not one.problems:
+            unused.append(f"the folder {printable(name)}, which is empty")
+            continue
+        require(name.isprintable(), "data.folder", value, f"the name of its class folder {name!r} must be printable")
+        known = classes.setdefault(unicodedata.normalize("NFC", name), _Class([], []))
+        known.files += one.files
+        known.problems += one.problems
+    hint = f"it holds {len(classes)}"
+    if not classes and loose:
+        hint = f"it holds {_files(loose)}, but no folders; sort the images into one folder per class"
+    elif len(classes) == 1 and len(_entries(folder / (only := next(iter(classes))))[0]) > 1:
+        hint = f"did you mean {value}/{only}?"
+    allowed = f"must hold at least two folders of images, one per class; {hint}"
+    require(len(classes) > 1, "data.folder", value, allowed)
     fits, allowed = len(classes) <= _MAX_CLASSES, f"must hold at most {_MAX_CLASSES:,} classes, not {len(classes):,}"
     require(fits, "data.folder", value, allowed)
-    return classes, loose
+    return classes, unused
 
 
-def _divide(classes: dict[str, _Class], fraction: float, is_test: bool) -> dict[str, _Class]:
-    """Return the part of each class whose hashed paths are below `fraction`, or the other part.
+def _divide(classes: dict[str, _Class], fraction: float) -> tuple[dict[str, _Class], dict[str, _Class]]:
+    """Return the classes of the train and of the test split: the files whose hashed paths are below `fraction`.
 
-    A part that would be empty gets the file with the smallest hash.
+    A split without a file of a class gets its file with the smallest hash.
     """
-    divided = {}
+    divided: tuple[dict[str, _Class], dict[str, _Class]] = {}, {}
     for name, one in classes.items():
         places = {path: _hash(path) for path in one.files}
-        parts = [[path for path in one.files if (places[path] < fraction) == below] for below in (False, True)]
+        parts = [[path for path in one.files if (places[path] < fraction) == is_test] for is_test in (False, True)]
         for part, other in (parts, parts[::-1]):
             if not part:
                 part.append(min(other, key=places.__getitem__))
                 other.remove(part[0])
-        divided[name] = _Class(parts[is_test], [] if is_test else one.problems)
+        for split, part, problems in zip(divided, parts, (one.problems, []), strict=True):
+            split[name] = _Class(part, problems)
     return divided
 
 
@@ -131,8 +158,8 @@ def _split(classes: dict[str, _Class], class_names: Sequence[str]) -> Split:
 
 
 def _hash(path: str) -> float:
-    """Return a number in [0, 1) that depends on the path alone."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8]) / 2**64
+    """Return a number in [0, 1) that depends on the path alone, not on its Unicode form."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(unicodedata.normalize("NFC", path))).digest()[:8]) / 2**64
 
 
 def _natural(name: str) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ FOLDER_SIDES = (16, 256)  # smallest and largest data.image_size of a folder, in
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    name: str = "cifar10"  # digits, or a TFDS image-classification set such as cifar100, svhn_cropped or mnist:3.0.1
+    name: str = "cifar10"  # digits, folder, or a TFDS set such as cifar100, svhn_cropped or mnist:3.0.1
     data_dir: str = ""  # folder of the data, such as that of TFDS; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
     folder: str = ""  # folder of class folders, or of train and test with class folders, to read instead of data.name
     archive: str = ""  # path of cifar-10-binary.tar.gz or of the folder it unpacks to, to read instead of TFDS

@@ -5,7 +5,8 @@ of each file decides its split, so that additional files do not move others.
 """
 
 import contextlib
-import hashlib
+import errno
+import itertools
 import os
 import time
 import warnings
@@ -30,39 +31,53 @@ from cifar_flax.runtime.progress import ProgressBar
 from cifar_flax.runtime.streams import printable
 
 _READER = 1  # to be increased if the arrays of the same files change
+_NAMED = 10  # classes whose names are printed
 _SHOWN = 20  # files that are named if they cannot be read
 _FEW = 5  # files that may be unreadable in any folder
 _BATCH = 256  # images
+_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}  # not of a file; may pass
 
 
-def load(config: DataConfig, split: str) -> Arrays:
-    """Return the decoded `split` of `config.folder`, memory-mapped from the cache; log sizes and unreadable files.
+def load(config: DataConfig, *splits: str) -> list[Arrays]:
+    """Return the decoded `splits` of `config.folder`, memory-mapped from the cache; log sizes and unreadable files.
 
     Raise `ConfigError` if the folder does not hold at least two classes of images, `UserError` if too many files cannot
     be read (see `require_few_unreadable`).
     """
-    name, listing = printable(config.folder), find(config)
-    if split == config.train_split:
-        train, test = (len(one.files) for one in listing.splits.values())
-        counts = f"{train:,} {split} and {test:,} {config.eval_split} files ({test / (train + test):.1%})"
-        loose = f"; {listing.loose:,} files in no class folder are ignored" if listing.loose else ""
-        processes.log(f"{name}: {len(listing.class_names):,} classes, {counts}{loose}")
-    arrays = decoded(config, split, listing)
-    if arrays.skipped:
-        lines = [f"{name}: {len(arrays.skipped):,} {split} files cannot be read", *unreadable(arrays)]
-        processes.log("\n  ".join(lines))
-    require_few_unreadable(config, split, arrays)
-    return arrays
+    name, listing = printable(config.folder), find(config, splits)
+    if len(splits) > 1:  # training; evaluation prints the number of images
+        train, test = (len(listing.splits[split].files) for split in splits)
+        classes = f"{len(listing.class_names):,} classes ({printable(shortened(listing.class_names, _NAMED))})"
+        counts = f"{train:,} {splits[0]} and {test:,} {splits[1]} files ({test / (train + test):.1%})"
+        processes.log(f"{name}: {classes}, {counts}")
+        if listing.unused:
+            processes.log(f"{name}: not used: {shortened(listing.unused, _NAMED)}")
+    found = []
+    for split in splits:
+        arrays = decoded(config, split, listing)
+        if arrays.skipped:
+            lines = [f"{name}: {len(arrays.skipped):,} {split} files cannot be read", *unreadable(arrays)]
+            processes.log("\n  ".join(lines))
+        require_few_unreadable(config, split, arrays)
+        found.append(arrays)
+    return found
 
 
 def decoded(config: DataConfig, split: str, listing: Listing) -> Arrays:
     """Return the decoded `split` of `listing`, from the cache if the folder has not changed."""
-    place = cache_dir(config) / "folders" / _checksum(os.path.realpath(listing.root))
+    source = os.path.realpath(listing.root), config.train_split, config.eval_split, config.test_fraction
+    place = cache_dir(config) / "folders" / _checksum(source)
     target = place / f"{split}_{config.side}px.{_key(listing, split)}"
     if (arrays := cache.load(target)) is not None:
         return arrays
     with cache.filling(place):
         return cache.load(target) or _decode(config, split, listing, target)
+
+
+def shortened(names: Sequence[str], most: int) -> str:
+    """Return the first `most` of `names` and the number of the others."""
+    more = f", and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def unreadable(arrays: Arrays) -> list[str]:
@@ -85,9 +100,14 @@ def require_few_unreadable(config: DataConfig, split: str, arrays: Arrays) -> No
 
 
 def duplicates(train: Arrays, test: Arrays) -> str:
-    """Return a line that counts the images of `test` that are exact copies of images of `train`, or ""."""
-    places = {_digest(image): i for i, image in enumerate(train.images)}
-    pairs = [(i, places[digest]) for i, digest in enumerate(map(_digest, test.images)) if digest in places]
+    """Return a line that counts the images of `test` whose pixels are those of an image of `train`, or ""."""
+    places: dict[bytes, list[int]] = {}
+    for i, image in enumerate(train.images):
+        places.setdefault(_sample(image), []).append(i)
+    pairs = []
+    for i, image in enumerate(test.images):
+        same = (j for j in places.get(_sample(image), ()) if np.array_equal(image, train.images[j]))
+        pairs += [(i, j) for j in itertools.islice(same, 1)]
     if not pairs:
         return ""
     example = printable(f"{test.files[pairs[0][0]]} of {train.files[pairs[0][1]]}")
@@ -98,8 +118,9 @@ def _decode(config: DataConfig, split: str, listing: Listing, target: Path) -> A
     """Decode the files that can be read into the cache, and remove the arrays of earlier contents of the folder."""
     start, name = time.perf_counter(), printable(config.folder)
     earlier = list(target.parent.glob(f"{target.name.partition('.')[0]}.*"))
-    if earlier:
-        processes.log(f"{name}: the {split} files have changed since they were decoded; decoding them again")
+    count = f"{len(listing.splits[split].files):,} {split} files, {usable_cores()} at a time"
+    again = f"{name}: the {split} files have changed since they were decoded; " if earlier else f"{name}: "
+    processes.log(f"{again}decoding {count}")
     about: dict[str, list[Any]] = {"files": [], "skipped": list(listing.splits[split].problems)}
     shape = (config.side, config.side, 3)
     arrays = cache.store(
@@ -112,10 +133,7 @@ def _decode(config: DataConfig, split: str, listing: Listing, target: Path) -> A
     )
     for folder in earlier:
         cache.remove(folder)
-    seconds = time.perf_counter() - start
-    processes.log(
-        f"{name}: decoded {len(arrays.labels):,} {split} images in {seconds:.1f} s, {usable_cores()} at a time"
-    )
+    processes.log(f"{name}: decoded {len(arrays.labels):,} images in {time.perf_counter() - start:.1f} s")
     return arrays
 
 
@@ -128,6 +146,9 @@ def _images(
         try:
             return read_image(root / path, shape)
         except UserError as error:
+            cause = error.__cause__
+            if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in _OF_THE_MACHINE):
+                raise UserError(f"data.folder: {printable(path)}: {error}") from cause
             return str(error)  # the exception itself refers to the memory of the image
 
     with (
@@ -168,5 +189,6 @@ def _checksum(content: Any) -> str:
     return files.json_checksum(content)[:16]
 
 
-def _digest(image: UInt8[np.ndarray, "height width c"]) -> bytes:
-    return hashlib.sha256(image.tobytes()).digest()
+def _sample(image: UInt8[np.ndarray, "height width c"]) -> bytes:
+    """Return some of the pixels, by which equal images are found quickly."""
+    return image[::7, ::7].tobytes()

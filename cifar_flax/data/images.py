@@ -16,6 +16,8 @@ from cifar_flax import packages
 from cifar_flax.errors import UserError, one_line, reason
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# The start of HEIC and AVIF files (ISO/IEC 23008-12), the formats of some phones.
+_HEIF = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc", b"ftypavif")
 MAX_PIXELS = 100_000_000  # limit per file, because a small file can decompress to more than the memory
 _MAX_SIDE = 65_535  # pixels, likewise: an image is resized to the target's width first, with all its rows
 _STRIP = 2**18  # pixels that are converted and resized at a time
@@ -64,7 +66,8 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
         if not found.st_size:
             raise UserError("is empty")
         with open(path, "rb") as file:
-            webp = _webp_size(file.read(30))
+            head = file.read(30)
+            webp = _webp_size(head)
             file.seek(0)
             # Pillow takes 16 bytes per pixel of a WebP file, from its opening on, and 4 to 8 of others.
             with (
@@ -76,7 +79,10 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     except UserError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"not an image in a supported format ({', '.join(FORMATS)})") from error
+        what = "HEIC or AVIF, which is not supported; convert it to JPEG"
+        if head[4:12] not in _HEIF:
+            what = f"not an image in a supported format ({', '.join(FORMATS)})"
+        raise UserError(what) from error
     except Image.DecompressionBombError as error:
         raise UserError(f"too many pixels; at most {MAX_PIXELS:,} are allowed") from error
     except OSError as error:

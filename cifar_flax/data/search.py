@@ -6,16 +6,17 @@ from pathlib import Path
 
 from cifar_flax.errors import reason
 
-_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+_SYSTEM = ("thumbs.db", "desktop.ini", "@eadir", "__macosx", "$recycle.bin")
 # Names in a folder that this program has written: a run, an exported model, a decoded split.
 _OWN = ({"config.json", "checkpoints"}, {"config.json", "model.stablehlo"}, {"manifest.json", "images.npy"})
 
 
-def files_below(path: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
+def files_below(path: Path, above: tuple[str, ...] = (), seen: set[str] | None = None) -> Iterator[tuple[Path, str]]:
     """Yield the files below `path`, or `path` if it is a file, each with ""; and folders that cannot be searched.
 
-    Those come with the reason. `above` are the folders through which the search has come. Skip hidden files, files of
-    operating systems, such as Thumbs.db, and folders that this program has written. Follow links under their own names.
+    Those come with the reason. `above` are the folders through which the search has come. With `seen`, the folders that
+    were searched before, search no folder twice. Follow links under their own names. Skip hidden files, those of
+    operating systems, such as Thumbs.db, and folders below `path` that this program has written.
     """
     if not os.path.isdir(path):
         yield path, ""
@@ -28,13 +29,14 @@ def files_below(path: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[Path,
     except OSError as error:
         yield path, reason(error)
         return
+    if (above and any(own <= {entry.name for entry in entries} for own in _OWN)) or (seen is not None and real in seen):
+        return
+    if seen is not None:
+        seen.add(real)
     for entry in sorted(entries, key=lambda entry: (os.path.isdir(entry), entry.name)):
-        yield from files_below(entry, (*above, real))
+        yield from files_below(entry, (*above, real), seen)
 
 
 def entries_of(folder: Path) -> list[Path]:
-    """Return the entries of `folder` that a search does not skip. Raise `OSError` if it cannot be read."""
-    names = set(os.listdir(folder))
-    if any(own <= names for own in _OWN):
-        return []
-    return [folder / name for name in names if not name.startswith(".") and name.lower() not in _SYSTEM_FILES]
+    """Return the entries of `folder`, without hidden ones and those of systems. Raise `OSError` if it is unreadable."""
+    return [folder / name for name in os.listdir(folder) if not name.startswith(".") and name.lower() not in _SYSTEM]

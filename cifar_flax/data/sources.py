@@ -31,7 +31,7 @@ def load(config: DataConfig, split: str) -> Arrays:
     `UserError` if the data cannot be downloaded, prepared or read.
     """
     if config.is_folder:
-        return folder.load(config, split)
+        return folder.load(config, split)[0]
     if config.archive:
         require_splits(config, ("train", "test"))
         arrays = read_archive(local_path("data.archive", config.archive), split)
@@ -47,6 +47,15 @@ def load(config: DataConfig, split: str) -> Arrays:
             resized[i] = resize(image, resized.shape[1:])
         arrays = dataclasses.replace(arrays, images=resized)
     return arrays
+
+
+def load_both(config: DataConfig) -> list[Arrays]:
+    """Return the train split and the evaluation split. A folder is searched once, so that they have no file in common.
+
+    Raise errors as `load` does.
+    """
+    splits = config.train_split, config.eval_split
+    return folder.load(config, *splits) if config.is_folder else [load(config, split) for split in splits]
 
 
 def cache_folder(config: DataConfig, split: str, version: str) -> Path:

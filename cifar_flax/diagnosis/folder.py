@@ -4,7 +4,8 @@ import contextlib
 import io
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from cifar_flax import packages
 from cifar_flax.config import Config
 from cifar_flax.data import folder
-from cifar_flax.data.class_folders import Listing, find
+from cifar_flax.data.class_folders import find
+from cifar_flax.data.images import FORMATS
 from cifar_flax.diagnosis.installation import NOTE, OK, Finding
 from cifar_flax.training.trainer import Trainer
 
@@ -24,23 +26,24 @@ _SECONDS = 3.0  # of training that the time of a run is estimated from
 def contents(config: Config) -> Iterator[Finding]:
     """Decode `data.folder` into the cache, as a run does, and report classes, sizes and files that cannot be read."""
     data = config.data
-    listing = find(data)
+    listing = find(data, (data.train_split, data.eval_split))
     with contextlib.redirect_stdout(io.StringIO()):  # the findings cover what a run prints
         splits = {split: folder.decoded(data, split, listing) for split in listing.splits}
     train, test = splits.values()
     names = train.class_names
     counts = [np.bincount(arrays.labels, minlength=len(names)) for arrays in (train, test)]
     each = [f"{name} {here:,} + {there:,}" for name, here, there in zip(names, *counts, strict=True)]
-    more = f", and {len(each) - _CLASSES:,} more" if len(each) > _CLASSES else ""
     both = f"{data.train_split} + {data.eval_split}"
-    yield Finding(OK, f"{len(names):,} classes ({both}): {', '.join(each[:_CLASSES])}{more}")
+    yield Finding(OK, f"{len(names):,} classes ({both}): {folder.shortened(each, _CLASSES)}")
+    if listing.unused:
+        yield Finding(NOTE, f"not used: {folder.shortened(listing.unused, _CLASSES)}")
     yield Finding(OK, f"decoded to {data.side}x{data.side} pixels, {(train.nbytes + test.nbytes) / 1e6:,.0f} MB")
     for split, arrays in splits.items():
         if arrays.skipped:
             count = f"{len(arrays.skipped):,} {split} files cannot be read"
             yield Finding(NOTE, f"{count}: {'; '.join(folder.unreadable(arrays))}")
         folder.require_few_unreadable(data, split, arrays)
-    yield Finding(OK, _sizes(listing))
+    yield Finding(OK, _sizes(listing.root, [*train.files, *test.files]))
     if copies := folder.duplicates(train, test):
         yield Finding(NOTE, copies)
     smallest, largest = (int(end(counts[0])) for end in (np.min, np.max))
@@ -49,13 +52,12 @@ def contents(config: Config) -> Iterator[Finding]:
         yield Finding(NOTE, f"{times}; data.sampling=balanced or train.class_weights=balanced may help")
 
 
-def _sizes(listing: Listing) -> str:
-    Image = packages.load("pillow")
-    paths = [path for split in listing.splits.values() for path, _ in split.files]
-    sizes = []
+def _sizes(root: Path, files: Sequence[str]) -> str:
+    """Return the sizes in pixels of some of `files`, which have been decoded before."""
+    Image, sizes = packages.load("pillow"), []
     with warnings.catch_warnings(action="ignore"):  # of Pillow
-        for path in paths[:: -(-len(paths) // _OPENED)]:
-            with contextlib.suppress(Exception), Image.open(listing.root / path) as image:  # decoding reports errors
+        for path in files[:: -(-len(files) // _OPENED)]:
+            with Image.open(root / path, formats=FORMATS) as image:
                 sizes.append(image.size)
     width, height = np.median(sizes, axis=0)
     ends = [min(sizes, key=np.prod), max(sizes, key=np.prod)]
@@ -79,8 +81,15 @@ def estimate(trainer: Trainer) -> Iterator[Finding]:
             begin, first = time.perf_counter(), done
         elif time.perf_counter() - begin > _SECONDS:
             break
-    seconds = (time.perf_counter() - begin) / (done - first) * total
-    yield Finding(OK, f"training takes about {_duration(seconds)} without evaluations ({total:,} steps)")
+    training = (time.perf_counter() - begin) / (done - first) * total
+    evaluation = trainer.evaluator(state)
+    assert evaluation is not None
+    of_one = evaluation.summary["num_examples"] / evaluation.images_per_second
+    number = sum(
+        trainer.timetable.is_due(stop, trainer.config.eval.every_epochs) for stop in trainer.timetable.stops(1)
+    )
+    duration = f"{_duration(training)} of training and {_duration(number * of_one)} of evaluations"
+    yield Finding(OK, f"a run takes about {duration}, besides the start ({total:,} steps)")
 
 
 def _duration(seconds: float) -> str:

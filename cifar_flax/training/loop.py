@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from cifar_flax import config as configs
 from cifar_flax.checkpoints.manager import Checkpoints
-from cifar_flax.checkpoints.metadata import CHECKPOINTS, Metadata
+from cifar_flax.checkpoints.metadata import CHECKPOINTS, DamagedError, Metadata
 from cifar_flax.data.batches import InputTimer
 from cifar_flax.runtime import environment, processes, signals
 from cifar_flax.telemetry.metrics_log import Metrics, MetricsWriter
@@ -72,11 +72,13 @@ def run_calls(
 def run(trainer: Trainer, folder: Path) -> None:
     """Train from the newest checkpoint in `folder`, or from the initial state, to the last step and its checkpoint."""
     with Checkpoints(folder / CHECKPOINTS, trainer.config.checkpoint) as checkpoints:
-        restored = checkpoints.restore_newest(trainer.initial_state)
-        state, metadata = restored or (trainer.initial_state, {})
+        for step in reversed(checkpoints.steps()):
+            with suppress(DamagedError):  # reported when it is restored
+                # First, since other classes change the shapes of the state.
+                trainer.require_same_data(checkpoints.metadata(step)["dataset"])
+                break
+        state, metadata = checkpoints.restore_newest(trainer.initial_state) or (trainer.initial_state, {})
         start, total = metadata.get("step", 0), trainer.total_steps
-        if restored:
-            trainer.require_same_data(metadata["dataset"])
         if (start >= total or _early_stopping(trainer, metadata).is_due) and metadata["evaluated"]:
             early = "" if start >= total else f", stopped early (train.patience={trainer.config.train.patience})"
             processes.log(f"{folder} is finished: {start} steps of {total}{early}; evaluating its checkpoint")

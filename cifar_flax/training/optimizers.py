@@ -154,7 +154,7 @@ def make_schedule(config: OptimConfig, total_steps: int, steps_per_epoch: float)
     Raise `ConfigError` if the warm-up is not shorter than the run.
     """
     warmup = round(min(config.warmup_epochs * steps_per_epoch, total_steps))
-    longest = f"must be shorter than the run of {total_steps / steps_per_epoch:g} epochs"
+    longest = f"must be shorter than the run of {total_steps} steps, of which it takes {warmup}; 0 disables it"
     require(warmup < total_steps, "optim.warmup_epochs", config.warmup_epochs, longest)
     schedule = SCHEDULES[config.schedule].make(config, total_steps - warmup)
     if not warmup:

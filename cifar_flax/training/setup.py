@@ -62,7 +62,7 @@ def setup(
     layout, sync_batchnorm = checked_layout(config, devices), config.train.sync_batchnorm
     processes.require_agreement(data=info.to_dict())
     size, batch_size = info.num_examples, config.train.batch_size
-    allowed = f"must be at most the {size} examples of the train split"
+    allowed = f"must be at most the {size} examples of the train split, such as {2 ** (size.bit_length() - 1)}"
     require(batch_size <= size, "train.batch_size", batch_size, allowed)
     config.augment.validate_for(info.image_shape)
     epochs, every = config.train.epochs, config.optim.accumulate_steps

@@ -42,8 +42,7 @@ class Trainer:
         """
         self.config = config
         require_startable(config, devices)
-        self.arrays = sources.load(config.data, config.data.train_split)
-        eval_arrays = sources.load(config.data, config.data.eval_split)
+        self.arrays, eval_arrays = sources.load_both(config.data)
         fraction = config.data.validation_fraction
         self.examples, held_out = order.split_validation(len(self.arrays.labels), fraction)
         fits = len(self.examples) > 0 and (fraction == 0 or len(held_out) > 0)
@@ -58,8 +57,11 @@ class Trainer:
             eval_checksum=eval_arrays.checksum(),
         )
         self.info.check(eval_arrays)
-        if config.data.is_folder and (copies := folder.duplicates(self.arrays, eval_arrays)):
-            processes.log(copies)
+        if config.data.is_folder:
+            if copies := folder.duplicates(self.arrays, eval_arrays):
+                processes.log(copies)
+            allowed = "must leave at least one training image of each class"
+            require(min(self.info.class_counts) > 0, "data.validation_fraction", fraction, allowed)
         self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
         self.pipeline = pipelines.resolve(config.data.pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes)
@@ -73,9 +75,10 @@ class Trainer:
                 self.pipeline, self.no_streaming = "resident", f"data.pipeline is resident: {error}"
         processes.require_agreement(data=self.arrays.digest(), pipeline=self.pipeline)
         self._classes = self.arrays.labels[self.examples] if config.data.sampling == "balanced" else None
-        # Copied to the devices once, for all seeds.
+        # Copied to the devices once, for all seeds. A folder is sorted by class, so take images from all of it.
         size = models.network_class(config.model).sample_size
-        sample = self.layout.replicate(self.arrays.images[self.examples[:size]]) if size else None
+        spread = max(len(self.examples) // size, 1) if size and config.data.is_folder else 1
+        sample = self.layout.replicate(self.arrays.images[self.examples[::spread][:size]]) if size else None
         self.init = lambda seed: init(seed, sample)
         if self.pipeline == "resident":
             self.arrays, eval_arrays = (resident.put(arrays, self.layout) for arrays in (self.arrays, eval_arrays))
@@ -93,18 +96,20 @@ class Trainer:
 
     def require_same_data(self, saved: dict[str, Any]) -> None:
         """Raise `UserError` unless `saved`, the metadata of a checkpoint, describes the same data."""
-        was, changes = DatasetInfo.from_dict(saved), []
-        for field in dataclasses.fields(was):
-            before, now = getattr(was, field.name), getattr(self.info, field.name)
-            if field.name in ("checksum", "eval_checksum"):
-                split = self.config.data.train_split if field.name == "checksum" else self.config.data.eval_split
-                changes += [f"images or labels of the {split} split"] * (before not in ("", now))
-            elif before != now and field.name in saved:
-                changes.append(f"{field.name}: {before} in the checkpoint, {now} in the data")
-        if changes:
+        was, now, data = DatasetInfo.from_dict(saved), self.info, self.config.data
+        is_known = was.checksum != ""
+        others = ("image_shape", "mean", "std", "class_counts")
+        changes = {
+            f"{was.name} before, {now.name} now": was.name != now.name and not is_known,  # a folder may be renamed
+            f"{len(was.class_names)} classes before, {len(now.class_names)} now": was.class_names != now.class_names,
+            f"{was.num_examples} training images before, {now.num_examples} now": was.num_examples != now.num_examples,
+            f"images or labels of the {data.train_split} split": is_known and was.checksum != now.checksum,
+            f"images or labels of the {data.eval_split} split": is_known and was.eval_checksum != now.eval_checksum,
+        } | {name: getattr(was, name) != getattr(now, name) for name in others if name in saved}
+        if changed := [change for change, is_changed in changes.items() if is_changed]:
             raise UserError(
-                f"the data has changed since the checkpoint was saved ({changes[0]}); "
-                "restore the data, or choose another --workdir"
+                f"the data has changed since the checkpoint was saved ({changed[0]}): restore the data, or choose "
+                "another --workdir; train.init_from starts from the weights of this run"
             )
 
     def inputs(self, seed: int, start: int) -> Iterator[Call]:
