@@ -6,6 +6,7 @@ import io
 import json
 import os
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,9 +105,9 @@ def find(paths: Sequence[Path], class_names: Sequence[str]) -> Iterator[Predicti
         folder = os.path.basename(os.path.abspath(path))
         for file, error in list(files_below(path)) or [(path, "is a folder without files")]:
             entry = file.relative_to(path)
-            labels = [
-                name if name in exact else classes.get(name.casefold()) for name in (*entry.parent.parts[:1], folder)
-            ]
+            # Class names are in NFC; file systems differ in the Unicode form of the same name.
+            names = [unicodedata.normalize("NFC", name) for name in (*entry.parent.parts[:1], folder)]
+            labels = [name if name in exact else classes.get(name.casefold()) for name in names]
             yield Prediction(file, next(filter(None, labels), None) if entry.parts else None, error=error)
 
 
