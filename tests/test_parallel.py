@@ -1,4 +1,4 @@
-"""Run tests/many_devices.py on eight virtual devices; lower the steps of every config for GPUs and TPUs."""
+"""Run tests/many_devices*.py on eight virtual devices; lower the steps of every config for GPUs and TPUs."""
 
 import functools
 import re
@@ -24,9 +24,10 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 @pytest.mark.parametrize("size", [{}, pytest.param({"FULL_SIZE": "1"}, marks=pytest.mark.slow)], ids=["small", "full"])
 def test_on_eight_devices(size):
     """Use a new process, because JAX creates its devices once per process."""
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/many_devices.py"]
+    files = [f"tests/many_devices{part}.py" for part in ("", "_mixing")]
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        run, cwd=REPOSITORY, env=environment(**virtual_devices(8), **size), capture_output=True, text=True
+        [*run, *files], cwd=REPOSITORY, env=environment(**virtual_devices(8), **size), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert "skipped" not in done.stdout
