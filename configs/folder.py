@@ -15,6 +15,6 @@ def get_config() -> Config:
         augment=AugmentConfig(flip="random", crop_padding=4, color_jitter=0.2),
         model=AirbenchConfig(widths=(32, 64, 128), global_pool=True, dtype="auto"),
         optim=OptimConfig(name="adamw", learning_rate=5e-3, schedule="cosine", warmup_epochs=2, weight_decay=0.05),
-        train=TrainConfig(batch_size=32, epochs=30, label_smoothing=0.1, steps_per_call=10, log_every=20),
+        train=TrainConfig(batch_size=32, epochs=30, steps_per_call=10, log_every=20),
         eval=EvalConfig(tta="mirror"),
     )
