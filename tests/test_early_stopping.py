@@ -58,6 +58,7 @@ def test_accuracies_that_stay_equal_end_a_run(straight, config, tmp_path, capsys
     assert (tmp_path / "run" / "eval.json").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_stops_at_the_same_step(config, tmp_path, monkeypatch, capsys):
     """Stop a run in each evaluation and in the step after it. Only the first evaluation improves the accuracy."""
     update = EarlyStopping.update

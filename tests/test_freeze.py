@@ -108,6 +108,7 @@ def test_the_clipped_norm_is_that_of_the_head(straight):
     assert np.sqrt(sum(jax.tree.leaves(change))) == pytest.approx(0.1 * 1e-3, rel=1e-2)  # learning rate times norm
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_and_keeps_the_backbone(straight, tmp_path, monkeypatch):
     config = config_from(straight[0])
     config.train = dataclasses.replace(config.train, steps_per_call=4)

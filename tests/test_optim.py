@@ -59,7 +59,7 @@ def test_schedules_may_start_and_end_above_zero():
 
 def test_warmup_must_be_shorter_than_the_run():
     make_schedule(OptimConfig(warmup_epochs=9.9), total_steps=100, steps_per_epoch=10)
-    with pytest.raises(ConfigError, match=r"optim\.warmup_epochs=10: must be shorter than the run of 10 epochs"):
+    with pytest.raises(ConfigError, match=r"optim\.warmup_epochs=10: must be shorter than the run of 100 steps"):
         make_schedule(OptimConfig(warmup_epochs=10), total_steps=100, steps_per_epoch=10)
 
 
