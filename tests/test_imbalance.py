@@ -102,6 +102,7 @@ def test_balanced_order_is_pinned():
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bitwise(tiny_config, tmp_path, monkeypatch):
     tiny_config.data.sampling = "balanced"
     expected = trained(Trainer(tiny_config))
@@ -157,6 +158,7 @@ def balanced_accuracy(trainer):
     return trainer.evaluator(trained(trainer)).summary["balanced_accuracy"]
 
 
+@pytest.mark.slow
 def test_both_corrections_raise_the_balanced_accuracy(trainer):
     plain = balanced_accuracy(trainer())
     for settings in ({"sampling": "balanced"}, {"class_weights": "balanced"}):
