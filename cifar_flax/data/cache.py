@@ -48,7 +48,7 @@ class Arrays:
 
     def checksum(self) -> str:
         """Return the SHA-256 checksum of images and labels on the host."""
-        whole = hashlib.sha256(np.ascontiguousarray(self.images))
+        whole = hashlib.sha256(np.ascontiguousarray(self.images).data)
         whole.update(np.asarray(self.labels, "<i4").tobytes())
         return whole.hexdigest()
 
