@@ -69,14 +69,16 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["train", "doctor"])
+EXAMINED = [row for row in BAD_INPUT if row[3] == 1 or row[2].startswith(("data.folder", "workdir", "data.valid"))]
+
+
 @pytest.mark.parametrize(
-    ("images", "others", "settings", "code", "message"),
-    BAD_INPUT,
-    ids=[f"{row[2]} {row[4]}".replace("/", "_").replace("{in}", "") for row in BAD_INPUT],
+    ("mode", "images", "others", "settings", "code", "message"),
+    [("train", *row) for row in BAD_INPUT] + [("doctor", *row) for row in EXAMINED],
+    ids=lambda value: value.replace("/", "_").replace("{in}", "") if isinstance(value, str) else "",
 )
 def test_bad_folders_print_one_line_and_are_not_changed(
-    tmp_path, monkeypatch, capsys, images, others, settings, code, message, mode
+    tmp_path, monkeypatch, capsys, mode, images, others, settings, code, message
 ):
     folder = write(tmp_path / "in", *images)
     folder.mkdir(exist_ok=True)

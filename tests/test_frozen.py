@@ -159,6 +159,7 @@ def test_a_run_uses_each_program_in_its_steps(cnn_config, tmp_path, monkeypatch,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=2e-3), one, other)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_before_and_after_freezing_ends_with_the_same_bits(cnn_config, tmp_path, monkeypatch):
     config = cnn_config
     config.train = dataclasses.replace(config.train, steps_per_call=4)

@@ -18,7 +18,11 @@ from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.setup import setup
 
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
+_SLOW = ("airbench95", "airbench96", "resnet18")  # their lowering takes long
+CONFIGS = [
+    pytest.param(path, marks=[pytest.mark.slow] * (path.stem in _SLOW), id=path.stem)
+    for path in sorted((REPOSITORY / "configs").glob("*.py"))
+]
 
 
 @pytest.mark.parametrize("size", [{}, pytest.param({"FULL_SIZE": "1"}, marks=pytest.mark.slow)], ids=["small", "full"])
@@ -34,7 +38,7 @@ def test_on_eight_devices(size):
 
 
 @pytest.mark.parametrize("backend", ["jit", "shard_map"])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS)
 def test_steps_of_every_config_lower_for_accelerators(path, backend):
     """On accelerators, networks use XLA's convolutions and, if `model.dtype` is "auto", compute in bfloat16.
 

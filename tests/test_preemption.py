@@ -64,6 +64,7 @@ def test_steps_already_dispatched_to_an_accelerator_finish(tiny_config, straight
     assert_same_run(tiny_config, straight[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_stopped_again_and_again_ends_with_the_same_state(tiny_config, straight, tmp_path, monkeypatch):
     """Stop the run at every fifth step and in every evaluation."""
     for step in range(5, 34, 5):
@@ -76,7 +77,9 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_state(tiny_config, str
 
 
 @pytest.mark.parametrize(
-    ("steps_per_call", "log_every", "last"), [(11, 11, 11), (5, 8, 13)], ids=["equal calls", "different calls"]
+    ("steps_per_call", "log_every", "last"),
+    [(11, 11, 11), pytest.param(5, 8, 13, marks=pytest.mark.slow)],
+    ids=["equal calls", "different calls"],
 )
 def test_a_signal_in_a_call_of_many_steps_stops_after_that_call(
     tiny_config, tmp_path, monkeypatch, steps_per_call, log_every, last
@@ -95,6 +98,7 @@ def test_a_signal_in_a_call_of_many_steps_stops_after_that_call(
     assert_same_run(tiny_config, tmp_path / "straight", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_best_checkpoints_survive_a_stop_during_their_evaluation(tiny_config, tmp_path, monkeypatch):
     tiny_config.data.validation_fraction = 0.2
     tiny_config.checkpoint.keep_best = 1
