@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from processes import environment
 from sklearn.datasets import load_sample_images
 
 import cifar_flax
+from benchmarks import decoding
 from cifar_flax.data import datasets, sources
 from cifar_flax.data.config import DataConfig
 from cifar_flax.errors import UserError
@@ -197,37 +199,14 @@ def test_a_data_set_written_as_files_is_the_same_data_and_the_same_run(name, tmp
     jax.tree.map(np.testing.assert_array_equal, trained_state(config), trained_state(same))
 
 
-MEASURED = """
-import sys
-from cifar_flax.data import sources
-from cifar_flax.data.config import DataConfig
-import PIL.Image
-
-def memory(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1e6
-
-before = memory("VmRSS")
-config = DataConfig(folder=sys.argv[1])
-print(sum(len(sources.load(config, split).labels) for split in ("train", "test")), memory("VmHWM") - before)
-"""
-
-
 @pytest.mark.slow
 def test_decoding_large_photos_takes_little_memory(tmp_path, pytestconfig):
     """Photos of 12 megapixels and at least 3 MB, several at a time."""
-    rng, count = np.random.default_rng(0), 20 if pytestconfig.getoption("--reduced") else 200
-    for label, photo in enumerate(load_sample_images().images):
-        large = np.asarray(Image.fromarray(photo).resize((4000, 3000))).astype(np.int16)
-        path = tmp_path / "in" / f"class{label}" / "0.jpg"
-        path.parent.mkdir(parents=True)
-        noisy = np.clip(large + rng.integers(-20, 21, large.shape, dtype=np.int16), 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(path, quality=90)
-        assert path.stat().st_size >= 3e6
-        for number in range(1, count // 2):
-            shutil.copy(path, path.with_name(f"{number}.jpg"))
-    command = [sys.executable, "-c", MEASURED, str(tmp_path / "in")]
+    count = 20 if pytestconfig.getoption("--reduced") else 200
+    decoding.write_large(tmp_path / "in", count)
+    command = [sys.executable, "-m", "benchmarks.decoding", "--decode", str(tmp_path / "in"), "64"]
     variables = environment(PYTHONPATH=python_path(REPOSITORY), **SETTINGS)
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    found, gigabytes = done.stdout.splitlines()[-1].split()
+    found, gigabytes = re.fullmatch(r"(\d+) files .* s, (.*) GB above the start", done.stdout.splitlines()[-1]).groups()
     assert int(found) == count
     assert float(gigabytes) < 1.2

@@ -215,7 +215,7 @@ def test_the_weighted_loss_equals_its_definition(monkeypatch, mixed):
 
 
 def test_checkpoints_of_other_class_counts_are_refused(trainer):
-    """Those of earlier releases do not record them."""
+    """Checkpoints of earlier releases, which record no class counts, are accepted."""
     built = trainer()
     saved = built.info.to_dict()
     built.require_same_data(saved)

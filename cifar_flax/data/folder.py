@@ -1,7 +1,8 @@
 """Folders of image files as datasets.
 
 A folder holds `train/<class>/...` and `test/<class>/...`, or only `<class>/...`. In the second case, a hash of the path
-of each file decides its split, so that additional files do not move others.
+of each file decides its split, so that additional files do not move others. The exception is a file that a split has
+only because its class would otherwise be missing there.
 """
 
 import contextlib
@@ -39,10 +40,10 @@ _OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ES
 
 
 def load(config: DataConfig, *splits: str) -> list[Arrays]:
-    """Return the decoded `splits` of `config.folder`, memory-mapped from the cache; log sizes and unreadable files.
+    """Return the decoded `splits` of `config.folder`, memory-mapped from the cache, and log files that cannot be read.
 
-    Raise `ConfigError` if the folder does not hold at least two classes of images, `UserError` if too many files cannot
-    be read (see `require_few_unreadable`).
+    If there are two, for training, also log classes, sizes and copies. Raise `ConfigError` if the folder does not hold
+    at least two classes of images, `UserError` if too many files cannot be read (see `require_few_unreadable`).
     """
     name, listing = printable(config.folder), find(config, splits)
     if len(splits) > 1:  # training; evaluation prints the number of images
@@ -60,6 +61,8 @@ def load(config: DataConfig, *splits: str) -> list[Arrays]:
             processes.log("\n  ".join(lines))
         require_few_unreadable(config, split, arrays)
         found.append(arrays)
+    if len(splits) > 1 and (copies := duplicates(*found)):
+        processes.log(copies)
     return found
 
 

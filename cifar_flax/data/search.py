@@ -12,11 +12,11 @@ _OWN = ({"config.json", "checkpoints"}, {"config.json", "model.stablehlo"}, {"ma
 
 
 def files_below(path: Path, above: tuple[str, ...] = (), seen: set[str] | None = None) -> Iterator[tuple[Path, str]]:
-    """Yield the files below `path`, or `path` if it is a file, each with ""; and folders that cannot be searched.
+    """Yield (file, "") for the files below `path`, or for `path` if it is a file, in order.
 
-    Those come with the reason. `above` are the folders through which the search has come. With `seen`, the folders that
-    were searched before, search no folder twice. Follow links under their own names. Skip hidden files, those of
-    operating systems, such as Thumbs.db, and folders below `path` that this program has written.
+    Yield (folder, reason) for each folder that cannot be searched. Follow links under their own names. Skip hidden
+    files, files of operating systems, such as Thumbs.db, and folders below `path` that this program has written. With
+    `seen`, the folders that were searched before, search no folder twice. `above` are the folders that lead to `path`.
     """
     if not os.path.isdir(path):
         yield path, ""

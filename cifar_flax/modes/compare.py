@@ -146,7 +146,9 @@ def _curves(runs: Sequence[_Run]) -> Markup:
         for split, logged in ((monitored, evaluated), ("train", train)):
             drawn = [line for line in lines(logged, name) if len(line.known)]
             charted += [results.metric_chart(name, drawn, split)] if drawn else []
-    about = ["Training metrics are computed during the steps, with augmentation, dropout and label smoothing."]
+    about = [
+        "Training metrics are computed during the steps, with augmentation, dropout, label smoothing and class weights."
+    ]
     if len(set(splits.values())) > 1:
         about.append(f"The held-out splits differ ({'; '.join(f'{key}: {split}' for key, split in splits.items())}).")
     for run in runs:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cifar_flax import models, packages
 from cifar_flax.config import Config
-from cifar_flax.data import folder, order, pipelines, resident, sources
+from cifar_flax.data import order, pipelines, resident, sources
 from cifar_flax.data.batches import GROUP, empty_batch, empty_indices, to_device
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError, require
@@ -58,8 +58,6 @@ class Trainer:
         )
         self.info.check(eval_arrays)
         if config.data.is_folder:
-            if copies := folder.duplicates(self.arrays, eval_arrays):
-                processes.log(copies)
             allowed = "must leave at least one training image of each class"
             require(min(self.info.class_counts) > 0, "data.validation_fraction", fraction, allowed)
         self.task, init = setup(config, self.info, devices)
