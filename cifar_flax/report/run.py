@@ -87,8 +87,8 @@ def _curves(log: Log) -> Markup:
         *(results.metric_chart(name, lines(name)) for name in log.others),
     ]
     about = (
-        "Training loss and accuracy are measured on augmented images, with dropout, label smoothing and class weights, so "
-        "the loss can be higher than on held-out images. The curves are not smoothed."
+        "Training loss and accuracy are measured on augmented images, with dropout, label smoothing and class weights, "
+        "so the loss can be higher than on held-out images. The curves are not smoothed."
     )
     notes = note(" ".join([about, *_about_training(log)]))
     return join([charts.legend(styles), element("div", *charted, class_="pair"), notes])
