@@ -1,6 +1,6 @@
 """The error messages for mistakes in command lines and settings.
 
-These are the only tables of messages. Other tests match field names, values, file names and keywords, so that a message
+These and those of `test_folder_messages.py` are the only tables of messages. Other tests match field names, values, file names and keywords, so that a message
 can be reworded in one place.
 """
 
