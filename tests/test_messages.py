@@ -1,7 +1,7 @@
 """The error messages for mistakes in command lines and settings.
 
-These and those of `test_folder_messages.py` are the only tables of messages. Other tests match field names, values, file names and keywords, so that a message
-can be reworded in one place.
+These tables and that of `test_folder_messages.py` are the only ones of messages. Other tests match field names, values,
+file names and keywords, so that a message can be reworded in one place.
 """
 
 import sys
