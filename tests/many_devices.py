@@ -6,6 +6,7 @@ the full network for 20 steps.
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 
@@ -103,7 +104,7 @@ def reference():
 
 
 # The first loss depends on one forward pass only; rounding errors then grow with the steps.
-LAYOUTS = [("shard_map", 1), ("shard_map", 2), ("shard_map", 4), ("shard_map", 8), ("pmap", 8), ("jit", 8)]
+LAYOUTS = [("shard_map", 1), ("shard_map", 2), ("shard_map", 8), ("pmap", 8), ("jit", 8)]
 
 
 @pytest.mark.parametrize(("backend", "devices"), LAYOUTS)
@@ -118,11 +119,17 @@ def test_losses_do_not_depend_on_the_layout(reference, backend, devices):
     )
 
 
-def test_class_weights_do_not_depend_on_the_layout(reference):
-    """The devices' rows have different sums of weights."""
-    one, several = (result(*layout, class_weights="balanced")[1] for layout in (("jit", 1), ("shard_map", 8)))
-    np.testing.assert_allclose(one[:3], several[:3], rtol=1e-5)  # rounding errors then grow
-    assert abs(one[0] / reference[1][0] - 1) > 1e-4
+def test_weighted_losses_do_not_depend_on_the_layout(reference):
+    """The devices' rows have different sums of class weights."""
+    found = []
+    for backend, devices in (("jit", 1), ("shard_map", 8)):
+        task, state = build(backend, devices, class_weights="balanced")
+        step = compile_step(task, state)
+        for batch in itertools.islice(batches(), 2):
+            state, values = step(state, task.layout.shard_batch(batch))
+            found.append(float(values["loss"]))
+    np.testing.assert_allclose(found[:2], found[2:], rtol=1e-5)
+    assert abs(found[0] / reference[1][0] - 1) > 1e-4
 
 
 def test_repeated_training_is_bitwise_equal():
