@@ -24,6 +24,7 @@ class DataConfig:
     folder: str = ""  # folder of class folders, or of train and test with class folders, to read instead of data.name
     archive: str = ""  # path of cifar-10-binary.tar.gz or of the folder it unpacks to, to read instead of TFDS
     cache_dir: str = ""  # folder of decoded arrays; "" is cifar_flax in the user's cache folder
+    cache: str = "decoded"  # decoded: keep decoded images in cache_dir | none: decode the files of a folder at each use
     image_size: int = 0  # height and width in pixels that images are resized to; 0 keeps their size (folder: 64)
     train_split: str = "train"  # split to train on
     eval_split: str = "test"  # split to evaluate on
@@ -42,6 +43,11 @@ class DataConfig:
         require(
             self.image_size == 0 or self.image_size >= 8, "data.image_size", self.image_size, "must be 0 or at least 8"
         )
+        require(self.cache in ("decoded", "none"), "data.cache", self.cache, "must be decoded or none")
+        if self.cache == "none":
+            require(self.is_folder, "data.cache", self.cache, "must be decoded unless data.folder is set")
+            allowed = "must be streaming or auto if data.cache is none"
+            require(self.pipeline != "resident", "data.pipeline", self.pipeline, allowed)
         require(bool(re.fullmatch(_NAME, self.name)), "data.name", self.name, "must look like cifar10 or cifar10:3.0.2")
         for field, split in (("train_split", self.train_split), ("eval_split", self.eval_split)):
             require(bool(re.fullmatch(_SPLIT, split)), f"data.{field}", split, "must be a name such as test")

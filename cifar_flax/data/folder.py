@@ -6,8 +6,9 @@ only because its class would otherwise be missing there.
 """
 
 import contextlib
+import dataclasses
 import errno
-import itertools
+import hashlib
 import os
 import time
 import warnings
@@ -22,8 +23,9 @@ from jaxtyping import UInt8
 from cifar_flax import files
 from cifar_flax.data import cache
 from cifar_flax.data.cache import Arrays
-from cifar_flax.data.class_folders import Listing, Problem, find
+from cifar_flax.data.class_folders import Listing, find
 from cifar_flax.data.config import DataConfig, cache_dir
+from cifar_flax.data.file_images import FileImages
 from cifar_flax.data.images import read_image
 from cifar_flax.errors import UserError
 from cifar_flax.runtime import processes
@@ -31,7 +33,7 @@ from cifar_flax.runtime.environment import usable_cores
 from cifar_flax.runtime.progress import ProgressBar
 from cifar_flax.runtime.streams import printable
 
-_READER = 1  # to be increased if the arrays of the same files change
+_READER = 2  # to be increased if the arrays of the same files change
 _NAMED = 10  # classes whose names are printed
 _SHOWN = 20  # files that are named if they cannot be read
 _FEW = 5  # files that may be unreadable in any folder
@@ -67,14 +69,21 @@ def load(config: DataConfig, *splits: str) -> list[Arrays]:
 
 
 def decoded(config: DataConfig, split: str, listing: Listing) -> Arrays:
-    """Return the decoded `split` of `listing`, from the cache if the folder has not changed."""
+    """Return the decoded `split` of `listing`, from the cache if the folder has not changed.
+
+    If `data.cache` is "none", the cache holds all but the images, which are decoded from their files when they are
+    read.
+    """
     source = os.path.realpath(listing.root), config.train_split, config.eval_split, config.test_fraction
-    place = cache_dir(config) / "folders" / _checksum(source)
-    target = place / f"{split}_{config.side}px.{_key(listing, split)}"
-    if (arrays := cache.load(target)) is not None:
+    place, keeps_images = cache_dir(config) / "folders" / _checksum(source), config.cache != "none"
+    target = place / f"{split}_{config.side}px{'' if keeps_images else '_files'}.{_key(listing, split)}"
+    arrays = cache.load(target)
+    if arrays is None:
+        with cache.filling(place):
+            arrays = cache.load(target) or _decode(config, split, listing, target)
+    if keeps_images:
         return arrays
-    with cache.filling(place):
-        return cache.load(target) or _decode(config, split, listing, target)
+    return dataclasses.replace(arrays, images=FileImages(listing.root, arrays.files, (config.side, config.side, 3)))
 
 
 def shortened(names: Sequence[str], most: int) -> str:
@@ -104,13 +113,10 @@ def require_few_unreadable(config: DataConfig, split: str, arrays: Arrays) -> No
 
 def duplicates(train: Arrays, test: Arrays) -> str:
     """Return a line that counts the images of `test` whose pixels are those of an image of `train`, or ""."""
-    places: dict[bytes, list[int]] = {}
-    for i, image in enumerate(train.images):
-        places.setdefault(_sample(image), []).append(i)
-    pairs = []
-    for i, image in enumerate(test.images):
-        same = (j for j in places.get(_sample(image), ()) if np.array_equal(image, train.images[j]))
-        pairs += [(i, j) for j in itertools.islice(same, 1)]
+    known, first = np.unique(train.digests, return_index=True)
+    place = np.minimum(np.searchsorted(known, test.digests), len(known) - 1)
+    found = [(int(i), int(first[place[i]])) for i in np.flatnonzero(known[place] == test.digests)]
+    pairs = [(i, j) for i, j in found if np.array_equal(test.images[i], train.images[j])]
     if not pairs:
         return ""
     example = printable(f"{test.files[pairs[0][0]]} of {train.files[pairs[0][1]]}")
@@ -118,21 +124,25 @@ def duplicates(train: Arrays, test: Arrays) -> str:
 
 
 def _decode(config: DataConfig, split: str, listing: Listing, target: Path) -> Arrays:
-    """Decode the files that can be read into the cache, and remove the arrays of earlier contents of the folder."""
+    """Decode the files that can be read into the cache, and remove the arrays of earlier contents of the folder.
+
+    If `data.cache` is "none", decode them to find those that cannot be read, and for the checksums and the statistics.
+    """
     start, name = time.perf_counter(), printable(config.folder)
     earlier = list(target.parent.glob(f"{target.name.partition('.')[0]}.*"))
     count = f"{len(listing.splits[split].files):,} {split} files, {usable_cores()} at a time"
     again = f"{name}: the {split} files have changed since they were decoded; " if earlier else f"{name}: "
     processes.log(f"{again}decoding {count}")
-    about: dict[str, list[Any]] = {"files": [], "skipped": list(listing.splits[split].problems)}
+    about: dict[str, list[Any]] = {"files": [], "skipped": list(listing.splits[split].problems), "digests": []}
     shape = (config.side, config.side, 3)
     arrays = cache.store(
         target,
-        _images(listing.root, listing.splits[split].files, shape, about["files"], about["skipped"]),
+        _images(listing.root, listing.splits[split].files, shape, about),
         image_shape=shape,
         class_names=listing.class_names,
         dataset=printable(os.path.basename(os.path.realpath(listing.root))),
         about=about,
+        keep_images=config.cache != "none",
     )
     for folder in earlier:
         cache.remove(folder)
@@ -141,9 +151,13 @@ def _decode(config: DataConfig, split: str, listing: Listing, target: Path) -> A
 
 
 def _images(
-    root: Path, found: Sequence[tuple[str, int]], shape: tuple[int, int, int], read: list[str], skipped: list[Problem]
+    root: Path, found: Sequence[tuple[str, int]], shape: tuple[int, int, int], about: dict[str, list[Any]]
 ) -> Iterator[tuple[UInt8[np.ndarray, "n height width c"], np.ndarray]]:
-    """Yield batches of images and labels; append the paths of the files to `read` or, with the reason, to `skipped`."""
+    """Yield batches of images and labels.
+
+    Append the paths of the files to the list "files" of `about` and 64-bit hashes of their pixels to "digests", or
+    paths that cannot be read, with the reason, to "skipped".
+    """
 
     def image(path: str) -> UInt8[np.ndarray, "height width c"] | str:
         try:
@@ -165,9 +179,10 @@ def _images(
             for (path, label), content in zip(batch, pool.map(image, [path for path, _ in batch]), strict=True):
                 progress.advance(1)
                 if isinstance(content, str):
-                    skipped.append((path, content))
+                    about["skipped"].append((path, content))
                     continue
-                read.append(path)
+                about["files"].append(path)
+                about["digests"].append(int.from_bytes(hashlib.blake2b(content.tobytes(), digest_size=8).digest()))
                 images.append(content)
                 labels.append(label)
             if images:
@@ -191,7 +206,3 @@ def _key(listing: Listing, split: str) -> str:
 def _checksum(content: Any) -> str:
     return files.json_checksum(content)[:16]
 
-
-def _sample(image: UInt8[np.ndarray, "height width c"]) -> bytes:
-    """Return some of the pixels, by which equal images are found quickly."""
-    return image[::7, ::7].tobytes()
