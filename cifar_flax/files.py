@@ -104,17 +104,18 @@ def json_checksum(content: Any) -> str:
 def checksums(folder: Path) -> dict[str, str]:
     """Return a dict from relative path to SHA-256 of all files below `folder`. Raise `OSError` if one is unreadable."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _LOCK)
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
 
 
 def require_checksums(folder: Path, sums: dict[str, str]) -> None:
     """Raise `OSError` or `ValueError` unless all files in `sums` exist in `folder` and match their checksums."""
     for name, wanted in sums.items():
-        if _sha256(folder / name) != wanted:
+        if checksum(folder / name) != wanted:
             raise ValueError(f"{name} does not match its checksum")
 
 
-def _sha256(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of the file `path`. Raise `OSError` if it is unreadable."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -39,7 +39,7 @@ def examine(config, folder):
 def skip_compilation(monkeypatch):
     """Replace the checks that compile programs by stubs."""
     trainer = SimpleNamespace(
-        total_steps=34, layout="cpu", no_streaming="", initial_state=np.zeros(30_000_000, np.uint8)
+        total_steps=34, layout="cpu", no_tensorflow="", initial_state=np.zeros(30_000_000, np.uint8)
     )
     monkeypatch.setattr(run, "Trainer", lambda config: trainer)
     monkeypatch.setattr(compilation, "cache_problem", lambda: None)

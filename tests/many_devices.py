@@ -68,8 +68,7 @@ def build(backend, devices, **settings):
 
 
 def batches(start=0):
-    index, epoch = order.indices(0, EXAMPLES, BATCH, start, COUNT)
-    for row, of in zip(index, epoch, strict=True):
+    for row, of in order.batches(0, EXAMPLES, BATCH, start, COUNT):
         yield gather(IMAGES.images, IMAGES.labels, Indices(row, of, row >= 0))
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import threading
@@ -8,20 +9,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from orders import indices
 
-from cifar_flax.data import order, resident
+from cifar_flax.data import resident, streaming
 from cifar_flax.data.batches import GROUP, Batch, Indices, InputTimer, evaluation_indices, gather, to_device
 from cifar_flax.data.cache import Arrays
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.runtime.devices import ParallelConfig, make_layout
 
 FIELDS = ("image", "label", "index", "epoch", "mask")
 
 
-@pytest.fixture
-def streaming(tf):
-    from cifar_flax.data import streaming
-
-    return streaming
+@pytest.fixture(params=["tf.data", "numpy"])
+def gathering(request, monkeypatch):
+    """Let `streaming` use `tf.data`, with Datasets of five steps, or NumPy."""
+    if request.param == "tf.data":
+        request.getfixturevalue("tf")
+        monkeypatch.setattr(streaming, "_STEPS", 5)
+    else:
+        monkeypatch.setattr(streaming, "tensorflow_fault", lambda: "tensorflow is not installed")
 
 
 def make_arrays(size):
@@ -42,7 +48,7 @@ def single_steps(examples, *, start, stop, **arguments):
     [(0, range(1, 13), False), (3, range(4, 13), False), (3, (6, 9, 12), True), (2, (3, 7, 9, 12), False)],
 )
 @pytest.mark.parametrize("balanced", [False, True])
-def test_pipelines_agree_byte_for_byte(streaming, start, ends, drop_last, balanced):
+def test_pipelines_agree_byte_for_byte(gathering, start, ends, drop_last, balanced):
     """Calls may have different numbers of steps; the rows that are left are masked."""
     arrays = make_arrays(30)
     examples = np.arange(5, 30, dtype=np.int32)
@@ -59,7 +65,7 @@ def test_pipelines_agree_byte_for_byte(streaming, start, ends, drop_last, balanc
     rows = [Indices(*row) for call in calls for row in zip(call.index, call.epoch, call.mask, strict=True)]
     rows = [row for row in rows if row.mask.any()]
     gathered = [compiled(on_device.images, on_device.labels, row) for row in rows]
-    index, epoch = order.indices(7, examples, 8, start, 12, drop_last, classes)
+    index, epoch = indices(7, examples, 8, start, 12, drop_last, classes)
     assert len(streamed) == len(gathered) == 12 - start
     for step, batches in enumerate(zip(streamed, gathered, strict=True)):
         expected = Batch(
@@ -73,7 +79,7 @@ def test_pipelines_agree_byte_for_byte(streaming, start, ends, drop_last, balanc
 
 
 @pytest.mark.parametrize("rows", [slice(0, 4), slice(4, 8), slice(2, 3)])
-def test_a_host_reads_only_its_rows(streaming, rows):
+def test_a_host_reads_only_its_rows(gathering, rows):
     arrays, examples = make_arrays(30), np.arange(30, dtype=np.int32)
     arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 9, "drop_last": False}
     for whole, part in (
@@ -116,7 +122,7 @@ def test_batches_depend_on_neither_prefetching_nor_number_of_hosts(size, drop_la
 
 
 @pytest.mark.parametrize("depth", [1, 9])
-def test_streamed_batches_do_not_depend_on_the_prefetch_depth(streaming, monkeypatch, depth):
+def test_streamed_batches_do_not_depend_on_the_prefetch_depth(tf, monkeypatch, depth):
     arrays, examples = make_arrays(30), np.arange(30, dtype=np.int32)
     arguments = {"batch_size": 8, "seed": 7, "start": 2, "stop": 20}
     before = list(streaming.training_batches(arrays, examples, **arguments))
@@ -124,6 +130,30 @@ def test_streamed_batches_do_not_depend_on_the_prefetch_depth(streaming, monkeyp
     for one, other in zip(before, streaming.training_batches(arrays, examples, **arguments), strict=True):
         for field in FIELDS:
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+
+
+class Decoded:
+    """Images that are decoded when they are indexed by an array."""
+
+    def __init__(self, images):
+        self._images = images
+        self.shape, self.dtype, self.nbytes = images.shape, images.dtype, images.nbytes
+
+    def __getitem__(self, index: np.ndarray):
+        return self._images[index]
+
+
+def test_images_that_are_not_an_array_are_gathered_by_their_own_method():
+    arrays, examples = make_arrays(30), np.arange(30, dtype=np.int32)
+    decoded = dataclasses.replace(arrays, images=Decoded(arrays.images))
+    assert decoded.checksum() == arrays.checksum()
+    assert DatasetInfo.of(decoded, examples[3:], "standard") == DatasetInfo.of(arrays, examples[3:], "standard")
+    both = [
+        streaming.training_batches(one, examples, batch_size=8, seed=7, start=2, stop=9) for one in (arrays, decoded)
+    ]
+    for batch, own in zip(*both, strict=True):
+        for field in FIELDS:
+            np.testing.assert_array_equal(getattr(batch, field), getattr(own, field))
 
 
 def evaluation_batches(arrays, examples, batch_size):

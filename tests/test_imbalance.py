@@ -12,6 +12,7 @@ from conftest import final_state
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from orders import indices
 from sklearn.utils.class_weight import compute_class_weight
 from stops import stop_at, stopped
 
@@ -50,7 +51,7 @@ def pairs(index, epoch):
 def test_classes_are_equally_frequent_and_examples_of_a_class_too(split, seed):
     examples, classes, _ = split
     size, label = len(examples), dict(zip(examples.tolist(), classes.tolist(), strict=True))
-    index, visit = order.indices(seed, examples, 1, 0, 3 * size, classes=classes)
+    index, visit = indices(seed, examples, 1, 0, 3 * size, classes=classes)
     for e in range(3):
         drawn = [label[i] for i in index[e * size : (e + 1) * size, 0].tolist()]
         counts = [drawn.count(c) for c in set(label.values())]
@@ -67,11 +68,11 @@ def test_classes_are_equally_frequent_and_examples_of_a_class_too(split, seed):
 def test_a_row_depends_only_on_seed_and_position(split, seed, drop_last, data):
     examples, classes, batch_size = split
     stop = order.total_steps(4, len(examples), batch_size, drop_last)
-    whole = order.indices(seed, examples, batch_size, 0, stop, drop_last, classes)
+    whole = indices(seed, examples, batch_size, 0, stop, drop_last, classes)
     assert len(set(pairs(*whole))) == whole[0].size
     first = data.draw(st.integers(0, stop))
     last = data.draw(st.integers(first, stop))
-    part = order.indices(seed, examples, batch_size, first, last, drop_last, classes)
+    part = indices(seed, examples, batch_size, first, last, drop_last, classes)
     for full, some in zip(whole, part, strict=True):
         np.testing.assert_array_equal(full[first:last], some)
 
@@ -80,7 +81,7 @@ def test_seeds_classes_and_repetitions_have_their_own_orders():
     examples, classes = np.arange(60, dtype=np.int32), np.repeat([0, 1, 2], 20)
     orders = set()
     for seed in range(3):
-        index, visit = (row.ravel() for row in order.indices(seed, examples, 60, 0, 3, classes=classes))
+        index, visit = (row.ravel() for row in indices(seed, examples, 60, 0, 3, classes=classes))
         orders |= {tuple(index[(index // 20 == c) & (visit == v)] % 20) for c in range(3) for v in range(3)}
     assert len(orders) == 27
 
@@ -88,14 +89,14 @@ def test_seeds_classes_and_repetitions_have_their_own_orders():
 def test_drop_last_keeps_the_length_of_an_epoch_and_the_balance():
     classes = np.repeat([0, 1], [90, 13])
     examples = np.arange(103, dtype=np.int32)
-    index, _ = order.indices(3, examples, 20, 0, 500, True, classes)  # 100 epochs, each without 3 of 103 draws
+    index, _ = indices(3, examples, 20, 0, 500, True, classes)  # 100 epochs, each without 3 of 103 draws
     assert np.mean(index >= 90) == pytest.approx(0.5, abs=0.02)
 
 
 def test_balanced_order_is_pinned():
     """A run may be resumed with another version of NumPy; computed with NumPy 2.4."""
     classes = (np.arange(5000) ** 2 // 7 % 13).astype(np.int32)
-    index, epoch = order.indices(7, np.arange(5000, dtype=np.int32), 256, 15, 45, False, classes)
+    index, epoch = indices(7, np.arange(5000, dtype=np.int32), 256, 15, 45, False, classes)
     assert (
         hashlib.sha256(index.astype("<i4").tobytes() + epoch.astype("<i4").tobytes()).hexdigest()[:16]
         == "7daacb80e0116967"

@@ -11,7 +11,7 @@ import jax
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax import arguments, cli, packages, workdir
+from cifar_flax import arguments, cli, workdir
 from cifar_flax import config as configs
 from cifar_flax.data import datasets
 from cifar_flax.diagnosis import devices as examined_devices
@@ -257,7 +257,6 @@ NEEDS_NO_DATA = [
     ("optim.warmup_epochs=6 train.epochs=5", "optim.warmup_epochs=6.0: must be shorter than the run of 5 epochs"),
     ("train.batch_size=33", "train.batch_size=33: must be a multiple of the number of devices, 2"),
     ("parallel.backend=jit train.sync_batchnorm=False", "train.sync_batchnorm=False: must be True"),
-    ("data.pipeline=streaming", "tensorflow is not installed"),
     ("data.eval_split=dev", "data.eval_split='dev': must be a split of digits"),
     ("train.init_from={tmp}", "train.init_from='{tmp}': holds no checkpoint"),
     ("seed=1", "run': holds a run with another config (seed: 0 in config.json, 1 in the config)"),
@@ -280,7 +279,6 @@ def test_settings_that_no_data_fits_are_refused_before_the_data_is_read(
     monkeypatch.setitem(datasets.DATASETS, "digits", datasets.Dataset(read=read))
     for module in (devices, examined_devices):
         monkeypatch.setattr(module, "all_devices", lambda *warn: jax.devices()[:1] * 2)
-    monkeypatch.setattr(packages, "installed", lambda name: name != "tensorflow")
     flags = [f"--config.{setting}" for setting in settings.format(tmp=tmp_path).split()]
     folder = "run" if settings == "seed=1" else "new"
     monkeypatch.setattr(sys, "argv", ["main.py", f"--mode={mode}", "--config", DIGITS, f"--workdir={folder}", *flags])

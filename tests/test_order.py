@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from orders import indices
 
 from cifar_flax.data import order
 
@@ -22,7 +23,7 @@ def test_sampling_order_is_pinned():
     """Steps 190 to 400 on CIFAR-10, across ends of epochs, with and without `drop_last`, as computed with NumPy 2.4."""
     examples = np.arange(50_000, dtype=np.int32)
     for drop_last, expected in ((False, "62c213999cffe8f7"), (True, "50cb10fbf790f913")):
-        index, epoch = order.indices(7, examples, 256, 190, 400, drop_last)
+        index, epoch = indices(7, examples, 256, 190, 400, drop_last)
         digest = hashlib.sha256(index.astype("<i4").tobytes() + epoch.astype("<i4").tobytes()).hexdigest()
         assert digest[:16] == expected
 
@@ -43,7 +44,7 @@ def runs(draw):
 def test_every_epoch_contains_every_example_once(run, seed):
     examples, batch_size, epochs = run
     steps = order.total_steps(epochs, len(examples), batch_size)
-    index, epoch = order.indices(seed, examples, batch_size, 0, steps)
+    index, epoch = indices(seed, examples, batch_size, 0, steps)
     assert index.shape == epoch.shape == (steps, batch_size)
     assert (np.diff(epoch.ravel()) >= 0).all()
     for e in range(int(index.size // len(examples))):
@@ -57,7 +58,7 @@ def test_every_epoch_contains_every_example_once(run, seed):
 def test_no_example_repeats_within_an_epoch_with_drop_last(run, seed):
     examples, batch_size, epochs = run
     steps = order.total_steps(epochs, len(examples), batch_size, drop_last=True)
-    index, epoch = order.indices(seed, examples, batch_size, 0, steps, drop_last=True)
+    index, epoch = indices(seed, examples, batch_size, 0, steps, drop_last=True)
     whole = len(examples) // batch_size
     assert (epoch == (np.arange(steps) // whole)[:, None]).all()
     for e in range(-(-steps // whole)):
@@ -71,8 +72,8 @@ def test_a_later_start_continues_the_same_order(run, seed, drop_last, data):
     examples, batch_size, epochs = run
     steps = order.total_steps(epochs, len(examples), batch_size, drop_last)
     start = data.draw(st.integers(0, steps))
-    whole = order.indices(seed, examples, batch_size, 0, steps, drop_last)
-    late = order.indices(seed, examples, batch_size, start, steps, drop_last)
+    whole = indices(seed, examples, batch_size, 0, steps, drop_last)
+    late = indices(seed, examples, batch_size, start, steps, drop_last)
     for full, tail in zip(whole, late, strict=True):
         np.testing.assert_array_equal(full[start:], tail)
 
@@ -83,13 +84,13 @@ def test_drop_last_ends_each_epoch_with_its_last_full_batch(size, batch_size):
     per_epoch = size // batch_size
     steps = order.total_steps(3, size, batch_size, drop_last=True)
     assert steps == 3 * per_epoch
-    index, epoch = order.indices(5, examples, batch_size, 0, steps, drop_last=True)
+    index, epoch = indices(5, examples, batch_size, 0, steps, drop_last=True)
     assert epoch.tolist() == [[e] * batch_size for e in range(3) for _ in range(per_epoch)]
     for e in range(3):
         shown = index[epoch == e].tolist()
         assert shown == examples[order.permutation(5, e, size)][: per_epoch * batch_size].tolist()
         assert len(set(shown)) == order.epoch_images(size, batch_size, drop_last=True)
-    late = order.indices(5, examples, batch_size, steps - 1, steps, drop_last=True)
+    late = indices(5, examples, batch_size, steps - 1, steps, drop_last=True)
     np.testing.assert_array_equal(late[0], index[-1:])
 
 

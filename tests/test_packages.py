@@ -110,7 +110,6 @@ def test_a_run_works_without_broken_optional_packages(tmp_path):
     ("module", "name", "arguments"),
     [
         ("sklearn", "scikit-learn", ("--config=quickstart",)),
-        ("tensorflow", "tensorflow", ("--config=quickstart", "--config.data.pipeline=streaming")),
         pytest.param("tensorflow_datasets", "tensorflow-datasets", ("--config=resnet18",), marks=needs_tensorflow),
     ],
 )

@@ -3,10 +3,15 @@
 Layout: `<cache_dir>/<dataset>/<version>/<split>.<key>/{images.npy, labels.npy, manifest.json}`. The key identifies the
 data that was decoded (see `key`); a split that another program stored may have none. Complete folders are renamed to
 their final names, so readers never see a partial one.
+
+The manifest also has the checksum of `Arrays.checksum`, the histogram of the pixels, and checksums of blocks of
+`images.npy`. With them, the start of a run reads only a part of large splits. Manifests of earlier releases lack them.
 """
 
+import errno
 import hashlib
 import os
+import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int, Int32, UInt8
 
 from cifar_flax import files
 from cifar_flax.errors import UserError
@@ -24,6 +29,10 @@ from cifar_flax.errors import UserError
 _FORMAT = 2
 _MANIFEST = "manifest.json"
 _FILES = ("images.npy", "labels.npy")
+_BLOCK = 2**24  # bytes of images.npy that have a checksum of their own
+_WHOLE = 2**30  # bytes of images.npy that are verified at each start; of more, only a sample
+_SAMPLE = 32  # blocks
+_CHUNK = 1000  # images that are read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,8 @@ class Arrays:
     dataset: str  # name and version, such as "cifar10/3.0.2"
     files: Sequence[str] = ()  # of a folder: the path of each image, relative to the folder
     skipped: Sequence[tuple[str, str]] = ()  # of a folder: paths that cannot be read, with the reasons
+    known_checksum: str = ""  # of images and labels, if the cache has recorded it
+    histogram: Int[np.ndarray, "channels 256"] | None = None  # of the pixels, if the cache has recorded it
 
     @property
     def nbytes(self) -> int:
@@ -48,9 +59,25 @@ class Arrays:
 
     def checksum(self) -> str:
         """Return the SHA-256 checksum of images and labels on the host."""
-        whole = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        if self.known_checksum:
+            return self.known_checksum
+        whole, count = hashlib.sha256(), len(self.labels)
+        for start in range(0, count, _CHUNK):
+            whole.update(self.images[np.arange(start, min(start + _CHUNK, count))].data)
         whole.update(np.asarray(self.labels, "<i4").tobytes())
         return whole.hexdigest()
+
+
+def pixel_histogram(
+    images: UInt8[Any, "n height width channels"], examples: Int[np.ndarray, " m"]
+) -> Int[np.ndarray, "channels 256"]:
+    """Return how often each value occurs in each channel of the images with the indices `examples`."""
+    histogram = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(examples), _CHUNK):
+        chunk = images[examples[start : start + _CHUNK]]
+        for channel, counts in enumerate(histogram):
+            counts += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    return histogram
 
 
 def newest(folder: Path, key: str = "") -> Path | None:
@@ -96,12 +123,13 @@ def filling(folder: Path) -> Iterator[None]:
 def load(folder: Path) -> Arrays | None:
     """Return the arrays in `folder`, memory-mapped, or None if it does not exist.
 
-    If the arrays are damaged, warn, remove `folder` and return None.
+    Images of more than 1 GiB are verified by a sample (see `verify`). If the arrays are damaged, warn, remove `folder`
+    and return None.
     """
     if not folder.exists():
         return None
     try:
-        manifest = verify(folder)
+        manifest = verify(folder, sample=True)
     except ValueError as error:
         reason = f"is damaged or has another format ({error})"
         warnings.warn(f"the data cache {folder} {reason}; rebuilding it", stacklevel=2)
@@ -113,20 +141,43 @@ def load(folder: Path) -> Arrays | None:
     except FileNotFoundError:  # another process has just removed the arrays of an earlier state of a folder
         return None
     skipped = [(path, reason) for path, reason in manifest.get("skipped", ())]
-    class_names, dataset = tuple(manifest["class_names"]), manifest["dataset"]
-    return Arrays(images, labels, class_names, dataset, manifest.get("files", ()), skipped)
+    histogram = np.array(manifest["histogram"]) if "histogram" in manifest else None
+    return Arrays(
+        images, labels, tuple(manifest["class_names"]), manifest["dataset"],
+        manifest.get("files", ()), skipped, manifest.get("checksum", ""), histogram,
+    )  # fmt: skip
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Return the manifest of the arrays in `folder`; raise `ValueError` if they are missing or damaged."""
+def verify(folder: Path, sample: bool = False) -> dict[str, Any]:
+    """Return the manifest of the arrays in `folder`; raise `ValueError` if they are missing or damaged.
+
+    With `sample`, verify of images of more than 1 GiB only 32 blocks of 16 MiB: the first, the last, and others that
+    are chosen at random each time. Of n blocks, a start then finds a damaged one with a probability of about 32 / n,
+    and reads at most 512 MiB, for any size of the split.
+    """
     try:
         manifest = files.read_sealed(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']}")
-        files.require_checksums(folder, {file: manifest["sha256"][file] for file in _FILES})
+        images, whole = folder / _FILES[0], list(_FILES)
+        if sample and "blocks" in manifest and images.stat().st_size > _WHOLE:
+            _require_blocks(images, manifest["blocks"])
+            whole.remove(images.name)
+        files.require_checksums(folder, {file: manifest["sha256"][file] for file in whole})
         return manifest
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from error
+
+
+def _require_blocks(path: Path, blocks: Sequence[str]) -> None:
+    """Raise `ValueError` unless the first, the last and random other blocks of the file match their checksums."""
+    inner = range(1, len(blocks) - 1)
+    chosen = random.SystemRandom().sample(inner, min(_SAMPLE - 2, len(inner)))
+    with path.open("rb") as file:
+        for number in sorted({0, *chosen, len(blocks) - 1}):
+            file.seek(number * _BLOCK)
+            if hashlib.sha256(file.read(_BLOCK)).hexdigest() != blocks[number]:
+                raise ValueError(f"{path.name} does not match its checksum")
 
 
 def store(
@@ -147,23 +198,36 @@ def store(
     """
     try:
         with files.new_folder(folder) as partial:
-            filled = 0
+            filled, written, histogram = 0, hashlib.sha256(), np.zeros((image_shape[-1], 256), np.int64)
             # Not through a memory map: if the disk is full, a write through one ends the process with SIGBUS.
             with (partial / _FILES[0]).open("xb") as images, (partial / _FILES[1]).open("xb") as labels:
                 _write_headers(images, labels, 0, image_shape)
+                header = images.tell()
                 for some_images, some_labels in batches:
                     if some_labels.min() < 0 or some_labels.max() >= len(class_names):
                         raise UserError(
                             f"{dataset}: labels must be 0 to {len(class_names) - 1}; choose a split with labels"
                         )
-                    images.write(np.asarray(some_images, np.uint8).tobytes())
+                    content = np.ascontiguousarray(some_images, np.uint8)
+                    images.write(content.data)
+                    written.update(content.data)
+                    histogram += pixel_histogram(content, np.arange(len(content)))
                     labels.write(np.asarray(some_labels, "<i4").tobytes())
                     filled += len(some_images)
                 _write_headers(images, labels, filled, image_shape)
             if num_examples not in (None, filled):
                 raise UserError(f"{dataset}: decoded {filled} examples, expected {num_examples}")
-            checksums = files.checksums(partial)
-            manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names, "sha256": checksums}
+            whole, blocks = _read_back(partial / _FILES[0], header, written.hexdigest())
+            written.update(np.load(partial / _FILES[1]).tobytes())
+            manifest = {
+                "format": _FORMAT,
+                "dataset": dataset,
+                "class_names": class_names,
+                "sha256": {_FILES[0]: whole, _FILES[1]: files.checksum(partial / _FILES[1])},
+                "blocks": blocks,
+                "checksum": written.hexdigest(),
+                "histogram": histogram.tolist(),
+            }
             files.write_sealed(partial / _MANIFEST, {**manifest, **about})
     except OSError as error:
         if not (folder / _MANIFEST).exists():  # another process may have stored the same bytes first
@@ -172,6 +236,23 @@ def store(
     if arrays is None or arrays.dataset != dataset:
         raise UserError(f"data.cache_dir: {folder} cannot be read back as {dataset}")
     return arrays
+
+
+def _read_back(path: Path, header: int, written: str) -> tuple[str, list[str]]:
+    """Return the SHA-256 checksums of the images' file and of its blocks.
+
+    Raise `OSError` unless `written` is that of the bytes after the first `header` bytes.
+    """
+    whole, content = hashlib.sha256(), hashlib.sha256()
+    blocks: list[str] = []
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            whole.update(block)
+            content.update(memoryview(block)[0 if blocks else header :])
+            blocks.append(hashlib.sha256(block).hexdigest())
+    if content.hexdigest() != written:
+        raise OSError(errno.EIO, "what was read back is not what was written")
+    return whole.hexdigest(), blocks
 
 
 def _write_headers(images: BinaryIO, labels: BinaryIO, count: int, image_shape: tuple[int, int, int]) -> None:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
-from cifar_flax.data.cache import Arrays
+from cifar_flax.data.cache import Arrays, pixel_histogram
 from cifar_flax.errors import UserError
-
-_CHUNK = 1000  # images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +35,7 @@ class DatasetInfo:
         _, height, width, channels = arrays.images.shape
         mean, std = (0.0,) * channels, (255.0,) * channels
         if normalization == "standard":
-            mean, std = _mean_and_std(arrays.images, examples)
+            mean, std = _mean_and_std(_histogram(arrays, examples))
         return cls(
             name=arrays.dataset,
             image_shape=(height, width, channels),
@@ -66,13 +64,17 @@ class DatasetInfo:
                 raise UserError(f"{arrays.dataset}: has {what} {theirs}; must be {ours}, as in the training data")
 
 
-def _mean_and_std(images: np.ndarray, examples: Int32[np.ndarray, " n"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and the standard deviation of each channel, over all pixels of `examples`."""
-    histogram = np.zeros((images.shape[-1], 256), np.int64)
-    for start in range(0, len(examples), _CHUNK):
-        chunk = images[examples[start : start + _CHUNK]]
-        for channel, counts in enumerate(histogram):
-            counts += np.bincount(chunk[..., channel].ravel(), minlength=256)
+def _histogram(arrays: Arrays, examples: Int32[np.ndarray, " n"]) -> Int[np.ndarray, "channels 256"]:
+    """Return how often each value occurs in each channel of `examples`; if possible, read only the other examples."""
+    if arrays.histogram is None:
+        return pixel_histogram(arrays.images, examples)
+    others = np.ones(len(arrays.labels), np.bool_)
+    others[examples] = False
+    return arrays.histogram - pixel_histogram(arrays.images, np.flatnonzero(others))
+
+
+def _mean_and_std(histogram: Int[np.ndarray, "channels 256"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the standard deviation of each channel."""
     value, count = np.arange(256), histogram.sum(axis=1)
     mean = histogram @ value / count
     variance = histogram @ value**2 / count - mean**2

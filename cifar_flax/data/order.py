@@ -1,7 +1,8 @@
 """Sampling order: the example at each position of training, a pure function of seed, epoch and position."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -39,7 +40,7 @@ def total_steps(epochs: float, num_examples: int, batch_size: int, drop_last: bo
     return math.ceil(epochs * epoch_images(num_examples, batch_size, drop_last) / batch_size)
 
 
-def indices(
+def batches(
     seed: int,
     examples: Int[np.ndarray, " n"],
     batch_size: int,
@@ -47,35 +48,55 @@ def indices(
     stop: int,
     drop_last: bool = False,
     classes: Int[np.ndarray, " n"] | None = None,
-) -> tuple[Int[np.ndarray, "steps batch"], Int[np.ndarray, "steps batch"]]:
-    """Return the example and the epoch of each row of the batches of steps `start` to `stop - 1`.
+) -> Iterator[Int[np.ndarray, "2 batch"]]:
+    """Yield the batches of steps `start` to `stop - 1`: the example of each row, and its epoch.
 
     No pair of example and epoch occurs twice, so that they can seed the random numbers of the row.
 
     Position `p = step * batch_size + i` belongs to epoch `p // n`, and each epoch has its own permutation of
     `examples`. Batches span epoch boundaries, so no example is dropped. With `drop_last`, n is `epoch_images`, and the
-    rest of each permutation is dropped. Earlier steps are not computed.
+    rest of each permutation is dropped.
 
     With `classes`, the labels of `examples`, each class is equally frequent. The permutation of an epoch is then of n
     draws, which take the classes in turn; the draws of a class go through its examples again and again, each time in
     another order. The epoch of a row is the number of times that its example was drawn before.
+
+    Earlier epochs are not computed. Each epoch is shuffled when its first batch is taken, so the memory is that of one
+    permutation (4 bytes per example, and 36 more while it is shuffled), for any number of epochs.
     """
+    return itertools.islice(_batches(seed, examples, batch_size, start, drop_last, classes), stop - start)
+
+
+def _batches(
+    seed: int,
+    examples: Int[np.ndarray, " n"],
+    batch_size: int,
+    start: int,
+    drop_last: bool,
+    classes: Int[np.ndarray, " n"] | None,
+) -> Iterator[Int[np.ndarray, "2 batch"]]:
+    """Yield the batches of all steps from `start` on, as `batches` does."""
     size = epoch_images(len(examples), batch_size, drop_last)
-    position = np.arange(start * batch_size, stop * batch_size, dtype=np.int64)
-    epoch = (position // size).astype(np.int32)
-    index, visit = np.empty(len(position), np.int32), epoch.copy()
     by_class: list[np.ndarray] = []
     if classes is not None:
         by_label = np.argsort(classes, kind="stable")
         by_class = np.split(examples[by_label], np.unique(classes[by_label], return_index=True)[1][1:])
-    for e in range(start * batch_size // size, -(-stop * batch_size // size)):
-        here = slice(*np.searchsorted(epoch, [e, e + 1]))
-        draw = permutation(seed, e, len(examples))[position[here] - e * size]
+    first, skipped = divmod(start * batch_size, size)
+    rest = np.empty((2, 0), np.int32)  # the last rows of an epoch, which do not fill a batch
+    for epoch in itertools.count(first):
+        index = permutation(seed, epoch, len(examples))[skipped:size]
         if classes is None:
-            index[here] = examples[draw]
+            index, visit = examples[index], np.broadcast_to(np.int32(epoch), index.shape)
         else:
-            index[here], visit[here] = _balanced(seed, by_class, e * len(examples) + draw.astype(np.int64))
-    return index.reshape(-1, batch_size), visit.reshape(-1, batch_size)
+            index, visit = _balanced(seed, by_class, epoch * len(examples) + index.astype(np.int64))
+        skipped = begin = 0
+        while begin < len(index):
+            end = begin + batch_size - rest.shape[1]
+            rest = np.concatenate([rest, [index[begin:end], visit[begin:end]]], axis=1, dtype=np.int32)
+            begin = end
+            if rest.shape[1] == batch_size:
+                yield rest
+                rest = rest[:, :0]
 
 
 def _balanced(

@@ -1,7 +1,6 @@
 """Training from device memory: the split is copied to each device once, and compiled steps gather their batches."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -61,14 +60,9 @@ def training_indices(
     `steps_per_call` rows; masked zeros fill those of shorter calls. `classes`, the labels of `examples`, balances the
     classes.
 
-    Shuffling takes the host milliseconds per epoch. Each epoch is shuffled when it is needed, while the device still
-    trains on the previous one.
+    Shuffling takes the host milliseconds per epoch, while the device still trains on the previous one.
     """
-    per_epoch = max(order.epoch_images(len(examples), batch_size, drop_last) // batch_size, 1)
-    draw = functools.partial(order.indices, seed, examples, batch_size, drop_last=drop_last, classes=classes)
-    steps = itertools.chain.from_iterable(
-        zip(*draw(begin, min(begin + per_epoch, stop)), strict=True) for begin in range(start, stop, per_epoch)
-    )
+    steps = order.batches(seed, examples, batch_size, start, stop, drop_last, classes)
     for begin, end in itertools.pairwise(itertools.chain([start], ends)):
         call = empty_indices(steps_per_call, len(range(batch_size)[rows]))
         for number, (index, epoch) in enumerate(itertools.islice(steps, end - begin)):

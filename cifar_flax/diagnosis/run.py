@@ -118,8 +118,8 @@ def start(examination: Examination) -> Iterator[Finding]:
             trainer = Trainer(examination.config)
         except Exception as error:
             raise UserError(one_line(error)) from error
-    if trainer.no_streaming:
-        yield Finding(NOTE, trainer.no_streaming)
+    if trainer.no_tensorflow:
+        yield Finding(NOTE, trainer.no_tensorflow)
     examination.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.initial_state))
     yield Finding(OK, f"config, data and devices work together: {trainer.total_steps} steps on {trainer.layout}")
     if examination.config.data.is_folder:

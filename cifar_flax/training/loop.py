@@ -86,8 +86,8 @@ def run(trainer: Trainer, folder: Path) -> None:
         steps = f"resuming from step {start} of {total}" if start else f"{total} steps"
         images = f"{trainer.info.num_examples} images ({trainer.pipeline})"
         processes.log(f"{trainer.info.name}: {images}, {steps}, on {trainer.layout}")
-        if trainer.no_streaming:
-            processes.log(trainer.no_streaming)
+        if trainer.no_tensorflow:
+            processes.log(trainer.no_tensorflow)
         TrainingLoop(trainer, folder, checkpoints, state, metadata).run()
 
 

@@ -21,7 +21,7 @@ from cifar_flax.training import optimizers, state
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Task
 
-_MAX_EXAMPLES = 2**28  # of all epochs: the streaming pipeline keeps the sampling order in memory, 8 bytes per example
+_MAX_EXAMPLES = 2**31 - 1  # of all epochs: the step is an int32
 _FLOAT16_LOSS_SCALE = 2.0**11  # gradients of a mean loss are otherwise below 6e-5, where float16 loses precision
 
 # (seed, `Network.sample_size` training images, equal in all processes) -> initial state. The images may be None if a

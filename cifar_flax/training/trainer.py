@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from cifar_flax import models, packages
+from cifar_flax import models
 from cifar_flax.config import Config
-from cifar_flax.data import order, pipelines, resident, sources
+from cifar_flax.data import order, pipelines, resident, sources, streaming
 from cifar_flax.data.batches import GROUP, empty_batch, empty_indices, to_device
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError, require
@@ -28,8 +28,6 @@ from cifar_flax.training.timetable import Timetable
 def require_startable(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
     """Raise `UserError` if a run of `config` on `devices` (default: all) would fail whatever its data."""
     checked_layout(config, devices).require_divides("train.batch_size", config.train.batch_size)
-    if config.data.pipeline == "streaming":
-        packages.require(["tensorflow"], "data.pipeline='streaming' needs TensorFlow (resident does not)")
 
 
 class Trainer:
@@ -63,14 +61,10 @@ class Trainer:
         self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
         self.pipeline = pipelines.resolve(config.data.pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes)
-        self.no_streaming = ""  # why data.pipeline=auto cannot use TensorFlow although it is installed
-        if self.pipeline == "streaming":
-            try:
-                from cifar_flax.data import streaming  # noqa: F401  # takes seconds, hence not imported earlier
-            except UserError as error:
-                if config.data.pipeline == "streaming":
-                    raise
-                self.pipeline, self.no_streaming = "resident", f"data.pipeline is resident: {error}"
+        self.no_tensorflow = ""  # a line that reports why tf.data cannot be used
+        is_array = isinstance(self.arrays.images, np.ndarray)
+        if self.pipeline == "streaming" and is_array and (fault := streaming.tensorflow_fault()):
+            self.no_tensorflow = f"data.pipeline: batches are gathered with NumPy, not tf.data: {fault}"
         processes.require_agreement(data=self.arrays.digest(), pipeline=self.pipeline)
         self._classes = self.arrays.labels[self.examples] if config.data.sampling == "balanced" else None
         # Copied to the devices once, for all seeds. A folder is sorted by class, so take images from all of it.
@@ -128,10 +122,7 @@ class Trainer:
             batch_axis = 1
             inputs = resident.training_indices(self.examples, ends=ends, steps_per_call=per_call, **settings)
         else:
-            # Imported late, since TensorFlow takes seconds and hundreds of megabytes.
-            from cifar_flax.data.streaming import training_batches
-
-            inputs = training_batches(self.arrays, self.examples, **settings)
+            inputs = streaming.training_batches(self.arrays, self.examples, **settings)
         spans = itertools.pairwise(itertools.chain([start], calls))
         paired: Iterator[tuple[tuple[int, int], Any]] = zip(spans, inputs, strict=True)
         on_host = (Call(*span, one) for span, one in paired)
