@@ -9,7 +9,7 @@ import pytest
 from conftest import make_tiny_config
 from folders import load, many, write
 
-from cifar_flax.data import folder, resident
+from cifar_flax.data import folder
 from cifar_flax.data.config import DataConfig
 from cifar_flax.data.file_images import FileImages
 from cifar_flax.errors import ConfigError, UserError

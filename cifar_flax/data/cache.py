@@ -45,6 +45,7 @@ class Arrays:
     dataset: str  # name and version, such as "cifar10/3.0.2"
     files: Sequence[str] = ()  # of a folder: the path of each image, relative to the folder
     skipped: Sequence[tuple[str, str]] = ()  # of a folder: paths that cannot be read, with the reasons
+    digests: Sequence[int] = ()  # of a folder: a 64-bit hash of the pixels of each image
     known_checksum: str = ""  # of images and labels, if the cache has recorded it
     histogram: Int[np.ndarray, "channels 256"] | None = None  # of the pixels, if the cache has recorded it
 
@@ -137,14 +138,16 @@ def load(folder: Path) -> Arrays | None:
         return None
     try:
         # Copy-on-write: TensorFlow shares only writable memory, and the file must not change.
-        images, labels = (np.load(folder / file, mmap_mode="c", allow_pickle=False) for file in _FILES)
+        found = {file: np.load(folder / file, mmap_mode="c", allow_pickle=False) for file in manifest["sha256"]}
     except FileNotFoundError:  # another process has just removed the arrays of an earlier state of a folder
         return None
+    labels = found["labels.npy"]
+    images = found.get("images.npy", np.empty((len(labels), 0, 0, 0), np.uint8))
     skipped = [(path, reason) for path, reason in manifest.get("skipped", ())]
     histogram = np.array(manifest["histogram"]) if "histogram" in manifest else None
     return Arrays(
         images, labels, tuple(manifest["class_names"]), manifest["dataset"],
-        manifest.get("files", ()), skipped, manifest.get("checksum", ""), histogram,
+        manifest.get("files", ()), skipped, manifest.get("digests", ()), manifest.get("checksum", ""), histogram,
     )  # fmt: skip
 
 
@@ -159,8 +162,8 @@ def verify(folder: Path, sample: bool = False) -> dict[str, Any]:
         manifest = files.read_sealed(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']}")
-        images, whole = folder / _FILES[0], list(_FILES)
-        if sample and "blocks" in manifest and images.stat().st_size > _WHOLE:
+        images, whole = folder / _FILES[0], list(manifest["sha256"])
+        if sample and manifest.get("blocks") and images.stat().st_size > _WHOLE:
             _require_blocks(images, manifest["blocks"])
             whole.remove(images.name)
         files.require_checksums(folder, {file: manifest["sha256"][file] for file in whole})
@@ -189,10 +192,12 @@ def store(
     dataset: str,
     num_examples: int | None = None,
     about: Mapping[str, list[Any]] = MappingProxyType({}),
+    keep_images: bool = True,
 ) -> Arrays:
     """Write `batches` of (images, labels) to `folder` and return them as memory-mapped arrays.
 
-    `about` has the fields `files` and `skipped` of the arrays, which `batches` may fill. Raise `UserError` if the
+    `about` has the fields `files`, `skipped` and `digests` of the arrays, which `batches` may fill. Without
+    `keep_images`, store all but the images; the returned ones then have no pixels. Raise `UserError` if the
     folder is not writable, if a label is invalid, or if `batches` do not contain exactly `num_examples` examples, if
     that is not None.
     """
@@ -209,7 +214,8 @@ def store(
                             f"{dataset}: labels must be 0 to {len(class_names) - 1}; choose a split with labels"
                         )
                     content = np.ascontiguousarray(some_images, np.uint8)
-                    images.write(content.data)
+                    if keep_images:
+                        images.write(content.data)
                     written.update(content.data)
                     histogram += pixel_histogram(content, np.arange(len(content)))
                     labels.write(np.asarray(some_labels, "<i4").tobytes())
@@ -217,13 +223,18 @@ def store(
                 _write_headers(images, labels, filled, image_shape)
             if num_examples not in (None, filled):
                 raise UserError(f"{dataset}: decoded {filled} examples, expected {num_examples}")
-            whole, blocks = _read_back(partial / _FILES[0], header, written.hexdigest())
+            sums: dict[str, str] = {_FILES[1]: files.checksum(partial / _FILES[1])}
+            blocks: list[str] = []
+            if keep_images:
+                sums[_FILES[0]], blocks = _read_back(partial / _FILES[0], header, written.hexdigest())
+            else:
+                (partial / _FILES[0]).unlink()
             written.update(np.load(partial / _FILES[1]).tobytes())
             manifest = {
                 "format": _FORMAT,
                 "dataset": dataset,
                 "class_names": class_names,
-                "sha256": {_FILES[0]: whole, _FILES[1]: files.checksum(partial / _FILES[1])},
+                "sha256": sums,
                 "blocks": blocks,
                 "checksum": written.hexdigest(),
                 "histogram": histogram.tolist(),

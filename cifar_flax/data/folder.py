@@ -113,9 +113,10 @@ def require_few_unreadable(config: DataConfig, split: str, arrays: Arrays) -> No
 
 def duplicates(train: Arrays, test: Arrays) -> str:
     """Return a line that counts the images of `test` whose pixels are those of an image of `train`, or ""."""
-    known, first = np.unique(train.digests, return_index=True)
-    place = np.minimum(np.searchsorted(known, test.digests), len(known) - 1)
-    found = [(int(i), int(first[place[i]])) for i in np.flatnonzero(known[place] == test.digests)]
+    known, first = np.unique(np.array(train.digests, np.uint64), return_index=True)
+    wanted = np.array(test.digests, np.uint64)
+    place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    found = [(i, int(first[place[i]])) for i in np.flatnonzero(known[place] == wanted).tolist()]
     pairs = [(i, j) for i, j in found if np.array_equal(test.images[i], train.images[j])]
     if not pairs:
         return ""
@@ -205,4 +206,3 @@ def _key(listing: Listing, split: str) -> str:
 
 def _checksum(content: Any) -> str:
     return files.json_checksum(content)[:16]
-
