@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from cifar_flax import packages
-from cifar_flax.data import cache, datasets, folder
-from cifar_flax.data.archive import read_archive
+from cifar_flax.data import archives, cache, datasets, folder
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.config import DataConfig, cache_dir, require_splits
 from cifar_flax.data.images import resize
@@ -34,7 +33,9 @@ def load(config: DataConfig, split: str) -> Arrays:
         return folder.load(config, split)[0]
     if config.archive:
         require_splits(config, ("train", "test"))
-        arrays = read_archive(local_path("data.archive", config.archive), split)
+        found = archives.find(local_path("data.archive", config.archive)).read(split, config.name, config.image_size)
+        images, labels = map(np.concatenate, zip(*found.batches, strict=True))
+        return Arrays(images, labels, found.class_names, config.name)
     elif config.name in datasets.DATASETS:
         require_splits(config, datasets.DATASETS[config.name].splits)
         arrays = datasets.read(config.name, split, local_path("data.data_dir", config.data_dir))
