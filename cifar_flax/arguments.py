@@ -58,7 +58,7 @@ MODES = {
     "predict": _Mode(takes=("--workdir", "--output"), needs=("--workdir",), paths=1),
     "compare": _Mode(takes=("--output",), paths=2),
     "export": _Mode(takes=("--workdir", "--output"), needs=("--workdir", "--output")),
-    "doctor": _Mode(takes=("--config", "--workdir")),
+    "doctor": _Mode(takes=("--config", "--workdir", "--online")),
 }
 
 
@@ -80,6 +80,7 @@ class Command:
     paths: tuple[Path, ...]
     output: Path | None
     summary: bool
+    online: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,6 +130,7 @@ def parse(argv: Sequence[str]) -> Command:
         paths=tuple(local_path("PATH", path) for path in paths),
         output=output,
         summary=arguments.summary,
+        online=arguments.online,
     )
 
 
@@ -150,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train, doctor: config file, or name of a shipped config; --config.FIELD=VALUE sets a field",
     )
     run.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/<name of the config>)")
+    run.add_argument("--online", action="store_true", help="doctor: also test the connection for the download of data")
     results = parser.add_argument_group("output")
     results.add_argument("--summary", action="store_true", help="train: print the model's layers first")
     results.add_argument(

@@ -119,7 +119,7 @@ class Config:
 
 
 # Locations of data: they may differ between hosts, and between training and later uses of a checkpoint.
-LOCATIONS = ("data.data_dir", "data.folder", "data.archive", "data.cache_dir")
+LOCATIONS = ("data.data_dir", "data.folder", "data.archive", "data.source", "data.cache_dir")
 
 
 def may_override(path: str) -> bool:
