@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from cifar_flax.config import LOCATIONS, Config, describe_field, may_override
+from cifar_flax.config import LOCATIONS, PATHS, Config, describe_field, may_override
 from cifar_flax.errors import ConfigError, one_line, require
 from cifar_flax.paths import local_path
 from cifar_flax.restore import saved_config
@@ -58,7 +58,7 @@ MODES = {
     "predict": _Mode(takes=("--workdir", "--output"), needs=("--workdir",), paths=1),
     "compare": _Mode(takes=("--output",), paths=2),
     "export": _Mode(takes=("--workdir", "--output"), needs=("--workdir", "--output")),
-    "doctor": _Mode(takes=("--config", "--workdir")),
+    "doctor": _Mode(takes=("--config", "--workdir", "--online")),
 }
 
 
@@ -80,6 +80,7 @@ class Command:
     paths: tuple[Path, ...]
     output: Path | None
     summary: bool
+    online: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,7 +113,7 @@ def parse(argv: Sequence[str]) -> Command:
     config, changed, paths = _override(config, rest)
     config.validate()
     if not uses_run:  # eval, predict and export may not need the places that the saved config names
-        for field in (*LOCATIONS, "train.init_from"):
+        for field in (*PATHS, "train.init_from"):
             local_path(field, operator.attrgetter(field)(config))
     for path, value in changed.items():
         allowed = f"only {', '.join(LOCATIONS)}, eval.* and parallel.* may change in {name}"
@@ -129,6 +130,7 @@ def parse(argv: Sequence[str]) -> Command:
         paths=tuple(local_path("PATH", path) for path in paths),
         output=output,
         summary=arguments.summary,
+        online=arguments.online,
     )
 
 
@@ -150,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train, doctor: config file, or name of a shipped config; --config.FIELD=VALUE sets a field",
     )
     run.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/<name of the config>)")
+    run.add_argument("--online", action="store_true", help="doctor: also test the connection for the download of data")
     results = parser.add_argument_group("output")
     results.add_argument("--summary", action="store_true", help="train: print the model's layers first")
     results.add_argument(

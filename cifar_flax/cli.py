@@ -121,4 +121,4 @@ def _run(command: "Command") -> None:
         case "doctor":
             from cifar_flax.modes.doctor import doctor
 
-            doctor(config, workdir)
+            doctor(config, workdir, online=command.online)

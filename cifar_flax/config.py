@@ -118,8 +118,9 @@ class Config:
         require(fits, "eval.checkpoint", self.eval.checkpoint, allowed)
 
 
-# Locations of data: they may differ between hosts, and between training and later uses of a checkpoint.
-LOCATIONS = ("data.data_dir", "data.folder", "data.archive", "data.cache_dir")
+# Places of data: they may differ between hosts, and between training and later uses of a checkpoint.
+PATHS = ("data.data_dir", "data.folder", "data.archive", "data.cache_dir")
+LOCATIONS = (*PATHS, "data.source", "data.cache")
 
 
 def may_override(path: str) -> bool:

@@ -38,6 +38,8 @@ PACKAGES = {
     "ml-collections": Package("ml_collections", "1.1"),
     "absl-py": Package("absl", "2.1"),
     "jaxtyping": Package("jaxtyping", "0.3.2"),
+    "pyarrow": Package("pyarrow.parquet", "20.0", "data.archive in Parquet"),
+    "huggingface-hub": Package("huggingface_hub", "1.0", "downloading CIFAR-10 and CIFAR-100 from the hub"),
     "tensorflow": Package("tensorflow", "2.20", "tf.data pipelines and preparing TFDS datasets"),
     "tensorflow-datasets": Package("tensorflow_datasets", "4.9.10", "preparing TFDS datasets"),
     "scikit-learn": Package("sklearn.datasets", "1.6", "data.name=digits"),

@@ -1,8 +1,9 @@
 """Cache of decoded arrays: memory-mapped `.npy` files, and a manifest with their SHA-256 checksums and its own.
 
-Layout: `<cache_dir>/<dataset>/<version>/<split>.<key>/{images.npy, labels.npy, manifest.json}`. The key identifies the
-data that was decoded (see `key`); a split that another program stored may have none. Complete folders are renamed to
-their final names, so readers never see a partial one.
+Layout: `<cache_dir>/<dataset>/<version>/<split>.<key>/{images.npy, labels.npy, manifest.json}`. The version is TFDS's,
+or says how other files were found (see `sources.py`). The key identifies the data that was decoded (see `key`); a split
+that another program stored may have none. Complete folders are renamed to their final names, so readers never see a
+partial one.
 
 The manifest also has the checksum of `Arrays.checksum`, the histogram of the pixels, and checksums of blocks of
 `images.npy`. With them, the start of a run reads only a part of large splits. Manifests of earlier releases lack them.
@@ -84,27 +85,32 @@ def pixel_histogram(
 def newest(folder: Path, key: str = "") -> Path | None:
     """Return the cached split `folder` with this key, or any if it is ""; None if there is none.
 
-    The version in `folder` may be "*". Of several, choose the highest version, and of this, the last one decoded.
+    The version in `folder` may be "*", for any number. Of several, choose the highest version, and of this, the last
+    one decoded.
     """
     found = []
     for manifest in folder.parent.parent.glob(f"{folder.parent.name}/{folder.name}*/{_MANIFEST}"):
         (name, _, its_key), version = manifest.parent.name.partition("."), manifest.parent.parent.name.split(".")
-        if name == folder.name and key in ("", its_key) and all(map(str.isdigit, version)):
-            found.append((list(map(int, version)), manifest.stat().st_mtime_ns, manifest.parent))
+        numbers = list(map(int, version)) if all(map(str.isdigit, version)) else []
+        if name == folder.name and key in ("", its_key) and (numbers or folder.parent.name != "*"):
+            found.append((numbers, manifest.stat().st_mtime_ns, manifest.parent))
     return max(found)[-1] if found else None
 
 
-def key(data_dir: Path, name: str) -> str:
-    """Return the key of the dataset `name` that is prepared in the folder `data_dir`, or "" if it is not.
+def key(paths: Iterable[str | Path], *format: str) -> str:
+    """Return the key of data in the files `paths`, which are read as `format`, or "" if there are none.
 
-    It stands for the folder, and for the names, sizes and times of the dataset's files.
+    It stands for the format, and for the names, sizes and times of the files.
     """
     found = []
-    for folder, _, names in os.walk(os.path.join(os.path.realpath(data_dir), name), followlinks=True):
-        for path in (os.path.join(folder, file) for file in names):
-            with suppress(OSError):  # TFDS removes temporary files while it prepares a dataset
-                found.append((path, os.stat(path).st_size, os.stat(path).st_mtime_ns))
-    return files.json_checksum(sorted(found))[:16] if found else ""
+    for path in paths:
+        with suppress(OSError):  # TFDS removes temporary files while it prepares a dataset
+            found.append((os.fspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns))
+    return files.json_checksum([*format, *sorted(found)])[:16] if found else ""
+
+
+class CacheError(UserError):
+    """Raised if the cache cannot be written."""
 
 
 @contextmanager
@@ -118,7 +124,7 @@ def filling(folder: Path) -> Iterator[None]:
         with files.locked(folder / ".lock", wait=True):
             yield
     except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
+        raise CacheError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
 
 
 def load(folder: Path) -> Arrays | None:
@@ -242,10 +248,10 @@ def store(
             files.write_sealed(partial / _MANIFEST, {**manifest, **about})
     except OSError as error:
         if not (folder / _MANIFEST).exists():  # another process may have stored the same bytes first
-            raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
+            raise CacheError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
     arrays = load(folder)
     if arrays is None or arrays.dataset != dataset:
-        raise UserError(f"data.cache_dir: {folder} cannot be read back as {dataset}")
+        raise CacheError(f"data.cache_dir: {folder} cannot be read back as {dataset}")
     return arrays
 
 

@@ -15,6 +15,8 @@ from cifar_flax.paths import local_path
 _NAME = r"\w[\w-]*(/\w[\w.+-]*)?(:\d+(\.\d+)*)?"
 _SPLIT = r"\w[\w-]*"
 FOLDER_SIDES = (16, 256)  # smallest and largest data.image_size of a folder, in pixels
+SOURCES = ("auto", "tfds", "hub")
+PUBLIC = ("cifar10", "cifar100")  # the values of data.name that are looked for outside TFDS's folder
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,7 +24,8 @@ class DataConfig:
     name: str = "cifar10"  # digits, folder, or a TFDS set such as cifar100, svhn_cropped or mnist:3.0.1
     data_dir: str = ""  # folder of the data, such as that of TFDS; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
     folder: str = ""  # folder of class folders, or of train and test with class folders, to read instead of data.name
-    archive: str = ""  # path of cifar-10-binary.tar.gz or of the folder it unpacks to, to read instead of TFDS
+    archive: str = ""  # file or folder of the data, such as cifar-10-python.tar.gz, to read instead of data.name's own
+    source: str = "auto"  # of cifar10 and cifar100: tfds | hub (Hugging Face) | auto: from disk, or else from the hub
     cache_dir: str = ""  # folder of decoded arrays; "" is cifar_flax in the user's cache folder
     cache: str = "decoded"  # decoded: keep decoded images in cache_dir | none: decode the files of a folder at each use
     image_size: int = 0  # height and width in pixels that images are resized to; 0 keeps their size (folder: 64)
@@ -61,13 +64,19 @@ class DataConfig:
             fits, allowed = smallest <= self.side <= largest, f"must be {smallest} to {largest} for data.folder"
             require(fits, "data.image_size", self.image_size, allowed)
             require(not self.archive, "data.archive", self.archive, "must be empty if data.folder is set")
-        if self.archive:
-            require(self.name == "cifar10", "data.name", self.name, "must be cifar10 if data.archive is set")
+        require(self.source in SOURCES, "data.source", self.source, f"must be one of {', '.join(SOURCES)}")
+        fits, allowed = self.source != "hub" or self.name in PUBLIC, f"needs data.name to be {' or '.join(PUBLIC)}"
+        require(fits, "data.source", self.source, allowed)
 
     @property
     def is_folder(self) -> bool:
         """Return whether the data is a folder of images. The config file `folder.py` leaves its path open."""
         return bool(self.folder) or self.name == "folder"
+
+    @property
+    def wanted_pipeline(self) -> str:
+        """Return `pipeline`, or "streaming" if images are decoded at each use."""
+        return "streaming" if self.cache == "none" else self.pipeline
 
     @property
     def side(self) -> int:
@@ -80,7 +89,22 @@ def cache_dir(config: DataConfig) -> Path:
     return local_path("data.cache_dir", config.cache_dir) if config.cache_dir else files.user_cache()
 
 
+def cache_folder(config: DataConfig, split: str, version: str) -> Path:
+    """Return the folder of the decoded split in the cache, without a key; it may not exist."""
+    size = f"_{config.image_size}px" if config.image_size else ""
+    return cache_dir(config) / config.name.partition(":")[0] / version / f"{split}{size}"
+
+
 def require_splits(config: DataConfig, splits: Iterable[str]) -> None:
     """Raise `ConfigError` unless both splits of the config exist, before one of them is decoded."""
     for field, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split)):
         require(split in splits, field, split, f"must be a split of {config.name}: {', '.join(splits)}")
+
+
+def alternatives(config: DataConfig) -> str:
+    """Return the ways to get the data if it cannot be downloaded, or only slowly."""
+    ways = ["data that TFDS has prepared (data.data_dir=DIR or TFDS_DATA_DIR)", "data.cache_dir of another machine"]
+    if config.name in PUBLIC:
+        other = "data.source=tfds" if config.source == "hub" else "data.source=hub or tfds"
+        ways = ["a copy (data.archive=FILE)", *ways, other, "a mirror of the hub (HF_ENDPOINT)"]
+    return f"{', '.join(ways)}, or images that need no download (--config quickstart)"

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import stat
 import threading
@@ -49,8 +50,8 @@ def _memory_for(width: int, height: int, copies: int = 1) -> Iterator[None]:
             _memory.notify_all()
 
 
-def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
-    """Return the image in `path`, resized to `shape`.
+def read_image(source: Path | bytes, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
+    """Return the image in a file, or in the bytes of one, resized to `shape`; height and width 0 keep its size.
 
     Apply the EXIF orientation, composite transparency on white, take the first frame of an animation, and convert 16
     bits per channel to 8. Resize as `data.image_size` does, without keeping the aspect ratio. Let libjpeg reduce a JPEG
@@ -60,12 +61,13 @@ def read_image(path: Path, shape: Shape) -> UInt8[np.ndarray, "height width chan
     """
     Image = _pillow()
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError("is not a regular file")
-        if not found.st_size:
-            raise UserError("is empty")
-        with open(path, "rb") as file:
+        if isinstance(source, Path):
+            found = os.stat(source)
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError("is not a regular file")
+            if not found.st_size:
+                raise UserError("is empty")
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             head = file.read(30)
             webp = _webp_size(head)
             file.seek(0)
@@ -100,6 +102,14 @@ def _pillow() -> Any:
     return Image
 
 
+def is_grey(content: bytes) -> bool:
+    """Return whether the bytes of an image file have one channel of color; False if they cannot be read."""
+    Image = _pillow()
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return Image.getmodebase(image.mode) == "L"
+    return False
+
+
 def _webp_size(head: bytes) -> tuple[int, int]:
     """Return width and height in the first 30 bytes of a WebP file, or (0, 0) for another format.
 
@@ -120,14 +130,15 @@ def _webp_size(head: bytes) -> tuple[int, int]:
 def _read(image: Any, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:
     from PIL import ImageOps
 
-    image.draft(None, (2 * max(shape[:2]),) * 2)  # JPEG only
+    if shape[0]:
+        image.draft(None, (2 * max(shape[:2]),) * 2)  # JPEG only
     level, factors = image.info.get("transparency"), {"1": 255, "L;2": 85, "L;4": 17}
     if image.format == "PNG" and isinstance(level, int) and (bits := image.tile[0][3]) in factors:
         image.info["transparency"] = min(level * factors[bits], 255)  # Pillow scales the pixels to 8 bits, but not this
     image.load()
     with contextlib.suppress(Exception):  # ignore damaged EXIF; in place, it may raise only after the transposition
         ImageOps.exif_transpose(image, in_place=True)
-    return _resized(image, shape)
+    return _resized(image, shape if shape[0] else (image.height, image.width, shape[2]))
 
 
 def _resized(image: Any, shape: Shape) -> UInt8[np.ndarray, "height width channels"]:

@@ -1,27 +1,33 @@
-"""Load the splits of a dataset: from a reader in `datasets.py`, the official archive, a folder, or TFDS."""
+"""Load the splits of a dataset, decoded, from the first of these sources.
+
+1. `data.folder`, a folder of images. 2. `data.archive`. 3. A reader in `datasets.py`. 4. TFDS. In place of 4, `cifar10`
+and `cifar100` have `data.source`:
+- `tfds`: as for other datasets, data in the cache that TFDS has prepared, in TFDS's folder, or else what it downloads.
+- `hub`: data in the cache that is from the hub, in the hub's cache folder, or else what is downloaded from the hub.
+- `auto`: TFDS if its data is in the cache or its folder, or if `data.data_dir` is set. Else data in the cache that was
+  found or is from the hub. Else the first intact of `places.find`, the hub's cache folder, and the hub.
+
+2 and 4 are decoded once, into the cache. In the cache, `archive`, `files` (found by `auto`) and `hub` are in place of
+the version that TFDS data has, and the key identifies the files. For `data.archive`, the files must exist and have
+this key. Data that was found or is from the hub is all the same, so neither files nor the network are needed again.
+"""
 
 import dataclasses
-import logging
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cifar_flax import packages
-from cifar_flax.data import cache, datasets, folder
-from cifar_flax.data.archive import read_archive
+from cifar_flax.data import archives, cache, datasets, folder, hub, places, tfds
+from cifar_flax.data.archives import Archive
 from cifar_flax.data.cache import Arrays
-from cifar_flax.data.config import DataConfig, cache_dir, require_splits
+from cifar_flax.data.config import PUBLIC, DataConfig, cache_dir, cache_folder, require_splits
 from cifar_flax.data.images import resize
-from cifar_flax.errors import ConfigError, UserError, one_line, require
+from cifar_flax.errors import UserError
 from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
-from cifar_flax.runtime.environment import usable_cores
-
-_DECODE_BATCH = 1000  # images
 
 
 def load(config: DataConfig, split: str) -> Arrays:
@@ -34,12 +40,15 @@ def load(config: DataConfig, split: str) -> Arrays:
         return folder.load(config, split)[0]
     if config.archive:
         require_splits(config, ("train", "test"))
-        arrays = read_archive(local_path("data.archive", config.archive), split)
-    elif config.name in datasets.DATASETS:
+        return _decoded(config, split, "archive", named_archive(config))
+    if config.name in datasets.DATASETS:
         require_splits(config, datasets.DATASETS[config.name].splits)
-        arrays = datasets.read(config.name, split, local_path("data.data_dir", config.data_dir))
-    else:
-        return _load_tfds(config, split)
+        return _resized(datasets.read(config.name, split, local_path("data.data_dir", config.data_dir)), config)
+    return tfds.load(config, split) if uses_tfds(config, split) else _load_public(config, split)
+
+
+def _resized(arrays: Arrays, config: DataConfig) -> Arrays:
+    """Return `arrays` with images of `data.image_size`, if it is not 0."""
     if config.image_size:
         packages.load("pillow")
         resized = np.empty((len(arrays.images), *[config.image_size] * 2, arrays.images.shape[-1]), np.uint8)
@@ -58,178 +67,92 @@ def load_both(config: DataConfig) -> list[Arrays]:
     return folder.load(config, *splits) if config.is_folder else [load(config, split) for split in splits]
 
 
-def cache_folder(config: DataConfig, split: str, version: str) -> Path:
-    """Return the folder of the decoded split in the cache, without a key; it may not exist."""
-    size = f"_{config.image_size}px" if config.image_size else ""
-    return cache_dir(config) / config.name.partition(":")[0] / version / f"{split}{size}"
+def named_archive(config: DataConfig) -> Archive:
+    """Return the data in `data.archive`. Raise `ConfigError` and `UserError` as `archives.find` does."""
+    return archives.find(local_path("data.archive", config.archive))
 
 
-def find_cached(config: DataConfig, split: str) -> tuple[Path | None, str]:
-    """Return the folder of the decoded split in the cache (None: decode it), and a line to log ("": none).
+def uses_tfds(config: DataConfig, split: str) -> bool:
+    """Return whether `load` reads the split through TFDS."""
+    if config.name not in PUBLIC or config.source == "tfds":
+        return True
+    return config.source == "auto" and (bool(config.data_dir) or tfds.is_available(config, split))
 
-    It must have been decoded from the files in TFDS's folder as they are now. If the dataset is not there and
-    `data.data_dir` is not set, the newest cached data is used. Raise `ConfigError` if `data.data_dir` does not exist.
+
+def find_cached(config: DataConfig, split: str) -> Path | None:
+    """Return the folder of the decoded split in the cache, if it is not TFDS's, or None if it must be decoded.
+
+    Raise errors as `load` does if `data.archive` cannot be read.
     """
-    (name, _, version), data_dir = config.name.partition(":"), _data_dir(config)
-    allowed = "must be an existing folder, or empty for TFDS_DATA_DIR, ~/tensorflow_datasets or data in the cache"
-    require(not config.data_dir or os.path.isdir(data_dir), "data.data_dir", config.data_dir, allowed)
-    wanted, key = cache_folder(config, split, version or "*"), cache.key(data_dir, name)
-    cached = cache.newest(wanted, key)
-    if key:
-        line = f"{name}: the cached {split} split is of other files than those in {data_dir}; decoding these"
-        return cached, line if cached is None and cache.newest(wanted) else ""
-    if config.data_dir or cached is None:
-        return None, ""
-    return cached, f"{config.name} is not in {data_dir}; using data from elsewhere in {cached}" if cached.suffix else ""
+    if config.archive:
+        target = _target(config, split, "archive", named_archive(config))
+        return target if target.exists() else None
+    kinds = ("files", "hub") if config.source == "auto" else ("hub",)
+    return next(filter(None, (cache.newest(cache_folder(config, split, kind)) for kind in kinds)), None)
 
 
-def preparation(config: DataConfig, splits: Sequence[str]) -> tuple[Path, dict[str, int], int]:
-    """Return what `load` must do for `splits` that are not in the cache: TFDS's folder, downloads, size of the arrays.
-
-    The downloads are a dict from URL to bytes, and the size of the arrays in bytes is 0, unless TFDS has prepared the
-    data. Write nothing. Raise `ConfigError` and `UserError` as `load` does.
-    """
-    require_tfds(config, splits[0])
-    builder = _tfds_builder(config)
-    folder, info = Path(builder.data_dir), builder.info
-    _, _, image_shape = _features(config, info)
-    if not folder.exists():  # as TFDS decides; its is_prepared fails if the name of a folder is a glob pattern
-        return folder, {url: int(file.size) for url, file in (builder.url_infos or {}).items()}, 0
-    require_splits(config, info.splits)
-    for split in splits:
-        _require_files(info, split)
-    return folder, {}, sum(info.splits[split].num_examples for split in splits) * math.prod(image_shape)
+def on_disk(config: DataConfig) -> Iterator[tuple[str, Archive | UserError]]:
+    """Yield "files" or "hub", and data of cifar10 or cifar100 outside TFDS's folder, or why it cannot be used."""
+    local = [("files", path) for path in places.find(config.name)] if config.source == "auto" else []
+    for kind, path in [*local, *(("hub", path) for path in hub.cached(config.name))]:
+        try:
+            yield kind, archives.find(path)
+        except UserError as error:
+            yield kind, error
 
 
-def _load_tfds(config: DataConfig, split: str) -> Arrays:
-    """Return the split from the cache if possible, so that later starts neither import TFDS nor decode."""
-    folder, line = find_cached(config, split)
-    if line:
+def _load_public(config: DataConfig, split: str) -> Arrays:
+    """Return the split of cifar10 or cifar100 from the cache, from files, or from the hub."""
+    require_splits(config, ("train", "test"))
+    if (arrays := _load_cached(config, split)) is not None:
+        return arrays
+    with cache.filling(cache_dir(config) / config.name):
+        if (arrays := _load_cached(config, split)) is not None:  # another process has decoded it
+            return arrays
+        for kind, archive in on_disk(config):
+            try:
+                if isinstance(archive, UserError):
+                    raise archive
+                processes.log(f"{config.name}: reading {archive.path} (data.source=tfds or hub: another source)")
+                return _store_both(config, split, kind, archive)
+            except cache.CacheError:
+                raise
+            except UserError as error:
+                processes.log(f"{config.name}: not used: {error}")
+        return _store_both(config, split, "hub", archives.find(hub.download(config)))
+
+
+def _load_cached(config: DataConfig, split: str) -> Arrays | None:
+    cached = find_cached(config, split)
+    return cache.load(cached) if cached else None
+
+
+def _target(config: DataConfig, split: str, kind: str, archive: Archive) -> Path:
+    """Return the folder of the decoded split in the cache."""
+    key = cache.key(map(os.path.realpath, archive.files), archive.format)
+    folder = cache_folder(config, split, kind)
+    return folder.with_name(f"{folder.name}.{key}")
+
+
+def _store_both(config: DataConfig, split: str, kind: str, archive: Archive) -> Arrays:
+    """Decode both splits, so that they are of one source, and return one."""
+    return {each: _store(config, each, kind, archive) for each in (config.eval_split, config.train_split)}[split]
+
+
+def _decoded(config: DataConfig, split: str, kind: str, archive: Archive) -> Arrays:
+    """Return the split from the cache if the files have not changed since they were decoded."""
+    if (arrays := cache.load(_target(config, split, kind, archive))) is not None:
+        return arrays
+    with cache.filling(cache_dir(config) / config.name.partition(":")[0]):
+        return _store(config, split, kind, archive)
+
+
+def _store(config: DataConfig, split: str, kind: str, archive: Archive) -> Arrays:
+    """Decode the split into the cache, if another process has not done so, while the cache is locked."""
+    target = _target(config, split, kind, archive)
+    if (arrays := cache.load(target)) is not None:
+        return arrays
+    if split == config.train_split and (line := archive.official()):
         processes.log(line)
-    cached = cache.load(folder) if folder else None
-    if cached is not None:
-        return cached
-    require_tfds(config, split)
-    name = config.name.partition(":")[0]
-    with cache.filling(cache_dir(config) / name):
-        builder = _tfds_builder(config)
-        info = builder.info
-        image_key, label_key, image_shape = _features(config, info)
-        _prepare(config, builder)
-        require_splits(config, info.splits)
-        _require_files(info, split)
-        folder = cache_folder(config, split, str(info.version))
-        folder = folder.with_name(f"{folder.name}.{cache.key(_data_dir(config), name)}")
-        return cache.load(folder) or cache.store(  # another process may have decoded it
-            folder,
-            _decode(builder, split, image_key, label_key, config.image_size),
-            num_examples=info.splits[split].num_examples,
-            image_shape=image_shape,
-            class_names=tuple(info.features[label_key].names),
-            dataset=info.full_name,
-        )
-
-
-def require_tfds(config: DataConfig, split: str) -> None:
-    """Raise `UserError` if a package is missing that is needed to prepare a split that is not in the cache."""
-    missing = f"data.name={config.name!r}: its {split} split is not in the cache {cache_dir(config)}"
-    packages.require(["tensorflow-datasets", "tensorflow"], f"{missing} (name one that has it: data.cache_dir)")
-
-
-def _tfds() -> Any:
-    from cifar_flax.data import tensorflow  # noqa: F401  # before TFDS, which would import all of TensorFlow
-
-    return packages.load("tensorflow-datasets")
-
-
-def _data_dir(config: DataConfig) -> Path:
-    """Return the folder of all datasets that TFDS prepares. TFDS itself reads the variable only on import."""
-    if config.data_dir:
-        return local_path("data.data_dir", config.data_dir)
-    return local_path("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-
-
-def _require_files(info: Any, split: str) -> None:
-    """Raise `UserError` if a file of the split is missing, as in an incomplete copy."""
-    for path in info.splits[split].filepaths:
-        if not os.path.exists(path):
-            raise UserError(f"{path} is missing; complete its folder, or remove it to let TFDS prepare it again")
-
-
-def _tfds_builder(config: DataConfig) -> Any:
-    tfds = _tfds()
-    try:
-        return tfds.builder(config.name, data_dir=_data_dir(config))
-    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
-        allowed = f"must be {', '.join(datasets.DATASETS)} or a TFDS image-classification set such as cifar10"
-        raise ConfigError(f"data.name={config.name!r}: {allowed} ({one_line(error)})") from error
-    except Exception as error:  # TFDS may raise anything for damaged files
-        raise UserError(f"the data that TFDS prepared for {config.name} cannot be read ({one_line(error)})") from error
-
-
-def _features(config: DataConfig, info: Any) -> tuple[str, str, tuple[int, int, int]]:
-    """Return the keys of the image and of the label in TFDS's examples, and the shape of the decoded images."""
-    features, keys = info.features, info.supervised_keys
-    fits = (
-        keys is not None
-        and [type(key) for key in keys] == [str, str]
-        and isinstance(features[keys[0]], _tfds().features.Image)
-        and features[keys[0]].dtype == np.uint8
-        and isinstance(features[keys[1]], _tfds().features.ClassLabel)
-    )
-    require(fits, "data.name", config.name, "must be an image-classification set: one uint8 image and one class label")
-    image_key, label_key = keys
-    height, width, channels = features[image_key].shape
-    if config.image_size:
-        height = width = config.image_size
-    sizes = f"must be set, as the images of {config.name} differ in size"
-    require(None not in (height, width), "data.image_size", config.image_size, sizes)
-    require(channels in (1, 3), "data.name", config.name, f"its images must have 1 or 3 channels, not {channels}")
-    return image_key, label_key, (height, width, channels)
-
-
-def _prepare(config: DataConfig, builder: Any) -> None:
-    """Download and prepare the dataset if TFDS has not done so; TFDS shows a progress bar."""
-    # Silence urllib3's warnings about retries; the exception reports the failure.
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
-    try:
-        builder.download_and_prepare()
-    except Exception as error:  # downloads, disks and the parsers of datasets may raise anything
-        raise UserError(
-            f"{config.name} is not prepared in {builder.data_dir} and preparing it failed ({one_line(error)}). "
-            f"Alternatives: {alternatives(config)}"
-        ) from error
-
-
-def alternatives(config: DataConfig) -> str:
-    """Return alternatives for the user if the dataset cannot be downloaded."""
-    archive = "; read the official archive (--config.data.archive=cifar-10-binary.tar.gz)"
-    return (
-        "use data that TFDS has prepared elsewhere (--config.data.data_dir=DIR or TFDS_DATA_DIR)"
-        f"{archive if config.name == 'cifar10' else ''}; use data that needs no download (--config quickstart)"
-    )
-
-
-def _decode(
-    builder: Any, split: str, image_key: str, label_key: str, image_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield batches of images and labels in the order in which TFDS stores them."""
-    from cifar_flax.data.tensorflow import dataset_options, tf
-
-    # Read one file after another: with interleaving, the order would depend on TFDS's defaults. Its cache in memory
-    # would only take space, and log a warning if the disk is full.
-    read_config = _tfds().ReadConfig(interleave_cycle_length=1, try_autocache=False)
-    dataset = builder.as_dataset(split=split, read_config=read_config)
-
-    def image_and_label(example: Any) -> tuple[Any, Any]:
-        image = example[image_key]
-        if image_size:
-            image = tf.image.resize(image, (image_size, image_size), antialias=True)
-            image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
-        return image, example[label_key]
-
-    dataset = dataset.map(image_and_label, num_parallel_calls=usable_cores()).batch(_DECODE_BATCH)
-    try:
-        yield from dataset.with_options(dataset_options()).as_numpy_iterator()
-    except tf.errors.OpError as error:
-        raise UserError(f"the data in {builder.data_dir} cannot be read ({one_line(error)})") from error
+    name, data = config.name.partition(":")[0], archive.read(split, config.name, config.image_size)
+    return cache.store(target, data.batches, image_shape=data.image_shape, class_names=data.class_names, dataset=name)

@@ -24,6 +24,7 @@ class Examination:
 
     config: Config
     workdir: Path
+    online: bool = False  # whether the network may be used
     platform: str = ""  # platform that JAX uses, such as "gpu"; "": no device found
     has_data: bool = False  # whether the data is decoded and ready
     state_bytes: int = 50_000_000  # size of the train state; if not known, that of the reference network with AdamW

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import shutil
 import socket
@@ -18,7 +19,9 @@ import jax.numpy as jnp
 
 from cifar_flax.checkpoints.manager import CheckpointConfig, Checkpoints
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
-from cifar_flax.data import cache, sources
+from cifar_flax.data import cache, hub, sources, tfds
+from cifar_flax.data.archives import Archive
+from cifar_flax.data.config import alternatives, require_splits
 from cifar_flax.data.datasets import DATASETS
 from cifar_flax.diagnosis import folder as folders
 from cifar_flax.diagnosis.devices import Examination
@@ -39,14 +42,14 @@ def data(examination: Examination) -> Iterator[Finding]:
         yield from folders.contents(examination.config)
         examination.has_data = True
         return
-    if data.archive or data.name in DATASETS:
+    if data.name in DATASETS and not data.archive:
         counts = [f"{len(sources.load(data, split).labels)} {split} images" for split in splits]
-        yield Finding(OK, f"{data.archive or data.name}: {', '.join(counts)}")
+        yield Finding(OK, f"{data.name}: {', '.join(counts)}")
         examination.has_data = True
         return
-    intact = []
+    intact, uses_tfds = [], not data.archive and all(sources.uses_tfds(data, split) for split in splits)
     for split in splits:
-        folder, line = sources.find_cached(data, split)
+        folder, line = tfds.find_cached(data, split) if uses_tfds else (sources.find_cached(data, split), "")
         if line:
             yield Finding(NOTE, line)
         try:
@@ -59,14 +62,48 @@ def data(examination: Examination) -> Iterator[Finding]:
     if intact:
         yield Finding(OK, f"{data.name}: {' and '.join(intact)} decoded and intact in {sources.cache_dir(data)}")
     if missing:
-        yield from _preparation(examination, missing)
+        yield from (_preparation if uses_tfds else _files)(examination, missing)
     examination.has_data = not missing
+
+
+def _files(examination: Examination, splits: list[str]) -> Iterator[Finding]:
+    """Check files that a run decodes or downloads without TFDS."""
+    data = examination.config.data
+    require_splits(data, ("train", "test"))
+    if data.archive:
+        yield _contents(examination, sources.named_archive(data), splits)
+        return
+    for _, archive in sources.on_disk(data):
+        try:
+            if isinstance(archive, UserError):
+                raise archive
+            yield _contents(examination, archive, splits)
+            return
+        except UserError as error:
+            yield Finding(NOTE, f"not used: {error}")
+    folder = hub.folder()
+    examination.needs += [("decoded images", sources.cache_dir(data), hub.SIZE), ("download", folder, hub.SIZE)]
+    if hub.is_offline():
+        raise UserError(f"{data.name} is not found here, and HF_HUB_OFFLINE is set. Use {alternatives(data)}")
+    yield _download(examination, f"{data.name} is not found here", [hub.address()], hub.SIZE)
+
+
+def _contents(examination: Examination, archive: Archive, splits: list[str]) -> Finding:
+    """Return what a run decodes. Raise `UserError` if it is damaged."""
+    data, counts, size = examination.config.data, [], 0
+    for split in splits:
+        read = archive.read(split, data.name, data.image_size)
+        count = sum(len(labels) for _, labels in read.batches)
+        counts.append(f"{count} {split} images")
+        size += count * math.prod(read.image_shape)
+    examination.needs.append(("decoded images", sources.cache_dir(data), size))
+    official = f" ({line})" if (line := archive.official()) else ""
+    return Finding(OK, f"{archive.path}: {', '.join(counts)}{official}; a run decodes {_size(size)}")
 
 
 def _preparation(examination: Examination, splits: list[str]) -> Iterator[Finding]:
     data, names = examination.config.data, " and ".join(splits)
-    sources.require_tfds(data, splits[0])
-    folder, downloads, decoded = sources.preparation(data, splits)
+    folder, downloads, decoded = tfds.preparation(data, splits)
     size = sum(downloads.values())
     least = decoded or (0 if data.image_size else size)  # images in files are compressed
     examination.needs.append(("decoded images", sources.cache_dir(data), least))
@@ -74,14 +111,18 @@ def _preparation(examination: Examination, splits: list[str]) -> Iterator[Findin
         yield Finding(OK, f"{names}: prepared by TFDS in {folder}; a run decodes {_size(decoded)}")
         return
     examination.needs.append(("TFDS download and preparation", folder, 2 * size))
-    failed = _unreachable(downloads)
-    if failed:
-        raise UserError(
-            f"{data.name} is neither in the cache nor prepared in {folder}, and its download host cannot be "
-            f"reached: {', '.join(failed)}. Alternatives: {sources.alternatives(data)}"
-        )
-    hosts = ", ".join(sorted({str(urlsplit(url).hostname) for url in downloads})) or "an unknown host"
-    yield Finding(NOTE, f"{names}: TFDS downloads {_size(size)} from {hosts}")
+    missing = f"{data.name} is neither in the cache nor prepared in {folder}"
+    yield _download(examination, missing, list(downloads), size)
+
+
+def _download(examination: Examination, missing: str, urls: list[str], size: int) -> Finding:
+    """Return what a run downloads. With --online, raise `UserError` if a host of `urls` cannot be reached."""
+    if examination.online and (failed := _unreachable(urls)):
+        reasons = f"{missing}, and its download host cannot be reached: {', '.join(failed)}"
+        raise UserError(f"{reasons}. Alternatives: {alternatives(examination.config.data)}")
+    hosts = ", ".join(sorted({str(urlsplit(url).hostname) for url in urls})) or "an unknown host"
+    tried = "it can be reached" if examination.online else "not tried, which needs --online"
+    return Finding(NOTE, f"{missing}; a run downloads {_size(size)} from {hosts} ({tried})")
 
 
 def _unreachable(urls: Iterable[str]) -> list[str]:

@@ -23,11 +23,14 @@ Check = Callable[[], Iterator[Finding]]
 _wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False).fill
 
 
-def doctor(config: "Config", workdir: Path) -> None:
-    """Check whether a run of `config` in `workdir` can start; print the findings. Raise `UserError` if it cannot."""
+def doctor(config: "Config", workdir: Path, *, online: bool = False) -> None:
+    """Check whether a run of `config` in `workdir` can start; print the findings. Raise `UserError` if it cannot.
+
+    If `online`, also connect to the hosts that a run would download the data from.
+    """
     from cifar_flax.diagnosis import devices, run
 
-    examination = devices.Examination(config, workdir)
+    examination = devices.Examination(config, workdir, online)
     data = Path(config.data.folder).name or config.data.name
     print(f"cifar_flax {cifar_flax.__version__}: can a run with {data} start here?")
     # In printing order; a check may use the results of earlier checks.

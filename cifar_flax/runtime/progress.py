@@ -16,7 +16,7 @@ class ProgressBar:
         if sys.stderr.isatty() and processes.is_main():
             try:
                 tqdm = packages.load("tqdm").tqdm
-                self.tqdm = tqdm(initial=start, total=total, unit=unit, dynamic_ncols=True)
+                self.tqdm = tqdm(initial=start, total=total, unit=unit, unit_scale=unit == "B", dynamic_ncols=True)
             except Exception as error:  # tqdm reads settings from environment variables
                 processes.log(f"no progress bar: {one_line(error)}")
 
@@ -27,3 +27,7 @@ class ProgressBar:
     def advance(self, count: int) -> None:
         if self.tqdm is not None:
             self.tqdm.update(count)
+
+    def write(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        processes.log(text) if self.tqdm is None else self.tqdm.write(text)

@@ -60,7 +60,9 @@ class Trainer:
             require(min(self.info.class_counts) > 0, "data.validation_fraction", fraction, allowed)
         self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
-        self.pipeline = pipelines.resolve(config.data.pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes)
+        self.pipeline = pipelines.resolve(
+            config.data.wanted_pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes
+        )
         self.no_tensorflow = ""  # a line that reports why tf.data cannot be used
         is_array = isinstance(self.arrays.images, np.ndarray)
         if self.pipeline == "streaming" and is_array and (fault := streaming.tensorflow_fault()):
