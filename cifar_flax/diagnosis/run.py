@@ -47,7 +47,7 @@ def data(examination: Examination) -> Iterator[Finding]:
         yield Finding(OK, f"{data.name}: {', '.join(counts)}")
         examination.has_data = True
         return
-    intact, uses_tfds = [], not data.archive and all(sources.uses_tfds(data, split) for split in splits)
+    intact, uses_tfds = [], all(sources.uses_tfds(data, split) for split in splits)
     for split in splits:
         folder, line = tfds.find_cached(data, split) if uses_tfds else (sources.find_cached(data, split), "")
         if line:
