@@ -175,6 +175,10 @@ BAD_INPUT = [
     (f"--config {DIGITS} --workdir=~no_one/run", 2, "--workdir='~no_one/run': the home folder is unknown"),
     ("--config=s3://bucket/a.py", 2, "--config='s3://bucket/a.py': must be a local path"),
     (f"--config {DIGITS} --config.train.init_from=gs://b/run", 2, "train.init_from='gs://b/run': must be a local path"),
+    (f"--config {CIFAR} --config.data.source=disk", 2, "data.source='disk': must be one of auto, tfds, hub"),
+    (f"--config {DIGITS} --config.data.source=hub", 2, "data.source='hub': needs data.name to be cifar10 or cifar100"),
+    (f"--config {CIFAR} --config.data.source=hub", 1, "cifar10 cannot be downloaded from 127.0.0.1:9 (ConnectError: "),
+    (f"--config {CIFAR} --online", 2, "--online=True: not used in train"),
     (f"--config {CIFAR} --config.data.archive=https://b/a", 2, "data.archive='https://b/a': must be a local path"),
     (f"--config {CIFAR} --config.data.cache_dir=~no_one/x", 2, "data.cache_dir='~no_one/x': the home folder is unkno"),
     (

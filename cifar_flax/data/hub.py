@@ -6,6 +6,7 @@ has received if it breaks off, so that the bytes are read here, and a partial fi
 
 import contextlib
 import logging
+import math
 import os
 import re
 import time
@@ -25,14 +26,13 @@ _WINDOW = 20.0  # seconds
 
 
 def cached(name: str) -> list[Path]:
-    """Return the folders of `data.name` in the hub's cache folder that have both splits, the newest first."""
+    """Return the folders of `data.name` in the hub's cache folder, the newest first."""
     if packages.fault("huggingface-hub"):
         return []
     repository, folder = _REPOSITORIES[name]
-    owned = [_storage(each) for each in (repository, name)]  # `name` alone is the repository's earlier name
-    found = [path for storage in owned for path in storage.glob(f"snapshots/*/{folder}")]
-    complete = [path for path in found if all(any(path.glob(f"{split}-*.parquet")) for split in ("train", "test"))]
-    return sorted(complete, key=os.path.getmtime, reverse=True)
+    storages = _storage(repository), _storage(name)  # the name alone is the repository's earlier one
+    found = [path for storage in storages for path in storage.glob(f"snapshots/*/{folder}")]
+    return sorted(found, key=os.path.getmtime, reverse=True)
 
 
 def address() -> str:
@@ -78,10 +78,8 @@ def _download(config: DataConfig) -> Path:
         if not re.fullmatch("[0-9a-f]{64}", about.etag or "") or not about.size:
             raise UserError(f"{url} has no SHA-256, which the hub and its mirrors send")
         wanted[url] = storage / "blobs" / about.etag, about.size, where
-    total, received = (
-        sum(size for _, size, _ in wanted.values()),
-        sum(_received(path) for path, _, _ in wanted.values()),
-    )
+    sizes = [(size, _received(path)) for path, size, _ in wanted.values()]
+    total, received = map(sum, zip(*sizes, strict=True))
     left = f"{(total - received) / 1e6:.1f} MB of {total / 1e6:.1f} MB"
     processes.log(f"{config.name}: downloading {left} from {address()} to {storage}")
     (locks := folder() / ".locks" / storage.name).mkdir(parents=True, exist_ok=True)  # those of the library
@@ -89,7 +87,7 @@ def _download(config: DataConfig) -> Path:
         for url, (path, size, _) in wanted.items():
             with files.locked(locks / f"{path.name}.lock", wait=True):
                 _complete(url, path, size, meter)
-    # This gives the files their names, and downloads nothing.
+    # The library names the files, and downloads nothing.
     return [Path(hub.hf_hub_download(**where, token=False)).parent for _, _, where in wanted.values()][-1]
 
 
@@ -146,15 +144,14 @@ class _Meter(ProgressBar):
 
     def __init__(self, config: DataConfig, total: int, start: int):
         super().__init__(total, "B", start)
-        self._config, self._since, self._count, self._printed = config, time.monotonic(), 0, False
+        self._config, self._since, self._count = config, time.monotonic(), 0
 
     def advance(self, count: int) -> None:
         super().advance(count)
         self._count += count
         seconds = time.monotonic() - self._since
         if seconds >= _WINDOW:
-            if self._count < _SLOW * seconds and not self._printed:
-                self._printed = True
+            if slow := self._count < _SLOW * seconds:
                 rate = f"{self._config.name}: {self._count / seconds / 1000:.0f} kB/s"
                 self.write(f"{rate}; what may be faster: {alternatives(self._config)}")
-            self._since, self._count = time.monotonic(), 0
+            self._since, self._count = math.inf if slow else time.monotonic(), 0

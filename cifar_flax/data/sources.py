@@ -14,7 +14,6 @@ this key. Data that was found or is from the hub is all the same, so neither fil
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,14 +92,10 @@ def find_cached(config: DataConfig, split: str) -> Path | None:
     return None
 
 
-def on_disk(config: DataConfig) -> Iterator[tuple[str, Archive | UserError]]:
-    """Yield "files" or "hub", and data of cifar10 or cifar100 outside TFDS's folder, or why it cannot be used."""
+def on_disk(config: DataConfig) -> list[tuple[str, Path]]:
+    """Return "files" or "hub", and a path outside TFDS's folder where cifar10 or cifar100 may be."""
     local = [("files", path) for path in places.find(config.name)] if config.source == "auto" else []
-    for kind, path in [*local, *(("hub", path) for path in hub.cached(config.name))]:
-        try:
-            yield kind, archives.find(path)
-        except UserError as error:
-            yield kind, error
+    return [*local, *(("hub", path) for path in hub.cached(config.name))]
 
 
 def _load_files(config: DataConfig, split: str) -> Arrays:
@@ -113,11 +108,10 @@ def _load_files(config: DataConfig, split: str) -> Arrays:
             return arrays
         if config.archive:
             return _store(config, split, "archive", named_archive(config))
-        for kind, archive in on_disk(config):
+        for kind, path in on_disk(config):
             try:
-                if isinstance(archive, UserError):
-                    raise archive
-                processes.log(f"{config.name}: reading {archive.path} (data.source=tfds or hub: another source)")
+                archive = archives.find(path)
+                processes.log(f"{config.name}: not prepared by TFDS; reading {path} (data.source=tfds or hub: another)")
                 return _store(config, split, kind, archive)
             except cache.CacheError:
                 raise
