@@ -8,6 +8,7 @@ Each has a manifest with the checksums of its strips and the labels and checksum
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import sys
@@ -65,6 +66,7 @@ def pack(config: DataConfig, parts: int, out: Path) -> list[Path]:
 
     Raise `ConfigError` if the data does not come from TFDS or does not fit, `UserError` if `sources.load` does.
     """
+    config = dataclasses.replace(config, source="tfds")  # `unpack` needs TFDS's version
     is_cached = not config.archive and config.name not in datasets.DATASETS
     require(is_cached, "data.name", config.name, "must be read from TFDS, since other data is not cached")
     splits = {split: sources.load(config, split) for split in (config.train_split, config.eval_split)}

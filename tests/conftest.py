@@ -81,9 +81,18 @@ def tf():
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
-    """Run each test in `tmp_path`, with the user's cache and data folders redirected to it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    """Run each test in `tmp_path`, with the user's home, cache and data folders redirected to it, and without a hub."""
+    for name, folder in {
+        "XDG_CACHE_HOME": "cache",
+        "HOME": "home",
+        "TFDS_DATA_DIR": "tfds",
+        "HF_HUB_CACHE": "hub",
+    }.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    if packages.installed("huggingface-hub"):  # it reads the variables when it is imported
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
 
 

@@ -14,19 +14,19 @@ from cifar_flax.modes import doctor
 from cifar_flax.runtime import compilation
 
 
-def examine(config, folder):
+def examine(config, folder, **options):
     """Run the doctor; return its findings as lines "mark name text", and the text of its error or None."""
     printed, reasons = io.StringIO(), None
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     with contextlib.redirect_stdout(printed):
         try:
-            doctor.doctor(config, folder)
+            doctor.doctor(config, folder, **options)
         except UserError as error:
             reasons = f"exit code {error.exit_code}: {error}"
         finally:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     lines = printed.getvalue().splitlines()
-    assert len(lines) <= 25
+    assert len(lines) <= 25, printed.getvalue()
     assert all(len(line) <= 100 or " " not in line.strip() for line in lines)  # paths are not wrapped
     assert "\n" not in (reasons or "")
     assert (lines[-1] == "a run can start") == (reasons is None)

@@ -25,7 +25,7 @@ def gathering(request, monkeypatch):
     """Let `streaming` use `tf.data`, with Datasets of five steps, or NumPy."""
     if request.param == "tf.data":
         request.getfixturevalue("tf")
-        monkeypatch.setattr(streaming, "_STEPS", 5)
+        monkeypatch.setattr(streaming, "_MOST_STEPS", 5)
     else:
         monkeypatch.setattr(streaming, "tensorflow_fault", lambda: "tensorflow is not installed")
 

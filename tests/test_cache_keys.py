@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cifar_flax import files, packages
-from cifar_flax.data import sources
+from cifar_flax.data import sources, tfds
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
 
@@ -23,7 +23,7 @@ def two_folders(tmp_path, monkeypatch):
     example = fake_tfds.FakeGray.example
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
-        sources._tfds_builder(DataConfig(name="fake_gray", data_dir=str(tmp_path / folder))).download_and_prepare()
+        tfds.builder_of(DataConfig(name="fake_gray", data_dir=str(tmp_path / folder))).download_and_prepare()
         monkeypatch.setattr(fake_tfds.FakeGray, "example", lambda self, i: {**example(self, i), "label": 1 - i % 2})
     return tmp_path / "one", tmp_path / "other"
 
@@ -36,7 +36,7 @@ def test_folders_with_different_data_have_their_own_cache(two_folders, monkeypat
     assert line in capsys.readouterr().out
     np.testing.assert_array_equal(first.labels, first.images[:, 0, 0, 0] % 2)
     np.testing.assert_array_equal(second.labels, 1 - second.images[:, 0, 0, 0] % 2)
-    monkeypatch.setattr(sources, "_decode", lambda *arguments: pytest.fail("decoded again"))
+    monkeypatch.setattr(tfds, "_decode", lambda *arguments: pytest.fail("decoded again"))
     for folder, arrays in zip(two_folders, (first, second), strict=True):
         np.testing.assert_array_equal(load_from(folder).labels, arrays.labels)
         monkeypatch.setenv("TFDS_DATA_DIR", str(folder))

@@ -9,7 +9,7 @@ import pytest
 from doctors import disk_with, examine, one, skip_compilation, snapshot
 
 from cifar_flax import files, packages
-from cifar_flax.data import cache, sources
+from cifar_flax.data import cache, sources, tfds
 from cifar_flax.errors import UserError
 
 
@@ -17,7 +17,7 @@ from cifar_flax.errors import UserError
 def examination(tiny_config, tmp_path, monkeypatch):
     """Return a function that examines the tiny config, without the checks that compile programs."""
     skip_compilation(monkeypatch)
-    return lambda: examine(tiny_config, tmp_path / "run")
+    return lambda **options: examine(tiny_config, tmp_path / "run", **options)
 
 
 def store(split, count=200, folder="squares/1.0.0"):
@@ -73,7 +73,7 @@ def test_data_from_elsewhere_are_a_note(examination, tiny_config, tmp_path):
 
 def test_prepared_data_that_are_not_decoded_yet(examination, tiny_config, tmp_path, capsys):
     tiny_config.data.name, tiny_config.data.data_dir = "fake_color", str(tmp_path / "[tfds]")  # a glob pattern
-    sources._tfds_builder(tiny_config.data).download_and_prepare()
+    tfds.builder_of(tiny_config.data).download_and_prepare()
     capsys.readouterr()
     before = snapshot(tmp_path)
     found, reasons = examination()
@@ -88,7 +88,7 @@ def test_prepared_data_that_are_not_decoded_yet(examination, tiny_config, tmp_pa
 
 def test_an_incomplete_copy_of_prepared_data_is_reported(examination, tiny_config, capsys):
     tiny_config.data.name = "fake_color"
-    builder = sources._tfds_builder(tiny_config.data)
+    builder = tfds.builder_of(tiny_config.data)
     builder.download_and_prepare()
     [missing] = builder.info.splits["test"].filepaths
     missing.unlink()
@@ -124,11 +124,12 @@ def download(tiny_config, monkeypatch):
         yield server
 
 
-def test_a_possible_download_is_a_note(examination, download, tmp_path):
+def test_a_possible_download_is_a_note(examination, download, tmp_path, monkeypatch):
     before = snapshot(tmp_path)
+    monkeypatch.setattr(socket, "create_connection", lambda *arguments, **options: pytest.fail("connected"))
     found, reasons = examination()
     assert reasons is None
-    assert re.search(r"train and test: .*\b60 MB\b.*127\.0\.0\.1$", one(found, "note data"))
+    assert re.search(r"fake_download is .*\b60 MB\b.*127\.0\.0\.1 .*not tried.*--online", one(found, "note data"))
     assert " 60 MB" in one(found, "ok disk decoded images")
     assert re.search(r"TFDS.*\b120 MB\b.*\b180 MB", " ".join(found))
     assert snapshot(tmp_path) == before
@@ -137,7 +138,7 @@ def test_a_possible_download_is_a_note(examination, download, tmp_path):
 def test_an_unreachable_server_is_reported(examination, download):
     port = download.getsockname()[1]
     download.close()
-    found, reasons = examination()
+    found, reasons = examination(online=True)
     assert f"127.0.0.1:{port} ([Errno" in one(found, "FAIL data")
     assert "data.data_dir" in reasons
 
@@ -146,16 +147,16 @@ def test_a_proxy_is_checked_instead_of_the_host(examination, download, monkeypat
     port = download.getsockname()[1]
     urls = {"http://no.such.host.invalid/images": SimpleNamespace(size=30_000_000)}
     monkeypatch.setattr(fake_tfds.FakeDownload, "url_infos", urls)
-    assert "no.such.host.invalid:80" in examination()[1]
+    assert "no.such.host.invalid:80" in examination(online=True)[1]
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
-    assert examination()[1] is None
+    assert examination(online=True)[1] is None
 
 
 def test_invalid_archives_are_reported(examination, tiny_config, tmp_path):
     tiny_config.data.name, tiny_config.data.archive = "cifar10", "cifar-10-binary.tar.gz"
     assert re.search(r"data\.archive='cifar-10-binary\.tar\.gz': .*folder", examination()[1])
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"no gzip")
-    assert re.search(r"data\.archive='cifar-10-binary\.tar\.gz': .*gzip", examination()[1])
+    assert re.search(r"data\.archive='cifar-10-binary\.tar\.gz': cannot be read", examination()[1])
 
 
 def test_space_is_checked_for_all_files_on_one_disk(examination, download, monkeypatch):
@@ -163,3 +164,10 @@ def test_space_is_checked_for_all_files_on_one_disk(examination, download, monke
     found, reasons = examination()
     assert [finding.split()[0] for finding in found if " disk " in finding] == ["ok", "ok", "FAIL"]
     assert re.search(r"disk: the run: .*\b170 MB\b.*\b350 MB\b.*\b185 MB", reasons)
+
+
+def test_tfds_makes_no_connections_before_it_downloads(monkeypatch):
+    """The doctor creates TFDS's builder, which would ask a bucket for its description of the dataset."""
+    gcs = fake_tfds.tfds.core.utils.gcs_utils
+    monkeypatch.setattr(gcs, "exists", lambda path: pytest.fail(f"asked for {path}"))
+    assert tfds.preparation(sources.DataConfig(name="cifar10"), ["train"])[1]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import cifar_copies
 import numpy as np
 import pytest
 from conftest import REPOSITORY
@@ -114,6 +115,7 @@ def test_training_and_evaluation_from_the_data_cache(site, tmp_path, config_file
     ("arguments", "pattern"),
     [
         ("", "data.name='squares': .*train.*tensorflow-datasets is not installed"),
+        ("--config.data.name=cifar10", "cifar10 cannot be downloaded .*huggingface-hub is not installed"),
         ("--config.data.name=digits", "data.name=digits: scikit-learn is not installed"),
     ],
 )
@@ -122,6 +124,14 @@ def test_a_missing_package_is_reported_in_one_line(site, tmp_path, config_file, 
     assert done.returncode == 1
     assert re.search(f"^error: {pattern}", done.stderr)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_archive_is_read(site, tmp_path):
+    cifar_copies.write_npz(tmp_path / "a.npz", 3)
+    load = "sources.load(sources.DataConfig(archive='a.npz'), 'train').labels[0]"
+    code = f"import sys; sys.path += {[str(REPOSITORY), str(site)]}; from cifar_flax.data import sources; print({load})"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 def test_a_missing_required_package_is_reported(site, tmp_path):

@@ -1,6 +1,8 @@
 """Test the sampling order: epochs are permutations, resuming continues them, and releases do not change them."""
 
 import hashlib
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,37 @@ def test_permutation_is_pinned():
     """The permutations must not depend on the version of NumPy: a run may be resumed with another one."""
     assert order.permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
     assert order.permutation(1, 2, 10).tolist() == [4, 2, 0, 6, 1, 5, 9, 8, 7, 3]
+
+
+def test_equal_keys_keep_their_order(monkeypatch):
+    keys = np.arange(1000, dtype=np.uint64)[::-1] // 7
+    monkeypatch.setattr(np.random, "Philox", lambda key: SimpleNamespace(random_raw=lambda size: keys[:size].copy()))
+    expected = sorted(range(1000), key=lambda i: (keys[i], i))
+    assert order.permutation(0, 0, 1000).tolist() == expected
+
+
+def test_memory_does_not_grow_with_the_number_of_epochs():
+    examples, peaks = np.arange(50_000, dtype=np.int32), []
+    for epochs in (2, 20):
+        tracemalloc.start()
+        for _ in order.batches(0, examples, 256, 10, epochs * 195):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1] / len(examples))
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 1  # bytes per example
+    assert peaks[1] < 50
+
+
+def test_earlier_epochs_are_not_shuffled(monkeypatch):
+    shuffled, permutation = [], order.permutation
+    monkeypatch.setattr(
+        order, "permutation", lambda seed, epoch, n: shuffled.append(epoch) or permutation(seed, epoch, n)
+    )
+    steps = order.batches(0, np.arange(100, dtype=np.int32), 10, 10**6, 2 * 10**6)
+    assert shuffled == []  # nor is one before it is needed
+    for _ in range(10):
+        next(steps)
+    assert shuffled == [10**5]
 
 
 def test_sampling_order_is_pinned():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import sheets
 from cifar_flax import files
-from cifar_flax.data import sources
+from cifar_flax.data import sources, tfds
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import UserError
@@ -66,7 +66,7 @@ def run(monkeypatch, *arguments):
 def test_unpacked_data_equals_packed_data(pack, tmp_path, parts, monkeypatch):
     paths = pack(parts)
     assert [path.name for path in paths] == [f"cifar10_3.0.2_{i + 1}of{parts}.tar" for i in range(parts)]
-    monkeypatch.setattr(sources, "require_tfds", lambda *arguments: pytest.fail("not in the cache"))
+    monkeypatch.setattr(tfds, "require_installed", lambda *arguments: pytest.fail("not in the cache"))
     assert run(monkeypatch, "unpack", *reversed(paths), "--out", tmp_path / "cache") == 0
     assert_cached(tmp_path / "cache", DIGITS)
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY
 
 from cifar_flax import files
-from cifar_flax.data import cache, datasets, images, sources
+from cifar_flax.data import cache, datasets, images, sources, tfds
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
 
@@ -169,28 +169,26 @@ def test_failed_download_suggests_alternatives(server, monkeypatch, tmp_path):
     assert "\n" not in message
     for part in ("404", "data.data_dir=", "TFDS_DATA_DIR", "--config quickstart"):
         assert part in message
-    assert "data.archive" not in message  # which is for CIFAR-10 only
+    assert "data.source" not in message  # which is for CIFAR only
     assert caught.value.exit_code == 1
 
 
-def test_failed_download_of_cifar10_also_suggests_the_archive(monkeypatch, tmp_path):
-    import tensorflow_datasets as tfds
-
+def test_failed_download_of_cifar10_also_suggests_its_other_sources(monkeypatch, tmp_path):
     def offline(self):
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", offline)
+    monkeypatch.setattr(fake_tfds.tfds.core.DatasetBuilder, "download_and_prepare", offline)
     with pytest.raises(UserError) as caught:
         sources.load(DataConfig(name="cifar10", data_dir=str(tmp_path)), "train")
     message = str(caught.value)
     assert "\n" not in message
-    for part in ("ConnectionError: no network", "data.data_dir=", "data.archive=", "--config quickstart"):
+    for part in ("ConnectionError: no network", "data.data_dir=", "data.archive=", "data.source=hub", "HF_ENDPOINT"):
         assert part in message
 
 
 def test_damaged_prepared_data_is_reported_in_one_line(tmp_path):
     config = DataConfig(name="fake_color", data_dir=str(tmp_path))
-    sources._tfds_builder(config).download_and_prepare()
+    tfds.builder_of(config).download_and_prepare()
     for pattern in ("*.tfrecord*", "dataset_info.json"):
         for path in tmp_path.rglob(pattern):
             path.write_bytes(path.read_bytes()[:-5])
@@ -203,10 +201,10 @@ def test_processes_that_start_together_decode_once(tmp_path):
     """Of two processes that start together with one cache, one decodes, and the other waits and reads its result."""
     code = (
         f"import sys\nsys.path += [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
-        "import fake_tfds\nfrom cifar_flax.data import sources\n"
-        "decode = sources._decode\n"
+        "import fake_tfds\nfrom cifar_flax.data import sources, tfds\n"
+        "decode = tfds._decode\n"
         "def reported(*arguments):\n    print('decodes')\n    return decode(*arguments)\n"
-        "sources._decode = reported\nsources.load(sources.DataConfig(name='fake_color'), 'train')\n"
+        "tfds._decode = reported\nsources.load(sources.DataConfig(name='fake_color'), 'train')\n"
     )
     run = [sys.executable, "-c", code]
     processes = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -85,7 +85,7 @@ def test_autotuning_is_off_in_all_pipelines(monkeypatch):
 
 def test_tfds_does_not_import_keras():
     """TFDS would import TensorFlow, which would import Keras. Keras can still be imported later."""
-    use = "from cifar_flax.data import sources; sources._tfds_builder(config)"
+    use = "from cifar_flax.data import tfds; tfds.builder_of(config)"
     config = "from cifar_flax.data.sources import DataConfig; config = DataConfig(name='mnist')"
     then = "import sys, tensorflow; assert 'keras' not in sys.modules; from tensorflow.keras import layers"
     subprocess.run([sys.executable, "-c", f"{config}; {use}; {then}"], cwd=REPOSITORY, check=True)

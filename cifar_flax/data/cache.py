@@ -1,7 +1,7 @@
 """Cache of decoded arrays: memory-mapped `.npy` files, and a manifest with their SHA-256 checksums and its own.
 
 Layout: `<cache_dir>/<dataset>/<version>/<split>.<key>/{images.npy, labels.npy, manifest.json}`. The version is TFDS's,
-or says how other files were found (see `sources.py`). The key identifies the data that was decoded (see `key`); a split
+or the kind of another source (see `sources.py`). The key identifies the data that was decoded (see `key`); a split
 that another program stored may have none. Complete folders are renamed to their final names, so readers never see a
 partial one.
 

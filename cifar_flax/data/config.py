@@ -103,8 +103,7 @@ def require_splits(config: DataConfig, splits: Iterable[str]) -> None:
 
 def alternatives(config: DataConfig) -> str:
     """Return the ways to get the data if it cannot be downloaded, or only slowly."""
-    ways = ["data that TFDS has prepared (data.data_dir=DIR or TFDS_DATA_DIR)", "data.cache_dir of another machine"]
-    if config.name in PUBLIC:
-        other = "data.source=tfds" if config.source == "hub" else "data.source=hub or tfds"
-        ways = ["a copy (data.archive=FILE)", *ways, other, "a mirror of the hub (HF_ENDPOINT)"]
-    return f"{', '.join(ways)}, or images that need no download (--config quickstart)"
+    other = "hub" if config.source == "tfds" or config.data_dir else "tfds"
+    hub = f", data.source={other}, a mirror (HF_ENDPOINT)" if config.name in PUBLIC else ""
+    prepared = "data that TFDS has prepared (data.data_dir=DIR, TFDS_DATA_DIR), another cache (data.cache_dir=DIR)"
+    return f"a copy (data.archive=FILE), {prepared}{hub}, or no download (--config quickstart)"

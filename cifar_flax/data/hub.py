@@ -4,12 +4,13 @@ The library `huggingface_hub` knows the addresses, checksums and cache folder. I
 has received if it breaks off, so that the bytes are read here, and a partial file is completed by a later start.
 """
 
+import contextlib
 import logging
+import math
 import os
 import re
 import time
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from cifar_flax import files, packages
@@ -25,14 +26,13 @@ _WINDOW = 20.0  # seconds
 
 
 def cached(name: str) -> list[Path]:
-    """Return the folders of `data.name` in the hub's cache folder that have both splits, the newest first."""
+    """Return the folders of `data.name` in the hub's cache folder, the newest first."""
     if packages.fault("huggingface-hub"):
         return []
     repository, folder = _REPOSITORIES[name]
-    owned = [_storage(each) for each in (repository, name)]  # `name` alone is the repository's earlier name
-    found = [path for storage in owned for path in storage.glob(f"snapshots/*/{folder}")]
-    complete = [path for path in found if all(any(path.glob(f"{split}-*.parquet")) for split in ("train", "test"))]
-    return sorted(complete, key=os.path.getmtime, reverse=True)
+    storages = _storage(repository), _storage(name)  # the name alone is the repository's earlier one
+    found = [path for storage in storages for path in storage.glob(f"snapshots/*/{folder}")]
+    return sorted(found, key=os.path.getmtime, reverse=True)
 
 
 def address() -> str:
@@ -55,7 +55,6 @@ def download(config: DataConfig) -> Path:
 
     The bytes that were received are kept, unless they do not match the checksum.
     """
-    name = config.name
     try:
         if is_offline():
             raise UserError("HF_HUB_OFFLINE is set")
@@ -63,110 +62,96 @@ def download(config: DataConfig) -> Path:
     except Exception as error:  # the network, the disk and the libraries may raise anything
         response = getattr(error, "response", None)
         reason = f"{response.status_code} for {response.url}" if response is not None else one_line(error)
-        host = urlsplit(address()).netloc
-        raise UserError(
-            f"{name} cannot be downloaded from {host} ({reason}). Another start resumes. "
-            f"Alternatives: {alternatives(config)}"
-        ) from error
+        failed = f"{config.name} cannot be downloaded from {urlsplit(address()).netloc} ({reason})"
+        raise UserError(f"{failed}. Another start resumes. Alternatives: {alternatives(config)}") from error
 
 
 def _download(config: DataConfig) -> Path:
     hub = packages.load("huggingface-hub")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # failures are reported by the exception
-    repository, folder = _REPOSITORIES[config.name]
-    files = [f"{folder}/{split}-00000-of-00001.parquet" for split in ("train", "test")]
-    about: list[dict[str, Any]] = [
-        {"repo_id": repository, "repo_type": "dataset", "filename": file, "endpoint": address()} for file in files
-    ]
-    blobs = [_Blob(hub.hf_hub_url(**each), _storage(repository) / "blobs") for each in about]
-    missing = [blob for blob in blobs if not blob.path.exists()]
-    if missing:
-        total, done = (sum(sizes) for sizes in zip(*((blob.size, blob.received()) for blob in missing), strict=True))
-        kept = f", of which {done / 1e6:.0f} MB are there" if done else ""
-        processes.log(
-            f"{config.name}: downloading {total / 1e6:.0f} MB{kept} from {address()} to {_storage(repository)}"
-        )
-        meter = _Meter(config, total, done)
-        try:
-            for blob in missing:
-                blob.download(meter)
-        finally:
-            meter.bar.close()
-    # The library adds the names to the cache folder, and downloads nothing.
-    return [Path(hub.hf_hub_download(**each, token=False)).parent for each in about][-1]
+    (repository, name), wanted = _REPOSITORIES[config.name], {}
+    storage = _storage(repository)
+    for split in ("train", "test"):
+        file = f"{name}/{split}-00000-of-00001.parquet"
+        where = {"repo_id": repository, "repo_type": "dataset", "filename": file, "endpoint": address()}
+        about = hub.get_hf_file_metadata(url := hub.hf_hub_url(**where), token=False)
+        if not re.fullmatch("[0-9a-f]{64}", about.etag or "") or not about.size:
+            raise UserError(f"{url} has no SHA-256, which the hub and its mirrors send")
+        wanted[url] = storage / "blobs" / about.etag, about.size, where
+    sizes = [(size, _received(path)) for path, size, _ in wanted.values()]
+    total, received = map(sum, zip(*sizes, strict=True))
+    left = f"{(total - received) / 1e6:.1f} MB of {total / 1e6:.1f} MB"
+    processes.log(f"{config.name}: downloading {left} from {address()} to {storage}")
+    (locks := folder() / ".locks" / storage.name).mkdir(parents=True, exist_ok=True)  # those of the library
+    with contextlib.closing(_Meter(config, total, received)) as meter:
+        for url, (path, size, _) in wanted.items():
+            with files.locked(locks / f"{path.name}.lock", wait=True):
+                _complete(url, path, size, meter)
+    # The library names the files, and downloads nothing.
+    return [Path(hub.hf_hub_download(**where, token=False)).parent for _, _, where in wanted.values()][-1]
 
 
 def _storage(repository: str) -> Path:
     return folder() / f"datasets--{repository.replace('/', '--')}"
 
 
-class _Meter:
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}{files.PARTIAL}")
+
+
+def _received(path: Path) -> int:
+    """Return the number of bytes of `path` that are there."""
+    return sum(each.stat().st_size for each in (path, _partial(path)) if each.exists())
+
+
+def _complete(url: str, path: Path, size: int, meter: "_Meter") -> None:
+    """Download what is missing of `path`, whose name is its SHA-256. Resume as long as more bytes are received."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    while (before := _received(path)) < size:
+        try:
+            _receive(url, partial, before, meter)
+        except OSError:  # of the disk; those of the network are no OSError
+            raise
+        except Exception:
+            if _received(path) == before:
+                raise
+    if path.exists():
+        return
+    try:
+        files.require_checksums(path.parent, {partial.name: path.name})
+    except ValueError:
+        partial.unlink()
+        raise UserError(f"{url} does not match its SHA-256 and was removed") from None
+    os.replace(partial, path)
+
+
+def _receive(url: str, partial: Path, start: int, meter: "_Meter") -> None:
+    """Append the bytes from `start` on to `partial`."""
+    hub = packages.load("huggingface-hub")
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+    timeout = hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with hub.get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        response.raise_for_status()
+        with partial.open("ab" if response.status_code == 206 else "wb") as file:  # 200: from the start
+            for chunk in response.iter_raw():
+                file.write(chunk)
+                meter.advance(len(chunk))
+
+
+class _Meter(ProgressBar):
     """Show the progress of a download, and print once if it is slow."""
 
-    def __init__(self, config: DataConfig, total: int, done: int):
-        self.bar = ProgressBar(total, "B", done)
-        self._config, self._since, self._count, self._printed = config, time.monotonic(), 0, False
+    def __init__(self, config: DataConfig, total: int, start: int):
+        super().__init__(total, "B", start)
+        self._config, self._since, self._count = config, time.monotonic(), 0
 
-    def __call__(self, count: int) -> None:
-        """Add `count` bytes."""
-        self.bar.advance(count)
+    def advance(self, count: int) -> None:
+        super().advance(count)
         self._count += count
         seconds = time.monotonic() - self._since
         if seconds >= _WINDOW:
-            if self._count < _SLOW * seconds and not self._printed:
-                self._printed = True
+            if slow := self._count < _SLOW * seconds:
                 rate = f"{self._config.name}: {self._count / seconds / 1000:.0f} kB/s"
-                self.bar.write(f"{rate}; what may be faster: {alternatives(self._config)}")
-            self._since, self._count = time.monotonic(), 0
-
-
-class _Blob:
-    """The content of a file of the hub, named by its SHA-256 in the hub's cache folder."""
-
-    def __init__(self, url: str, folder: Path):
-        about = packages.load("huggingface-hub").get_hf_file_metadata(url, token=False)
-        if not re.fullmatch("[0-9a-f]{64}", about.etag or "") or not about.size:
-            raise UserError(f"{url} has no checksum, as a mirror of the hub must have")
-        self._url, self.size, self.path = url, about.size, folder / about.etag
-        self._partial = folder / f"{about.etag}{files.PARTIAL}"
-
-    def received(self) -> int:
-        """Return the number of bytes that were received."""
-        return self._partial.stat().st_size if self._partial.exists() else 0
-
-    def download(self, meter: _Meter) -> None:
-        """Download what is missing. Resume as often as the connection breaks off after more bytes."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        locks = folder() / ".locks" / self.path.parent.parent.name  # as the library does
-        locks.mkdir(parents=True, exist_ok=True)
-        with files.locked(locks / f"{self.path.name}.lock", wait=True):
-            while not self.path.exists() and (before := self.received()) < self.size:
-                try:
-                    self._receive(before, meter)
-                except OSError:  # of the disk; those of the network are no OSError
-                    raise
-                except Exception:
-                    if self.received() == before:
-                        raise
-            if self.path.exists():  # another process was faster
-                return
-            try:
-                files.require_checksums(self.path.parent, {self._partial.name: self.path.name})
-            except ValueError:
-                self._partial.unlink()
-                raise UserError(f"{self._url} does not match its SHA-256 and was removed") from None
-            os.replace(self._partial, self.path)
-
-    def _receive(self, start: int, meter: _Meter) -> None:
-        """Append the bytes from `start` on to the partial file."""
-        hub = packages.load("huggingface-hub")
-        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
-        timeout = packages.load("huggingface-hub", "huggingface_hub.constants").HF_HUB_DOWNLOAD_TIMEOUT
-        with hub.get_session().stream("GET", self._url, headers=headers, timeout=timeout) as response:
-            response.raise_for_status()
-            resumes = response.status_code == 206  # otherwise the server sends all of it
-            with self._partial.open("ab" if resumes else "wb") as file:
-                meter(0 if resumes else -start)
-                for chunk in response.iter_raw():
-                    file.write(chunk)
-                    meter(len(chunk))
+                self.write(f"{rate}; what may be faster: {alternatives(self._config)}")
+            self._since, self._count = math.inf if slow else time.monotonic(), 0

@@ -17,10 +17,20 @@ _CLASS_KEYS = 2**40  # factor of the number of a class, counted from 1
 def permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, " size"]:
     """Return the permutation of `size` examples in epoch `epoch`.
 
-    Sort by the raw output of the counter-based generator Philox (Salmon et al. 2011, "Parallel random numbers: as
+    Sort stably by the output of the counter-based generator Philox (Salmon et al. 2011, "Parallel random numbers: as
     easy as 1, 2, 3"): NumPy guarantees that its stream does not change, but not that of `Generator.permutation`.
     """
-    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(size), kind="stable").astype(np.int32)
+
+    def draw() -> np.ndarray:
+        return np.random.Philox(key=[seed, epoch]).random_raw(size)
+
+    keys = draw()
+    # Where the keys differ, as they almost always do, this is the stable sort; with AVX-512 it is six times as fast.
+    result = np.argsort(keys).astype(np.int32)
+    keys.sort()
+    if (keys[1:] == keys[:-1]).any():
+        result = np.argsort(draw(), kind="stable").astype(np.int32)
+    return result
 
 
 def split_validation(size: int, fraction: float) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " validation"]]:
@@ -61,8 +71,8 @@ def batches(
     draws, which take the classes in turn; the draws of a class go through its examples again and again, each time in
     another order. The epoch of a row is the number of times that its example was drawn before.
 
-    Earlier epochs are not computed. Each epoch is shuffled when its first batch is taken, so the memory is that of one
-    permutation (4 bytes per example, and 36 more while it is shuffled), for any number of epochs.
+    Earlier epochs are not computed. Each epoch is shuffled when its first batch is taken, so the memory does not depend
+    on the number of epochs: 8 bytes per example, and 28 in all while an epoch is shuffled.
     """
     return itertools.islice(_batches(seed, examples, batch_size, start, drop_last, classes), stop - start)
 
@@ -89,14 +99,13 @@ def _batches(
             index, visit = examples[index], np.broadcast_to(np.int32(epoch), index.shape)
         else:
             index, visit = _balanced(seed, by_class, epoch * len(examples) + index.astype(np.int64))
-        skipped = begin = 0
-        while begin < len(index):
-            end = begin + batch_size - rest.shape[1]
-            rest = np.concatenate([rest, [index[begin:end], visit[begin:end]]], axis=1, dtype=np.int32)
-            begin = end
-            if rest.shape[1] == batch_size:
-                yield rest
-                rest = rest[:, :0]
+        skipped, kept = 0, rest.shape[1]
+        rows = np.empty((2, kept + len(index)), np.int32)
+        rows[:, :kept], rows[0, kept:], rows[1, kept:] = rest, index, visit
+        whole = rows.shape[1] - rows.shape[1] % batch_size
+        for begin in range(0, whole, batch_size):
+            yield rows[:, begin : begin + batch_size]
+        rest = rows[:, whole:]
 
 
 def _balanced(

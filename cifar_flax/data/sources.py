@@ -14,7 +14,6 @@ this key. Data that was found or is from the hub is all the same, so neither fil
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +37,10 @@ def load(config: DataConfig, split: str) -> Arrays:
     """
     if config.is_folder:
         return folder.load(config, split)[0]
-    if config.archive:
-        require_splits(config, ("train", "test"))
-        return _decoded(config, split, "archive", named_archive(config))
-    if config.name in datasets.DATASETS:
+    if config.name in datasets.DATASETS and not config.archive:
         require_splits(config, datasets.DATASETS[config.name].splits)
         return _resized(datasets.read(config.name, split, local_path("data.data_dir", config.data_dir)), config)
-    return tfds.load(config, split) if uses_tfds(config, split) else _load_public(config, split)
+    return tfds.load(config, split) if uses_tfds(config, split) else _load_files(config, split)
 
 
 def _resized(arrays: Arrays, config: DataConfig) -> Arrays:
@@ -73,7 +69,9 @@ def named_archive(config: DataConfig) -> Archive:
 
 
 def uses_tfds(config: DataConfig, split: str) -> bool:
-    """Return whether `load` reads the split through TFDS."""
+    """Return whether `load` reads the split, of no folder and no reader in `datasets.py`, through TFDS."""
+    if config.archive:
+        return False
     if config.name not in PUBLIC or config.source == "tfds":
         return True
     return config.source == "auto" and (bool(config.data_dir) or tfds.is_available(config, split))
@@ -87,39 +85,39 @@ def find_cached(config: DataConfig, split: str) -> Path | None:
     if config.archive:
         target = _target(config, split, "archive", named_archive(config))
         return target if target.exists() else None
-    kinds = ("files", "hub") if config.source == "auto" else ("hub",)
-    return next(filter(None, (cache.newest(cache_folder(config, split, kind)) for kind in kinds)), None)
+    for kind in ("files", "hub") if config.source == "auto" else ("hub",):
+        train, test = (cache_folder(config, each, kind) for each in ("train", "test"))
+        if (found := cache.newest(train)) and (other := test.with_name(test.name + found.suffix)).exists():
+            return {"train": found, "test": other}.get(split)
+    return None
 
 
-def on_disk(config: DataConfig) -> Iterator[tuple[str, Archive | UserError]]:
-    """Yield "files" or "hub", and data of cifar10 or cifar100 outside TFDS's folder, or why it cannot be used."""
+def on_disk(config: DataConfig) -> list[tuple[str, Path]]:
+    """Return "files" or "hub", and a path outside TFDS's folder where cifar10 or cifar100 may be."""
     local = [("files", path) for path in places.find(config.name)] if config.source == "auto" else []
-    for kind, path in [*local, *(("hub", path) for path in hub.cached(config.name))]:
-        try:
-            yield kind, archives.find(path)
-        except UserError as error:
-            yield kind, error
+    return [*local, *(("hub", path) for path in hub.cached(config.name))]
 
 
-def _load_public(config: DataConfig, split: str) -> Arrays:
-    """Return the split of cifar10 or cifar100 from the cache, from files, or from the hub."""
+def _load_files(config: DataConfig, split: str) -> Arrays:
+    """Return the split from the cache, from files, or from the hub."""
     require_splits(config, ("train", "test"))
     if (arrays := _load_cached(config, split)) is not None:
         return arrays
-    with cache.filling(cache_dir(config) / config.name):
+    with cache.filling(cache_dir(config) / config.name.partition(":")[0]):
         if (arrays := _load_cached(config, split)) is not None:  # another process has decoded it
             return arrays
-        for kind, archive in on_disk(config):
+        if config.archive:
+            return _store(config, split, "archive", named_archive(config))
+        for kind, path in on_disk(config):
             try:
-                if isinstance(archive, UserError):
-                    raise archive
-                processes.log(f"{config.name}: reading {archive.path} (data.source=tfds or hub: another source)")
-                return _store_both(config, split, kind, archive)
+                archive = archives.find(path)
+                processes.log(f"{config.name}: not prepared by TFDS; reading {path} (data.source=tfds or hub: another)")
+                return _store(config, split, kind, archive)
             except cache.CacheError:
                 raise
             except UserError as error:
                 processes.log(f"{config.name}: not used: {error}")
-        return _store_both(config, split, "hub", archives.find(hub.download(config)))
+        return _store(config, split, "hub", archives.find(hub.download(config)))
 
 
 def _load_cached(config: DataConfig, split: str) -> Arrays | None:
@@ -129,30 +127,22 @@ def _load_cached(config: DataConfig, split: str) -> Arrays | None:
 
 def _target(config: DataConfig, split: str, kind: str, archive: Archive) -> Path:
     """Return the folder of the decoded split in the cache."""
-    key = cache.key(map(os.path.realpath, archive.files), archive.format)
     folder = cache_folder(config, split, kind)
-    return folder.with_name(f"{folder.name}.{key}")
-
-
-def _store_both(config: DataConfig, split: str, kind: str, archive: Archive) -> Arrays:
-    """Decode both splits, so that they are of one source, and return one."""
-    return {each: _store(config, each, kind, archive) for each in (config.eval_split, config.train_split)}[split]
-
-
-def _decoded(config: DataConfig, split: str, kind: str, archive: Archive) -> Arrays:
-    """Return the split from the cache if the files have not changed since they were decoded."""
-    if (arrays := cache.load(_target(config, split, kind, archive))) is not None:
-        return arrays
-    with cache.filling(cache_dir(config) / config.name.partition(":")[0]):
-        return _store(config, split, kind, archive)
+    return folder.with_name(f"{folder.name}.{cache.key(map(os.path.realpath, archive.files), archive.format)}")
 
 
 def _store(config: DataConfig, split: str, kind: str, archive: Archive) -> Arrays:
-    """Decode the split into the cache, if another process has not done so, while the cache is locked."""
-    target = _target(config, split, kind, archive)
-    if (arrays := cache.load(target)) is not None:
-        return arrays
-    if split == config.train_split and (line := archive.official()):
+    """Decode both splits into the cache, so that they are of one source, and return `split`."""
+    if line := archive.official():
         processes.log(line)
-    name, data = config.name.partition(":")[0], archive.read(split, config.name, config.image_size)
-    return cache.store(target, data.batches, image_shape=data.image_shape, class_names=data.class_names, dataset=name)
+    stored = {}
+    for each in (config.train_split, config.eval_split):
+        target, data = _target(config, each, kind, archive), archive.read(each, config.name, config.image_size)
+        stored[each] = cache.load(target) or cache.store(
+            target,
+            data.batches,
+            image_shape=data.image_shape,
+            class_names=data.class_names,
+            dataset=config.name.partition(":")[0],
+        )
+    return stored[split]

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 
 from cifar_flax.checkpoints.manager import CheckpointConfig, Checkpoints
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
-from cifar_flax.data import cache, hub, sources, tfds
-from cifar_flax.data.archives import Archive
+from cifar_flax.data import archives, cache, hub, sources, tfds
 from cifar_flax.data.config import alternatives, require_splits
 from cifar_flax.data.datasets import DATASETS
 from cifar_flax.diagnosis import folder as folders
@@ -47,7 +46,7 @@ def data(examination: Examination) -> Iterator[Finding]:
         yield Finding(OK, f"{data.name}: {', '.join(counts)}")
         examination.has_data = True
         return
-    intact, uses_tfds = [], not data.archive and all(sources.uses_tfds(data, split) for split in splits)
+    intact, uses_tfds = [], all(sources.uses_tfds(data, split) for split in splits)
     for split in splits:
         folder, line = tfds.find_cached(data, split) if uses_tfds else (sources.find_cached(data, split), "")
         if line:
@@ -73,11 +72,9 @@ def _files(examination: Examination, splits: list[str]) -> Iterator[Finding]:
     if data.archive:
         yield _contents(examination, sources.named_archive(data), splits)
         return
-    for _, archive in sources.on_disk(data):
+    for _, path in sources.on_disk(data):
         try:
-            if isinstance(archive, UserError):
-                raise archive
-            yield _contents(examination, archive, splits)
+            yield _contents(examination, archives.find(path), splits)
             return
         except UserError as error:
             yield Finding(NOTE, f"not used: {error}")
@@ -88,7 +85,7 @@ def _files(examination: Examination, splits: list[str]) -> Iterator[Finding]:
     yield _download(examination, f"{data.name} is not found here", [hub.address()], hub.SIZE)
 
 
-def _contents(examination: Examination, archive: Archive, splits: list[str]) -> Finding:
+def _contents(examination: Examination, archive: archives.Archive, splits: list[str]) -> Finding:
     """Return what a run decodes. Raise `UserError` if it is damaged."""
     data, counts, size = examination.config.data, [], 0
     for split in splits:

@@ -2,7 +2,6 @@
 
 import time
 
-from cifar_flax.runtime import processes
 from cifar_flax.runtime.progress import ProgressBar
 from cifar_flax.telemetry.metrics_log import Metrics
 
@@ -36,8 +35,7 @@ class Progress(ProgressBar):
                 f"{train['input_wait_fraction']:.2%} of the time waiting for input",
                 f"{left:.0f} s left",
             ]
-        write = processes.log if self.tqdm is None else self.tqdm.write
-        write(" | ".join(columns))
+        self.write(" | ".join(columns))
 
 
 def _training(metrics: Metrics) -> str:

@@ -13,6 +13,7 @@ from cifar_flax import models
 from cifar_flax.config import Config
 from cifar_flax.data import order, pipelines, resident, sources, streaming
 from cifar_flax.data.batches import GROUP, empty_batch, empty_indices, to_device
+from cifar_flax.data.config import PUBLIC
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError, require
 from cifar_flax.runtime import processes
@@ -101,9 +102,11 @@ class Trainer:
             f"images or labels of the {data.eval_split} split": is_known and was.eval_checksum != now.eval_checksum,
         } | {name: getattr(was, name) != getattr(now, name) for name in others if name in saved}
         if changed := [change for change, is_changed in changes.items() if is_changed]:
+            # Files from different sources may have another order.
+            source = f" (it was {was.name}; see data.source, data.archive)" if data.name in PUBLIC else ""
             raise UserError(
-                f"the data has changed since the checkpoint was saved ({changed[0]}): restore the data, or choose "
-                "another --workdir; train.init_from starts from the weights of this run"
+                f"the data has changed since the checkpoint was saved ({changed[0]}): restore the data{source}, or "
+                "choose another --workdir; train.init_from starts from the weights of this run"
             )
 
     def inputs(self, seed: int, start: int) -> Iterator[Call]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 
 from cifar_flax.data.archives import pickles
 from cifar_flax.data.archives.split import Split, numbered
@@ -109,7 +109,7 @@ def read(path: Path, split: str) -> Split:
     else:
         class_names = tuple(map(_text, _record(meta, layout.meta)[f"{fine}label_names"]))
 
-    def batch(name: str) -> tuple[UInt8[np.ndarray, "n 32 32 3"], Int[np.ndarray, " n"]]:
+    def batch(name: str) -> tuple[UInt8[np.ndarray, "n 32 32 3"], Integer[np.ndarray, " n"]]:
         if binary:
             records = np.frombuffer(found[name], np.uint8).reshape(-1, layout.image_bytes)
             rows, labels = records[:, -3072:], records[:, -3073]

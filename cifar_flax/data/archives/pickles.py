@@ -18,9 +18,9 @@ _MOST_STEPS = 2_000_000  # CIFAR-100 takes 250,000; bounds the memory of lists, 
 
 
 class _Name(enum.Enum):
-    """A function or class that a pickle may name; none is imported or called."""
+    """A function or class that a pickle may name, none of which is imported or called, or an object to be set up."""
 
-    ARRAY, RECONSTRUCT, DTYPE, ENCODE = range(4)
+    ARRAY, RECONSTRUCT, DTYPE, ENCODE, NEW_ARRAY, UINT8 = range(6)
 
 
 _NAMES = {
@@ -84,7 +84,8 @@ def _run(stream: io.BytesIO, size: int) -> Any:
             stack.append(_named(stack.pop(-2), stack.pop()))
         elif code in b"Rb":
             stack.append(_called(stack.pop(-2), stack.pop()))
-            if (encoded := encoded + len(stack[-1]) * isinstance(stack[-1], bytes)) > size:
+            encoded += len(stack[-1]) if isinstance(stack[-1], bytes) else 0
+            if encoded > size:
                 raise UserError("its strings exceed its size")
         elif code == b".":
             return stack.pop()
@@ -103,22 +104,22 @@ def _named(module: Any, name: Any) -> _Name:
     if not isinstance(module, str) or not isinstance(name, str):
         raise TypeError
     if (module, name) not in _NAMES:
-        raise UserError(f"{f'{module}.{name}'[:60]!r} is not allowed")
+        raise UserError(f"{f'{module}.{name}'!r:.60} is not allowed")
     return _NAMES[module, name]
 
 
 def _called(target: Any, arguments: Any) -> Any:
     """Return the result of a call, or of setting the state of `target`."""
     match target, arguments:
-        case np.ndarray(), (_, (int(rows), int(columns)), np.dtype(), bool(transposed), bytes(content)):
+        case _Name.RECONSTRUCT, (_Name.ARRAY, _, _):
+            return _Name.NEW_ARRAY
+        case _Name.NEW_ARRAY, (_, (int(rows), int(columns)), _Name.UINT8, bool(transposed), bytes(content)):
             values = np.frombuffer(content, np.uint8)
             return values.reshape(columns, rows).T if transposed else values.reshape(rows, columns)
-        case np.dtype(), _:  # a byte order, which uint8 has not
-            return target
-        case _Name.RECONSTRUCT, (_Name.ARRAY, _, _):
-            return np.empty(0, np.uint8)
         case _Name.DTYPE, (bytes() | str() as kind, _, _) if kind in (b"u1", "u1"):
-            return np.dtype(np.uint8)
+            return _Name.UINT8
+        case _Name.UINT8, _:  # the state is a byte order, which has no meaning for bytes
+            return target
         case _Name.ENCODE, (str(text), str(encoding)) if encoding == "latin1":
             return text.encode("latin1")
     raise UserError("only calls that make arrays of uint8 are allowed")

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 
 from cifar_flax.errors import UserError
 
-Batches = Iterator[tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, " n"]]]
+Batches = Iterator[tuple[UInt8[np.ndarray, "n h w c"], Integer[np.ndarray, " n"]]]
 _FINE = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant

@@ -1,0 +1,141 @@
+"""Download CIFAR-10 from a local hub that works, breaks off, is slow, sends wrong bytes, or is not there."""
+
+import errno
+import shutil
+from pathlib import Path
+
+import cifar_copies
+import numpy as np
+import pytest
+
+from cifar_flax import packages
+from cifar_flax.data import hub, sources
+from cifar_flax.data.sources import DataConfig
+from cifar_flax.errors import UserError
+
+pytestmark = pytest.mark.skipif(bool(packages.fault("huggingface-hub")), reason="huggingface-hub is not installed")
+
+CONFIG = DataConfig(source="hub")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with cifar_copies.serving() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def load(config=CONFIG):
+    return {split: sources.load(config, split) for split in ("train", "test")}
+
+
+def assert_intact(loaded, seed=0):
+    for split, arrays in loaded.items():
+        images, labels = cifar_copies.arrays(split, seed)
+        np.testing.assert_array_equal(arrays.images, images)
+        np.testing.assert_array_equal(arrays.labels, labels)
+        assert (arrays.dataset, arrays.class_names[3]) == ("cifar10", "cat")
+
+
+def ranges(server):
+    return [requested for method, _, requested in server.requests if method == "GET"]
+
+
+def fail():
+    """Return the error of a start; it has one line and exit code 1."""
+    with pytest.raises(UserError) as caught:
+        load()
+    assert ("\n" in str(caught.value), caught.value.exit_code) == (False, 1)
+    for part in ("resumes", "data.archive=", "data.source=tfds", "HF_ENDPOINT"):
+        assert part in str(caught.value)
+    return str(caught.value)
+
+
+def partial_files(tmp_path):
+    return list((tmp_path / "hub").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("source", ["hub", "auto"])
+def test_files_are_downloaded_into_the_hubs_cache_and_decoded_once(server, tmp_path, capfd, source):
+    import huggingface_hub
+
+    config = DataConfig(source=source)
+    assert_intact(load(config))
+    out, err = capfd.readouterr()
+    assert err == ""
+    place = f"from {server.url} to {tmp_path}/hub/datasets--uoft-cs--cifar10"
+    assert out == f"cifar10: downloading 0.1 MB of 0.1 MB {place}\n"
+    for file in cifar_copies.FILES.values():  # where other programs look for them
+        path = huggingface_hub.try_to_load_from_cache("uoft-cs/cifar10", file, repo_type="dataset")
+        assert Path(path).read_bytes() == server.files[f"/datasets/uoft-cs/cifar10/resolve/main/{file}"]
+    shutil.rmtree(tmp_path / "hub")
+    server.requests.clear()
+    assert_intact(load(config))
+    assert (server.requests, capfd.readouterr()) == ([], ("", ""))
+
+
+def test_a_download_that_breaks_off_resumes(server, tmp_path):
+    server.breaks = 10_000
+    assert_intact(load())
+    assert ranges(server) == ["", "bytes=10000-", ""]
+    assert partial_files(tmp_path) == []
+
+
+def test_a_second_start_resumes(server, tmp_path, monkeypatch):
+    receive = hub._receive
+
+    def broken(url, partial, start, meter):
+        if start:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        receive(url, partial, start, meter)
+
+    server.breaks = 10_000
+    monkeypatch.setattr(hub, "_receive", broken)
+    assert "Connection reset by peer" in fail()
+    (partial,) = partial_files(tmp_path)
+    assert partial.stat().st_size == 10_000
+    monkeypatch.setattr(hub, "_receive", receive)
+    assert_intact(load())
+    assert ranges(server) == ["", "bytes=10000-", ""]
+
+
+@pytest.mark.parametrize(("slow", "lines"), [(1e12, 1), (0, 0)])
+def test_a_slow_download_names_other_ways_once(server, monkeypatch, capsys, slow, lines):
+    monkeypatch.setattr(hub, "_WINDOW", 0)
+    monkeypatch.setattr(hub, "_SLOW", slow)
+    assert_intact(load())
+    named = [line for line in capsys.readouterr().out.splitlines() if "kB/s" in line]
+    assert len(named) == lines
+    assert all("data.archive=FILE" in line and "HF_ENDPOINT" in line for line in named)
+
+
+def test_wrong_bytes_are_removed(server, tmp_path):
+    server.wrong = True
+    assert "does not match its SHA-256" in fail()
+    assert partial_files(tmp_path) == []
+    server.wrong = False
+    assert_intact(load())
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_an_answer_of_failure_is_reported(server, status):
+    server.status = status
+    assert f"({status} for http://127.0.0.1" in fail()
+
+
+def test_no_server_is_reported():
+    assert "cifar10 cannot be downloaded from 127.0.0.1:9 (ConnectError: " in fail()
+
+
+def test_offline_mode_is_respected(server, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE is set" in fail()
+    assert server.requests == []
+
+
+def test_a_full_disk_is_reported(server, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "_receive", full)
+    assert "No space left on device" in fail()
