@@ -116,7 +116,7 @@ def test_epochs_may_grow_if_nothing_depends_on_the_length_of_the_run(settings, e
 
 def test_evaluation_accepts_other_locations_and_evaluation_settings_only():
     allowed = {path for path, _, _ in configs._fields(Config()) if configs.may_override(path)}
-    places = {"data.data_dir", "data.folder", "data.archive", "data.source", "data.cache_dir"}
+    places = {"data.data_dir", "data.folder", "data.archive", "data.source", "data.cache", "data.cache_dir"}
     parallel = {
         f"parallel.{name}"
         for name in (
