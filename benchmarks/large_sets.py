@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,12 @@ _WITHOUT_TENSORFLOW = "import sys; sys.modules['tensorflow'] = None; from cifar_
 
 def random_set(folder: Path, count: int) -> DataConfig:
     """Return the data config of `count` random training images in the cache `folder`, which are written if missing."""
-    config = DataConfig(name=f"random{count}", cache_dir=str(folder), pipeline="streaming")
+    config = DataConfig(name=f"random{count}", cache_dir=str(folder))
     for number, (split, size) in enumerate((("train", count), ("test", TEST_IMAGES))):
         target = sources.cache_folder(config, split, "1.0.0")
         if not target.exists():
-            cache.store(
-                target,
-                _random_images(np.random.default_rng(number), size),
-                num_examples=size,
-                image_shape=(32, 32, 3),
-                class_names=tuple("0123456789"),
-                dataset=f"{config.name}/1.0.0",
-            )
+            images, names = _random_images(np.random.default_rng(number), size), tuple("0123456789")
+            cache.store(target, images, image_shape=(32, 32, 3), class_names=names, dataset=f"{config.name}/1.0.0")
     return config
 
 
@@ -66,38 +60,30 @@ def _random_images(rng: np.random.Generator, count: int) -> Iterator[tuple[np.nd
 def run(data: DataConfig, count: int, gathered_by: str, workdir: Path, overrides: list[str]) -> dict[str, float]:
     """Run the default config for `STEPS` steps, stopped and resumed in the middle."""
     program = ["main.py"] if gathered_by == "tf.data" else ["-c", _WITHOUT_TENSORFLOW]
-    settings = {
-        "data.name": data.name,
-        "data.cache_dir": data.cache_dir,
-        "data.pipeline": data.pipeline,
-        "train.batch_size": BATCH,
-        "train.epochs": STEPS * BATCH / count,
-        "train.log_every": 1,
-        "optim.warmup_epochs": 0,
-    }
-    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    settings = f"data.name={data.name} data.cache_dir={data.cache_dir} data.pipeline=streaming optim.warmup_epochs=0 "
+    settings += f"train.batch_size={BATCH} train.epochs={STEPS * BATCH / count} train.log_every=1"
+    flags = [f"--config.{setting}" for setting in settings.split()]
     command = [sys.executable, *program, "--config", "configs/default.py", f"--workdir={workdir}", *flags, *overrides]
-    first, peak = _start(command, workdir, stop_at=STEPS // 2)
-    again, later = _start(command, workdir, stop_at=None)
+    first, peak = _start(command, workdir / "metrics.jsonl", stop_at=STEPS // 2)
+    again, later = _start(command, workdir / "metrics.jsonl", stop_at=sys.maxsize)
     return {"start_seconds": first, "resume_seconds": again, "peak_anonymous_mb": max(peak, later)}
 
 
-def _start(command: list[str], workdir: Path, stop_at: int | None) -> tuple[float, float]:
+def _start(command: list[str], metrics: Path, stop_at: int) -> tuple[float, float]:
     """Run `command`, up to step `stop_at`; return the seconds to its first step and the peak of RssAnon in MB."""
-    metrics = workdir / "metrics.jsonl"
-    before = _lines(metrics)
-    first, peak, begin = 0.0, 0.0, time.perf_counter()
+    before, begin, first, peak = _lines(metrics), time.perf_counter(), 0.0, 0.0
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
         while process.poll() is None:
             done = _lines(metrics)
-            if not first and done > before:
+            if done > before and not first:
                 first = time.perf_counter() - begin
-            if stop_at is not None and done >= stop_at:
+            if done >= stop_at:
                 process.send_signal(signal.SIGTERM)
-                stop_at = None
-            if found := re.search(r"RssAnon:\s+(\d+)", _status(process.pid)):
-                peak = max(peak, int(found[1]) / 1e3)
+                stop_at = sys.maxsize
+            with suppress(OSError, IndexError):  # the process has ended
+                anonymous = Path(f"/proc/{process.pid}/status").read_text().split("RssAnon:")[1]
+                peak = max(peak, int(anonymous.split()[0]) / 1e3)
             time.sleep(POLL_SECONDS)
         if process.returncode not in (0, 128 + signal.SIGTERM):
             log.seek(0)
@@ -109,22 +95,14 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _status(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # the process has ended
-        return ""
-
-
 def input_rate(data: DataConfig, gathered_by: str) -> float:
-    """Return the images per second that arrive on the device, without training, of an epoch that begins."""
+    """Return the images per second that arrive on the device, without training."""
     arrays = sources.load(data, "train")
     examples = np.arange(len(arrays.labels), dtype=np.int32)
     if gathered_by == "NumPy":
         streaming.tensorflow_fault = lambda: "not used"
-    source = streaming.training_batches(
-        arrays, examples, batch_size=BATCH, seed=0, start=0, stop=(CHUNKS + 1) * INPUT_STEPS
-    )
+    stop = (CHUNKS + 1) * INPUT_STEPS
+    source = streaming.training_batches(arrays, examples, batch_size=BATCH, seed=0, start=0, stop=stop)
     batches, rates = to_device(source), []
     for _ in range(CHUNKS + 1):  # the first includes the start
         begin = time.perf_counter()

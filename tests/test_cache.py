@@ -1,3 +1,6 @@
+import dataclasses
+import hashlib
+import random
 import sys
 
 import namespaces
@@ -5,7 +8,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax.data import cache
+from cifar_flax import files
+from cifar_flax.data import cache, info, order
+from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
@@ -160,3 +165,96 @@ def test_a_full_disk_is_reported_and_nothing_is_left(tmp_path):
     done = namespaces.run_on_small_disk(tmp_path, "4m", program, cwd=REPOSITORY)
     wanted = f"data.cache_dir: cannot write {tmp_path}/train: No space left on device\n[]\n"
     assert (done.returncode, done.stdout) == (0, wanted), done.stderr
+
+
+@pytest.fixture
+def large(monkeypatch, tmp_path):
+    """Store images that count as a large split: eight blocks, of which a start verifies five."""
+    monkeypatch.setattr(cache, "_BLOCK", 2**16)
+    monkeypatch.setattr(cache, "_WHOLE", 2**18)
+    monkeypatch.setattr(cache, "_SAMPLE", 5)
+    count = 7 * 2**16 // 48 + 100
+    images = np.random.default_rng(1).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    store(tmp_path / "train", count, [(images, np.arange(count) % 3)])
+    return tmp_path / "train"
+
+
+def flip(path, position):
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("damage", ["labels", "header", "first", "last", "shortened", "lengthened", "sampled"])
+def test_damage_of_a_large_split_is_found_at_the_start(large, monkeypatch, damage):
+    images, chosen = large / "images.npy", (2, 4, 5)
+    monkeypatch.setattr(random.SystemRandom, "sample", lambda self, blocks, count: chosen[:count])
+    size = images.stat().st_size
+    flip(images, 3 * 2**16 + 9)  # not chosen
+    assert cache.load(large) is not None
+    if damage == "labels":
+        flip_a_bit(large / "labels.npy")
+    elif damage in ("shortened", "lengthened"):
+        with images.open("r+b") as file:
+            file.truncate(size - 1 if damage == "shortened" else size + 1)
+    else:
+        flip(images, {"header": 20, "first": 2**16 - 1, "last": size - 1, "sampled": 4 * 2**16}[damage])
+    with pytest.warns(UserWarning, match="damaged"):
+        assert cache.load(large) is None
+
+
+def test_other_blocks_are_chosen_at_each_start(large):
+    """The doctor verifies them all."""
+    flip(large / "images.npy", 3 * 2**16)
+    with pytest.raises(ValueError, match=r"images\.npy"):
+        cache.verify(large)
+    for _ in range(300):
+        try:
+            cache.verify(large, sample=True)
+        except ValueError:
+            return
+    pytest.fail("the damaged block was never chosen")
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_recorded_checksum_and_statistics_are_those_of_the_arrays(large, fraction, monkeypatch):
+    arrays = cache.load(large)
+    assert arrays.known_checksum
+    computed = dataclasses.replace(arrays, known_checksum="", histogram=None)
+    assert arrays.checksum() == computed.checksum()
+    assert arrays.checksum() == hashlib.sha256(arrays.images.tobytes() + arrays.labels.tobytes()).hexdigest()
+    examples, held_out = order.split_validation(len(arrays.labels), fraction)
+    expected, read, histogram = DatasetInfo.of(computed, examples, "standard"), [], cache.pixel_histogram
+    recorded = lambda images, some: read.extend(some.tolist()) or histogram(images, some)  # noqa: E731
+    monkeypatch.setattr(info, "pixel_histogram", recorded)
+    assert DatasetInfo.of(arrays, examples, "standard") == expected  # to the bit
+    assert read == held_out.tolist()
+
+
+def test_splits_that_earlier_releases_stored_still_load(large):
+    arrays, manifest = cache.load(large), files.read_sealed(large / "manifest.json")
+    for name in ("blocks", "checksum", "histogram"):
+        del manifest[name]
+    files.write_sealed(large / "manifest.json", manifest)
+    earlier = cache.load(large)
+    assert (earlier.known_checksum, earlier.histogram) == ("", None)
+    assert earlier.checksum() == arrays.checksum()
+    flip(large / "images.npy", 3 * 2**16)
+    with pytest.warns(UserWarning, match="damaged"):  # verified whole
+        assert cache.load(large) is None
+
+
+def test_images_that_differ_on_the_disk_are_not_stored(tmp_path, monkeypatch):
+    write = cache._write_headers
+
+    def write_wrongly(images, labels, count, image_shape):
+        write(images, labels, count, image_shape)
+        if count:
+            images.write(bytes(1))
+
+    monkeypatch.setattr(cache, "_write_headers", write_wrongly)
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*read back"):
+        store(tmp_path / "train")
+    assert list(tmp_path.iterdir()) == []

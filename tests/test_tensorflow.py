@@ -68,19 +68,20 @@ def test_any_memory_layout_becomes_tensors(images, writeable):
         np.testing.assert_array_equal(batch.image, IMAGES[batch.index])
 
 
-def test_autotuning_is_off_in_all_pipelines(monkeypatch):
-    """See `dataset_options` for the reason, a wait that is too rare to be tested."""
+def test_autotuning_and_rewrites_are_off_in_all_pipelines(monkeypatch):
+    """See `dataset_options` for the reasons: a wait that is too rare to be tested, and copies of all images."""
     iterate, tuned = tf.data.Dataset.as_numpy_iterator, []
 
     def recorded(dataset):
-        tuned.append(dataset.options().autotune.enabled)
+        options = dataset.options()
+        tuned.append((options.autotune.enabled, options.experimental_optimization.apply_default_optimizations))
         return iterate(dataset)
 
     monkeypatch.setattr(tf.data.Dataset, "as_numpy_iterator", recorded)
     arrays = sources.load(DataConfig(name="fake_color"), "train")
     examples = np.arange(40, dtype=np.int32)
     assert len(list(streaming.training_batches(arrays, examples, batch_size=5, seed=0, start=0, stop=4))) == 4
-    assert tuned == [False, False]
+    assert tuned == [(False, False)] * 2
 
 
 def test_tfds_does_not_import_keras():

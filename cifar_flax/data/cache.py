@@ -5,8 +5,8 @@ or the kind of another source (see `sources.py`). The key identifies the data th
 that another program stored may have none. Complete folders are renamed to their final names, so readers never see a
 partial one.
 
-The manifest also has the checksum of `Arrays.checksum`, the histogram of the pixels, and checksums of blocks of
-`images.npy`. With them, the start of a run reads only a part of large splits. Manifests of earlier releases lack them.
+The manifest also has `Arrays.checksum`, the histogram of the pixels, and checksums of blocks of `images.npy`, so that
+the start of a run reads only a part of large splits. Manifests of earlier releases lack them.
 """
 
 import errno
@@ -130,8 +130,7 @@ def filling(folder: Path) -> Iterator[None]:
 def load(folder: Path) -> Arrays | None:
     """Return the arrays in `folder`, memory-mapped, or None if it does not exist.
 
-    Images of more than 1 GiB are verified by a sample (see `verify`). If the arrays are damaged, warn, remove `folder`
-    and return None.
+    If the arrays are damaged, as far as a sample shows it (see `verify`), warn, remove `folder` and return None.
     """
     if not folder.exists():
         return None
@@ -160,19 +159,19 @@ def load(folder: Path) -> Arrays | None:
 def verify(folder: Path, sample: bool = False) -> dict[str, Any]:
     """Return the manifest of the arrays in `folder`; raise `ValueError` if they are missing or damaged.
 
-    With `sample`, verify of images of more than 1 GiB only 32 blocks of 16 MiB: the first, the last, and others that
-    are chosen at random each time. Of n blocks, a start then finds a damaged one with a probability of about 32 / n,
-    and reads at most 512 MiB, for any size of the split.
+    With `sample`, read of images of more than 1 GiB only 32 blocks of 16 MiB, so that a start takes the same time for
+    any size: the first, the last, and others chosen at random each time. Of n blocks, it finds a damaged one with a
+    probability of 30 / (n - 2).
     """
     try:
         manifest = files.read_sealed(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']}")
-        images, whole = folder / _FILES[0], list(manifest["sha256"])
+        images, checksums = folder / _FILES[0], dict(manifest["sha256"])
         if sample and manifest.get("blocks") and images.stat().st_size > _WHOLE:
             _require_blocks(images, manifest["blocks"])
-            whole.remove(images.name)
-        files.require_checksums(folder, {file: manifest["sha256"][file] for file in whole})
+            del checksums[images.name]
+        files.require_checksums(folder, checksums)
         return manifest
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from error
@@ -236,15 +235,8 @@ def store(
             else:
                 (partial / _FILES[0]).unlink()
             written.update(np.load(partial / _FILES[1]).tobytes())
-            manifest = {
-                "format": _FORMAT,
-                "dataset": dataset,
-                "class_names": class_names,
-                "sha256": sums,
-                "blocks": blocks,
-                "checksum": written.hexdigest(),
-                "histogram": histogram.tolist(),
-            }
+            manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names, "sha256": sums}
+            manifest |= {"blocks": blocks, "checksum": written.hexdigest(), "histogram": histogram.tolist()}
             files.write_sealed(partial / _MANIFEST, {**manifest, **about})
     except OSError as error:
         if not (folder / _MANIFEST).exists():  # another process may have stored the same bytes first

@@ -65,7 +65,7 @@ class DatasetInfo:
 
 
 def _histogram(arrays: Arrays, examples: Int32[np.ndarray, " n"]) -> Int[np.ndarray, "channels 256"]:
-    """Return how often each value occurs in each channel of `examples`; if possible, read only the other examples."""
+    """Return the histogram of `examples`; if that of all is known, subtract that of the other examples."""
     if arrays.histogram is None:
         return pixel_histogram(arrays.images, examples)
     others = np.ones(len(arrays.labels), np.bool_)

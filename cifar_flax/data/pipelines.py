@@ -20,32 +20,25 @@ def resolve(pipeline: str, layout: Layout, num_bytes: int) -> str:
     """Return the pipeline that `data.pipeline` stands for: "streaming" or "resident"; `num_bytes` is the data's size.
 
     "auto" is "resident" on accelerators if the data fits into a quarter of the memory of a device, since one host may
-    not keep up with them. Otherwise it is "streaming". Raise `ConfigError` if the data of "resident" does not fit at
-    all.
+    not keep up with them. Otherwise it is "streaming". Raise `ConfigError` if "resident" does not fit at all.
     """
     if pipeline == "streaming":
         return pipeline
-    memory = _host_memory() if layout.platform == "cpu" else _device_memory(layout.mesh.local_devices[0])
+    memory = _memory(layout.platform, layout.mesh.local_devices[0])
     if pipeline == "auto":
         fits = layout.platform != "cpu" and num_bytes <= _FRACTION * (memory or _UNKNOWN_MEMORY)
         return "resident" if fits else "streaming"
-    if memory:
-        sizes = f"the decoded images need {num_bytes / 1e9:,.1f} GB, the device has {memory / 1e9:,.1f} GB"
-        require(num_bytes <= memory, "data.pipeline", pipeline, f"{sizes}; use streaming")
+    sizes = f"the decoded images need {num_bytes / 1e9:,.1f} GB, the device has {(memory or 0) / 1e9:,.1f} GB"
+    require(num_bytes <= (memory or num_bytes), "data.pipeline", pipeline, f"{sizes}; use streaming")
     return pipeline
 
 
-def _device_memory(device: Any) -> int | None:
-    """Return the bytes of memory of an accelerator, or None if it does not report them."""
-    try:
-        stats: dict[str, int] = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # such as for a device that a program is only compiled for
+def _memory(platform: str, device: Any) -> int | None:
+    """Return the bytes of memory of a device, or None if unknown. A CPU has those of the machine or its container."""
+    if platform != "cpu":
+        with suppress(jax.errors.JaxRuntimeError):  # such as of a device that a program is only compiled for
+            return (device.memory_stats() or {}).get("bytes_limit")
         return None
-    return stats.get("bytes_limit")
-
-
-def _host_memory() -> int | None:
-    """Return the bytes of memory of the machine, or of the container if they are fewer; None if they are unknown."""
     sizes = []
     with suppress(AttributeError, ValueError, OSError):  # not on all systems
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
