@@ -246,6 +246,15 @@ def test_truncated_files_are_refused(tmp_path, examples, kind, keep):  # noqa: F
     assert "\n" not in str(caught.value)
 
 
+def test_an_empty_split_is_refused(tmp_path):
+    few = write.random_examples()
+    few.images["test"], few.labels["test"] = few.images["test"][:0], few.labels["test"][:0]
+    path = write.parquet(tmp_path / "a", few)
+    assert len(read(path, "train")[0]) == COUNTS["train"]
+    with pytest.raises(UserError, match="a split contains no images"):
+        read(path, "test")
+
+
 def test_links_are_not_followed(tmp_path):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         for name in (*BATCHES, "test_batch"):

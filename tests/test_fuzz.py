@@ -100,18 +100,27 @@ def test_archive(tmp_path, examples):  # noqa: F811
     assert loaded < 400  # few damages go unnoticed: those to unused bytes, such as the time in gzip's header
 
 
+class Array:
+    """An array, or its data type, as pickled: NumPy itself crashes on damaged ones."""
+
+    def __setstate__(self, state):
+        _, (rows, columns), _, transposed, content = state if len(state) == 5 else (0, (0, 0), 0, False, b"")
+        self.values = np.frombuffer(content, np.uint8).reshape((rows, columns), order="F" if transposed else "C")
+
+
 class OnlyArrays(pickle._Unpickler):
     """Python's reader, for the names that ours knows."""
 
     def find_class(self, module, name):
-        if (module, name) not in pickles._NAMES:
-            raise pickle.UnpicklingError(name)
-        return super().find_class(module, name)
+        return (
+            {"encode": str.encode}.get(name, lambda *arguments: Array()) if (module, name) in pickles._NAMES else None
+        )
 
 
 def plain(value):
     """Return a value with arrays as lists, and functions and unfinished arrays, which the caller refuses, as None."""
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+    value = getattr(value, "values", value) if isinstance(value, Array) else value
+    if isinstance(value, np.ndarray):
         return [value.shape, value.tolist()]
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
@@ -120,7 +129,6 @@ def plain(value):
     return value if isinstance(value, bytes | str | int) else None
 
 
-@pytest.mark.filterwarnings("ignore:Exception ignored in. .array_dealloc")  # NumPy on what Python made of the damage
 def test_pickles():
     """Read 5,000 damaged pickles of Python 2 and 3: the value that Python reads, or a one-line error."""
     record = {"data": np.arange(36, dtype=np.uint8).reshape(2, 18), "labels": [6, 9], "filenames": ["a.png", "b.png"]}
@@ -140,8 +148,7 @@ def test_pickles():
             messages.append(str(error))
             continue
         try:
-            with warnings.catch_warnings(action="ignore"):  # of NumPy
-                expected = OnlyArrays(io.BytesIO(content), encoding="bytes").load()
+            expected = OnlyArrays(io.BytesIO(content), encoding="bytes").load()
         except Exception:  # damage to a type that does not matter to arrays of uint8
             differ += 1
             continue

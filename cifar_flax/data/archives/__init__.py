@@ -57,6 +57,7 @@ class Archive:
     def _checked(self, batches: Batches, shape: tuple[int, int, int], classes: int) -> Batches:
         """Yield `batches`, with images of `shape`; check the labels."""
         with _refusing(self.path):
+            labels = np.empty(0)
             for images, labels in batches:
                 for label in (labels.min(), labels.max()):
                     if not 0 <= label < classes:
@@ -65,6 +66,8 @@ class Archive:
                     packages.load("pillow")
                     images = np.stack([resize(image, shape) for image in images])
                 yield images, labels.astype(np.int32)
+            if not len(labels):
+                raise UserError("a split contains no images")
 
     def official(self) -> str:
         """Return a line that reports whether the file is the official one; "" for folders and formats without one."""

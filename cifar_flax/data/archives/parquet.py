@@ -44,9 +44,7 @@ def read(files: Sequence[Path], split: str, size: int) -> Split:
     train, test, parquet = _shards(files, "train"), _shards(files, "test"), packages.load("pyarrow")
     schema = parquet.read_schema(train[0])
     kinds = {name: str(schema.field(name).type) for name in schema.names}
-    image = next(
-        (name for name in ("image", "img") if re.match(r"struct<.*bytes: (large_)?binary", kinds.get(name, ""))), ""
-    )
+    image = next((name for name in ("image", "img") if re.match("struct<.*bytes: .*binary", kinds.get(name, ""))), "")
     label = next((name for name in ("label", "fine_label") if re.match("u?int", kinds.get(name, ""))), "")
     if not image or not label:
         raise UserError(f"must have columns image or img (with bytes) and label or fine_label, not {kinds!s:.100}")
