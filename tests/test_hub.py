@@ -139,3 +139,8 @@ def test_a_full_disk_is_reported(server, monkeypatch):
 
     monkeypatch.setattr(hub, "_receive", full)
     assert "No space left on device" in fail()
+
+
+def test_a_server_that_sends_nothing_is_reported(server, monkeypatch):
+    monkeypatch.setattr(hub, "_receive", lambda *arguments: None)
+    assert "sends no more bytes" in fail()

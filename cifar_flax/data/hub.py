@@ -109,13 +109,15 @@ def _complete(url: str, path: Path, size: int, meter: "_Meter") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     while (before := _received(path)) < size:
+        failure: Exception = UserError("it sends no more bytes")
         try:
             _receive(url, partial, before, meter)
         except OSError:  # of the disk; those of the network are no OSError
             raise
-        except Exception:
-            if _received(path) == before:
-                raise
+        except Exception as error:
+            failure = error
+        if _received(path) <= before:
+            raise failure
     if path.exists():
         return
     try:
