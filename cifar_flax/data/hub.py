@@ -19,7 +19,7 @@ from cifar_flax.errors import UserError, one_line
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.progress import ProgressBar
 
-SIZE = 144_000_000  # bytes of both splits, for either dataset
+SIZE, DECODED = 144_000_000, 60_000 * 32 * 32 * 3  # bytes of both splits, for either dataset
 _REPOSITORIES = {"cifar10": ("uoft-cs/cifar10", "plain_text"), "cifar100": ("uoft-cs/cifar100", "cifar100")}
 _SLOW = 300_000  # bytes per second
 _WINDOW = 20.0  # seconds

@@ -79,7 +79,7 @@ def _files(examination: Examination, splits: list[str]) -> Iterator[Finding]:
         except UserError as error:
             yield Finding(NOTE, f"not used: {error}")
     folder = hub.folder()
-    examination.needs += [("decoded images", sources.cache_dir(data), hub.SIZE), ("download", folder, hub.SIZE)]
+    examination.needs += [("decoded images", sources.cache_dir(data), hub.DECODED), ("download", folder, hub.SIZE)]
     if hub.is_offline():
         raise UserError(f"{data.name} is not found here, and HF_HUB_OFFLINE is set. Use {alternatives(data)}")
     yield _download(examination, f"{data.name} is not found here", [hub.address()], hub.SIZE)
