@@ -110,7 +110,12 @@ def test_a_run_works_without_broken_optional_packages(tmp_path):
     ("module", "name", "arguments"),
     [
         ("sklearn", "scikit-learn", ("--config=quickstart",)),
-        pytest.param("tensorflow_datasets", "tensorflow-datasets", ("--config=resnet18",), marks=needs_tensorflow),
+        pytest.param(
+            "tensorflow_datasets",
+            "tensorflow-datasets",
+            ("--config=resnet18", "--config.data.source=tfds"),
+            marks=needs_tensorflow,
+        ),
     ],
 )
 def test_a_broken_package_that_the_config_needs_is_reported_in_one_line(tmp_path, module, name, arguments):

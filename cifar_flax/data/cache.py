@@ -234,7 +234,7 @@ def store(
                 sums[_FILES[0]], blocks = _read_back(partial / _FILES[0], header, written.hexdigest())
             else:
                 (partial / _FILES[0]).unlink()
-            written.update(np.load(partial / _FILES[1]).tobytes())
+            written.update(np.load(partial / _FILES[1], allow_pickle=False).tobytes())
             manifest = {"format": _FORMAT, "dataset": dataset, "class_names": class_names, "sha256": sums}
             manifest |= {"blocks": blocks, "checksum": written.hexdigest(), "histogram": histogram.tolist()}
             files.write_sealed(partial / _MANIFEST, {**manifest, **about})

@@ -35,7 +35,9 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # fraction of unreadable files in a folder that stops a run, if more than five
     validation_fraction: float = 0.0  # fraction of the train split that is held out for validation
     sampling: str = "shuffled"  # shuffled: each example once per epoch | balanced: each class equally often
-    pipeline: str = "auto"  # streaming (from the host) | resident (data in device memory) | auto: by device, see Devices
+    pipeline: str = (
+        "auto"  # streaming (from the host) | resident (data in device memory) | auto: by device, see Devices
+    )
     drop_last: bool = False  # drop the incomplete last batch of an epoch; otherwise batches span epoch boundaries
 
     def validate(self) -> None:

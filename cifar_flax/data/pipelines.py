@@ -44,5 +44,5 @@ def _memory(platform: str, device: Any) -> int | None:
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for path in _LIMITS:
         with suppress(OSError, ValueError):  # no such file, or "max"
-            sizes.append(int(Path(path).read_text()))
+            sizes.append(int(Path(path).read_text("utf-8")))
     return min(sizes, default=None)
