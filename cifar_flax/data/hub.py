@@ -135,7 +135,9 @@ def _receive(url: str, partial: Path, start: int, meter: "_Meter") -> None:
     timeout = hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
     with hub.get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         response.raise_for_status()
-        with partial.open("ab" if response.status_code == 206 else "wb") as file:  # 200: from the start
+        with partial.open("ab") as file:
+            if response.status_code != 206:  # the server sends all of it
+                file.truncate(0)
             for chunk in response.iter_raw():
                 file.write(chunk)
                 meter.advance(len(chunk))
