@@ -13,7 +13,7 @@ from cifar_flax.runtime import streams
 
 CLOSED = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-", "all": "<&- >&- 2>&-"}
 # Binary by default, unlike those of built-in `open` and `Path`.
-BINARY = ("os", "gzip", "tarfile", "Image")
+BINARY = ("os", "gzip", "tarfile", "Image", "archive")
 
 
 @pytest.mark.parametrize("closed", CLOSED)

@@ -58,7 +58,7 @@ def read(path: Path, split: str) -> Split:
 @contextlib.contextmanager
 def _opened(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
     """Yield the content of an array, its shape and type; refuse Python objects, which only pickle can read."""
-    with zipfile.ZipFile(path) as file, file.open(f"{name}.npy") as stream:
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
         if np.lib.format.read_magic(stream) != (1, 0):  # later versions are for structured arrays
             raise UserError(f"{name} must be an array of numbers")
         shape, transposed, dtype = np.lib.format.read_array_header_1_0(stream)
