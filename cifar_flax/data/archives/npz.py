@@ -65,7 +65,7 @@ def _opened(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...],
         if dtype.hasobject or transposed:
             what = "Python objects" if dtype.hasobject else "an array in Fortran order"
             raise UserError(f"{name} holds {what}, which is not read; save it with numpy.ascontiguousarray")
-        size = file.getinfo(f"{name}.npy").file_size - stream.tell()
+        size = archive.getinfo(f"{name}.npy").file_size - stream.tell()
         if math.prod(shape) * dtype.itemsize != size or not size:
             raise UserError(f"{name} is empty or damaged: {dtype} of {shape} in {size:,} bytes")
         yield stream, shape, dtype
