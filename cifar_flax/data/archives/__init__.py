@@ -6,6 +6,7 @@ executed, or unpacked to disk.
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def find(path: Path) -> Archive:
 
     Raise `ConfigError` if `path` does not exist, and `UserError` if it holds no dataset.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # not Path.exists, which raises if a folder is not readable
         raise ConfigError(f"data.archive={str(path)!r}: {_ALLOWED}")
     with _refusing(path):
         with contextlib.nullcontext() if path.is_dir() else path.open("rb") as file:
