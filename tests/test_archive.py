@@ -64,9 +64,9 @@ def under(folder, contents):
     return {f"{folder}/{name}": content for name, content in contents.items()}
 
 
-def read(path, split="train", **settings):
+def read(path, split="train", name="cifar10", **settings):
     """Return images, labels and the description of a split."""
-    found = archives.find(path).read(split, "cifar10", **settings)
+    found = archives.find(path).read(split, name, **settings)
     images, labels = map(np.concatenate, zip(*found.batches, strict=True))
     assert images.shape[1:] == found.image_shape
     assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
@@ -81,11 +81,11 @@ def test_all_formats_return_the_same_arrays(tmp_path, examples, kind, name):  # 
     assert (archive.path, archive.format) == (path, kind)
     assert all(file.is_file() for file in archive.files)
     for split in ("train", "test"):
-        images, labels, found = read(path, split)
+        images, labels, found = read(path, split, "cifar100" if "CIFAR-100" in name else "cifar10")
         np.testing.assert_array_equal(images, examples.images[split])
         np.testing.assert_array_equal(labels, examples.labels[split])
         hundred = name == "CIFAR-100" and kind == "binary"  # without a file of names
-        assert found.class_names[:10] == (tuple("0123456789") if hundred else NAMES)
+        assert found.class_names[:10] == (archives.CLASS_NAMES["cifar100"][:10] if hundred else NAMES)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
@@ -282,7 +282,7 @@ def test_official_files_are_recognized(tmp_path, examples, monkeypatch):  # noqa
     archive = archives.find(PACKAGINGS["python"]["tar.gz"](tmp_path, examples))
     found = hashlib.md5((tmp_path / "a").read_bytes()).hexdigest()
     official = "c58f30108f718f92721af3b95e74349a"
-    assert archive.official() == f"a is not the official file (md5 {found}, official: {official}); it is used"
+    assert archive.official() == f"a is not the official file (md5 {found}, official: {official})"
     monkeypatch.setattr(cifar, "LAYOUTS", tuple(layout._replace(md5=found) for layout in cifar.LAYOUTS))
     assert archive.official() == f"a is the official file (md5 {found})"
     assert archives.find(PACKAGINGS["python"]["folder"](tmp_path / "b", examples)).official() == ""
@@ -309,3 +309,9 @@ def test_large_files_are_read_in_parts(tmp_path, monkeypatch):
             assert tracemalloc.get_traced_memory()[1] < 1.2e6
         finally:
             tracemalloc.stop()
+
+
+def test_the_number_of_classes_of_cifar_must_be_that_of_its_name(tmp_path, examples):  # noqa: F811
+    path = write.folder(tmp_path / "cifar-10-batches-py", write.python(examples, write.python2))
+    with pytest.raises(UserError, match=r"has 10 classes, but cifar100 has 100; set data\.name"):
+        read(path, "train", "cifar100")

@@ -115,7 +115,7 @@ def test_training_and_evaluation_from_the_data_cache(site, tmp_path, config_file
     ("arguments", "pattern"),
     [
         ("", "data.name='squares': .*train.*tensorflow-datasets is not installed"),
-        ("--config.data.name=cifar10", "cifar10 cannot be downloaded .*huggingface-hub is not installed"),
+        ("--config.data.name=cifar10", "cifar10 is not on this machine.*huggingface-hub is not installed"),
         ("--config.data.name=digits", "data.name=digits: scikit-learn is not installed"),
     ],
 )

@@ -114,7 +114,7 @@ def test_a_run_without_the_cache_is_evaluated_with_it(root, tmp_path, compile_on
 def test_images_that_are_not_decoded_are_not_put_on_the_device(root):
     with pytest.raises(ConfigError, match=r"data\.pipeline='resident': must be streaming or auto"):
         load(root, cache="none", pipeline="resident")
-    with pytest.raises(ConfigError, match=r"data\.cache='none': must be decoded unless data\.folder is set"):
+    with pytest.raises(ConfigError, match=r"data\.cache='none': needs data\.folder"):
         DataConfig(cache="none").validate()
     with pytest.raises(ConfigError, match=r"data\.cache='all': must be decoded or none"):
         DataConfig(cache="all").validate()

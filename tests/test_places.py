@@ -55,9 +55,9 @@ def test_a_copy_is_found_and_decoded_once(tmp_path, monkeypatch, capsys, folder,
     write(tmp_path / folder, 3)
     assert seed_of(DataConfig()) == 3
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("cifar10: not prepared by TFDS; reading ")
+    assert line.startswith("cifar10: found ")
     assert folder.split("/")[-2:][0] in line
-    assert line.endswith(" (data.source=tfds or hub: another)")
+    assert line.endswith(" (data.source=tfds or hub: not used)")
     shutil.rmtree(tmp_path / folder.split("/")[0])
     monkeypatch.setattr(places, "find", lambda name: pytest.fail("searched"))
     monkeypatch.setattr(hub, "cached", lambda name: pytest.fail("searched"))
@@ -70,7 +70,7 @@ def test_damaged_copies_are_skipped_with_one_line_each(tmp_path, monkeypatch, ca
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8b" + bytes(100))
     (write_binary(tmp_path / "data" / "cifar-10-batches-bin") / "test_batch.bin").write_bytes(bytes(100))
-    with pytest.raises(UserError, match=r"cifar10 cannot be downloaded from 127\.0\.0\.1:9"):
+    with pytest.raises(UserError, match=r"cannot be downloaded from http://127\.0\.0\.1:9"):
         sources.load(DataConfig(), "train")
     assert len([line for line in capsys.readouterr().out.splitlines() if "cifar10: not used: " in line]) == 3
     write_binary(tmp_path / "datasets" / "cifar-10-batches-bin", 4)

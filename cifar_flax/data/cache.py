@@ -124,7 +124,8 @@ def filling(folder: Path) -> Iterator[None]:
         with files.locked(folder / ".lock", wait=True):
             yield
     except OSError as error:
-        raise CacheError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
+        advice = "set data.cache_dir or XDG_CACHE_HOME to another folder"
+        raise CacheError(f"data.cache_dir: cannot write {folder}: {error.strerror}; {advice}") from error
 
 
 def load(folder: Path) -> Arrays | None:

@@ -16,7 +16,9 @@ _NAME = r"\w[\w-]*(/\w[\w.+-]*)?(:\d+(\.\d+)*)?"
 _SPLIT = r"\w[\w-]*"
 FOLDER_SIDES = (16, 256)  # smallest and largest data.image_size of a folder, in pixels
 SOURCES = ("auto", "tfds", "hub")
-PUBLIC = ("cifar10", "cifar100")  # the values of data.name that are looked for outside TFDS's folder
+# The values of data.name that are looked for outside TFDS's folder, and the name of their Python version
+_COPIES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
+PUBLIC = tuple(_COPIES)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,9 +37,7 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # fraction of unreadable files in a folder that stops a run, if more than five
     validation_fraction: float = 0.0  # fraction of the train split that is held out for validation
     sampling: str = "shuffled"  # shuffled: each example once per epoch | balanced: each class equally often
-    pipeline: str = (
-        "auto"  # streaming (from the host) | resident (data in device memory) | auto: by device, see Devices
-    )
+    pipeline: str = "auto"  # streaming (from the host) | resident (in device memory) | auto: by device, see Devices
     drop_last: bool = False  # drop the incomplete last batch of an epoch; otherwise batches span epoch boundaries
 
     def validate(self) -> None:
@@ -50,7 +50,7 @@ class DataConfig:
         )
         require(self.cache in ("decoded", "none"), "data.cache", self.cache, "must be decoded or none")
         if self.cache == "none":
-            require(self.is_folder, "data.cache", self.cache, "must be decoded unless data.folder is set")
+            require(self.is_folder, "data.cache", self.cache, "needs data.folder; other data is always decoded first")
             allowed = "must be streaming or auto if data.cache is none"
             require(self.pipeline != "resident", "data.pipeline", self.pipeline, allowed)
         require(bool(re.fullmatch(_NAME, self.name)), "data.name", self.name, "must look like cifar10 or cifar10:3.0.2")
@@ -105,7 +105,8 @@ def require_splits(config: DataConfig, splits: Iterable[str]) -> None:
 
 def alternatives(config: DataConfig) -> str:
     """Return the ways to get the data if it cannot be downloaded, or only slowly."""
-    other = "hub" if config.source == "tfds" or config.data_dir else "tfds"
-    hub = f", data.source={other}, a mirror (HF_ENDPOINT)" if config.name in PUBLIC else ""
-    prepared = "data that TFDS has prepared (data.data_dir=DIR, TFDS_DATA_DIR), another cache (data.cache_dir=DIR)"
-    return f"a copy (data.archive=FILE), {prepared}{hub}, or no download (--config quickstart)"
+    ways = "--config.data.cache_dir=DIR (a cache of another machine) or --config.data.data_dir=DIR (prepared by TFDS)"
+    if config.name not in PUBLIC:
+        return f"{ways}; --config quickstart needs no download"
+    mirror = "HF_ENDPOINT=URL (a mirror)" if config.source != "tfds" and not config.data_dir else "data.source=hub"
+    return f"a copy in ./data ({_COPIES[config.name]}), --config.data.archive=FILE, {mirror}, {ways}"

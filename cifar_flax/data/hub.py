@@ -6,12 +6,10 @@ has received if it breaks off, so that the bytes are read here, and a partial fi
 
 import contextlib
 import logging
-import math
 import os
 import re
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from cifar_flax import files, packages
 from cifar_flax.data.config import DataConfig, alternatives
@@ -58,12 +56,20 @@ def download(config: DataConfig) -> Path:
     try:
         if is_offline():
             raise UserError("HF_HUB_OFFLINE is set")
+        if not address().startswith(("https://", "http://")):
+            raise UserError("HF_ENDPOINT must begin with https://")
         return _download(config)
     except Exception as error:  # the network, the disk and the libraries may raise anything
+        if _is_of_the_disk(error):
+            reason = f"cannot write the cache folder of the hub ({one_line(error)})"
+            raise UserError(f"{config.name}: {reason}; HF_HUB_CACHE=DIR names another") from error
         response = getattr(error, "response", None)
         reason = f"{response.status_code} for {response.url}" if response is not None else one_line(error)
-        failed = f"{config.name} cannot be downloaded from {urlsplit(address()).netloc} ({reason})"
-        raise UserError(f"{failed}. Another start resumes. Alternatives: {alternatives(config)}") from error
+        failed = f"{config.name} is not on this machine, and cannot be downloaded from {address()} ({reason})"
+        has_hub = not packages.fault("huggingface-hub")
+        kept = has_hub and any(_storage(_REPOSITORIES[config.name][0]).glob(f"blobs/*{files.PARTIAL}"))
+        resumes = " A later start resumes." if kept else ""
+        raise UserError(f"{failed}.{resumes} Alternatives: {alternatives(config)}") from error
 
 
 def _download(config: DataConfig) -> Path:
@@ -91,6 +97,11 @@ def _download(config: DataConfig) -> Path:
     return [Path(hub.hf_hub_download(**where, token=False)).parent for _, _, where in wanted.values()][-1]
 
 
+def _is_of_the_disk(error: Exception) -> bool:
+    """Return whether `error` is no answer of a server (without errno) and no broken connection."""
+    return isinstance(error, OSError) and bool(error.errno) and not isinstance(error, ConnectionError | TimeoutError)
+
+
 def _storage(repository: str) -> Path:
     return folder() / f"datasets--{repository.replace('/', '--')}"
 
@@ -112,9 +123,9 @@ def _complete(url: str, path: Path, size: int, meter: "_Meter") -> None:
         failure: Exception = UserError("it sends no more bytes")
         try:
             _receive(url, partial, before, meter)
-        except OSError:  # of the disk; those of the network are no OSError
-            raise
         except Exception as error:
+            if _is_of_the_disk(error):
+                raise
             failure = error
         if _received(path) <= before:
             raise failure
@@ -144,18 +155,25 @@ def _receive(url: str, partial: Path, start: int, meter: "_Meter") -> None:
 
 
 class _Meter(ProgressBar):
-    """Show the progress of a download, and print once if it is slow."""
+    """Show the progress of a download, by a bar or lines, and print once if it is slow."""
 
     def __init__(self, config: DataConfig, total: int, start: int):
         super().__init__(total, "B", start)
-        self._config, self._since, self._count = config, time.monotonic(), 0
+        self._config, self._left, self._since, self._count = config, total - start, time.monotonic(), 0
+        self._may_be_slow = True
 
     def advance(self, count: int) -> None:
         super().advance(count)
         self._count += count
         seconds = time.monotonic() - self._since
-        if seconds >= _WINDOW:
-            if slow := self._count < _SLOW * seconds:
-                rate = f"{self._config.name}: {self._count / seconds / 1000:.0f} kB/s"
-                self.write(f"{rate}; what may be faster: {alternatives(self._config)}")
-            self._since, self._count = math.inf if slow else time.monotonic(), 0
+        if seconds < _WINDOW:
+            return
+        self._left -= self._count
+        rate = self._count / seconds
+        line = f"{rate / 1000:.0f} kB/s, {self._left / 1e6:.0f} MB and {self._left / rate / 60:.0f} min left"
+        if rate < _SLOW and self._may_be_slow:
+            self._may_be_slow = False
+            self.write(f"{line}. A later start resumes. What may be faster: {alternatives(self._config)}")
+        elif self.tqdm is None:
+            self.write(line)
+        self._since, self._count = time.monotonic(), 0

@@ -111,7 +111,7 @@ def _load_files(config: DataConfig, split: str) -> Arrays:
         for kind, path in on_disk(config):
             try:
                 archive = archives.find(path)
-                processes.log(f"{config.name}: not prepared by TFDS; reading {path} (data.source=tfds or hub: another)")
+                processes.log(f"{config.name}: found {path} (data.source=tfds or hub: not used)")
                 return _store(config, split, kind, archive)
             except cache.CacheError:
                 raise

@@ -163,7 +163,7 @@ def _prepare(config: DataConfig, builder: Any) -> None:
     # Silence urllib3's warnings about retries; the exception reports the failure.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if config.name in PUBLIC and not Path(builder.data_dir).exists():
-        processes.log(f"{config.name}: TFDS downloads it; if that is slow: {alternatives(config)}")
+        processes.log(f"{config.name}: TFDS downloads it; alternatives: {alternatives(config)}")
     try:
         builder.download_and_prepare()
     except Exception as error:  # downloads, disks and the parsers of datasets may raise anything

@@ -37,7 +37,8 @@ def contents(config: Config) -> Iterator[Finding]:
     yield Finding(OK, f"{len(names):,} classes ({both}): {folder.shortened(each, _CLASSES)}")
     if listing.unused:
         yield Finding(NOTE, f"not used: {folder.shortened(listing.unused, _CLASSES)}")
-    yield Finding(OK, f"decoded to {data.side}x{data.side} pixels, {(train.nbytes + test.nbytes) / 1e6:,.0f} MB")
+    size = f"to {data.side}x{data.side} pixels, {(train.nbytes + test.nbytes) / 1e6:,.0f} MB"
+    yield Finding(OK, f"decoded {size}" if data.cache == "decoded" else f"decoded at each use {size} in all")
     for split, arrays in splits.items():
         if arrays.skipped:
             count = f"{len(arrays.skipped):,} {split} files cannot be read"

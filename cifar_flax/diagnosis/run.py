@@ -81,8 +81,10 @@ def _files(examination: Examination, splits: list[str]) -> Iterator[Finding]:
     folder = hub.folder()
     examination.needs += [("decoded images", sources.cache_dir(data), hub.DECODED), ("download", folder, hub.SIZE)]
     if hub.is_offline():
-        raise UserError(f"{data.name} is not found here, and HF_HUB_OFFLINE is set. Use {alternatives(data)}")
-    yield _download(examination, f"{data.name} is not found here", [hub.address()], hub.SIZE)
+        raise UserError(
+            f"{data.name} is not on this machine, and HF_HUB_OFFLINE is set. Alternatives: {alternatives(data)}"
+        )
+    yield _download(examination, f"{data.name} is not on this machine", [hub.address()], hub.SIZE)
 
 
 def _contents(examination: Examination, archive: archives.Archive, splits: list[str]) -> Finding:

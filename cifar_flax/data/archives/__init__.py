@@ -21,8 +21,7 @@ from cifar_flax.errors import ConfigError, UserError, one_line
 from cifar_flax.runtime.streams import printable
 
 _ALLOWED = (
-    "must be CIFAR's binary or Python version (.tar.gz, .tar or folder), a folder of Parquet files of the Hugging Face "
-    "hub, or .npz"
+    "must be CIFAR's binary or Python version (.tar.gz, .tar or folder), Parquet files of the Hugging Face hub, or .npz"
 )
 
 
@@ -50,6 +49,8 @@ class Archive:
             known = CLASS_NAMES.get(name.partition(":")[0], ())
             if class_names == numbered(len(known)) and found.image_shape == (32, 32, 3):
                 class_names = known
+            if known and len(class_names) != len(known) and self.format in ("binary", "python"):
+                raise UserError(f"has {len(class_names)} classes, but {name} has {len(known)}; set data.name")
             if len({*class_names}) < len(class_names):
                 raise UserError("its classes must have different names")
         shape = image_size or height, image_size or width, channels
@@ -79,7 +80,7 @@ class Archive:
             found = hashlib.file_digest(file, "md5").hexdigest()
         if found == layout.md5:
             return f"{self.path.name} is the official file (md5 {found})"
-        return f"{self.path.name} is not the official file (md5 {found}, official: {layout.md5}); it is used"
+        return f"{self.path.name} is not the official file (md5 {found}, official: {layout.md5})"
 
 
 def find(path: Path) -> Archive:
@@ -88,7 +89,7 @@ def find(path: Path) -> Archive:
     Raise `ConfigError` if `path` does not exist, and `UserError` if it holds no dataset.
     """
     if not os.path.exists(path):  # not Path.exists, which raises if a folder is not readable
-        raise ConfigError(f"data.archive={str(path)!r}: {_ALLOWED}")
+        raise ConfigError(f"data.archive={str(path)!r}: no such file or folder")
     with _refusing(path):
         with contextlib.nullcontext() if path.is_dir() else path.open("rb") as file:
             head = file.read(4) if file else b""
@@ -116,4 +117,6 @@ def _refusing(path: Path) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"data.archive={str(path)!r}: {error}") from error
     except Exception as error:
-        raise UserError(f"data.archive={str(path)!r}: cannot be read ({one_line(error)}); {_ALLOWED}") from error
+        raise UserError(
+            f"data.archive={str(path)!r}: cannot be read ({one_line(error)}); it is incomplete, or {_ALLOWED}"
+        ) from error
