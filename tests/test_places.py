@@ -95,8 +95,17 @@ def test_data_that_tfds_has_comes_first(tmp_path, monkeypatch):
     assert sources.uses_tfds(DataConfig(source="tfds"), "train")
 
 
-def store_tfds(tmp_path, seed):
-    for split in cifar_copies.COUNTS:
+def test_both_splits_are_of_one_source(tmp_path):
+    """The cache has one split that TFDS has prepared, and both of another source."""
+    store_tfds(tmp_path, 1, "train")
+    write_binary(tmp_path / "data" / "cifar-10-batches-bin", 2)
+    assert [int(arrays.labels[0]) for arrays in sources.load_both(DataConfig())] == [2, 2]
+    store_tfds(tmp_path, 1, "test")
+    assert [int(arrays.labels[0]) for arrays in sources.load_both(DataConfig())] == [1, 1]
+
+
+def store_tfds(tmp_path, seed, *splits):
+    for split in splits or cifar_copies.COUNTS:
         cache.store(
             tmp_path / "cache" / "cifar_flax" / "cifar10" / "3.0.2" / split, [cifar_copies.arrays(split, seed)],
             image_shape=(32, 32, 3), class_names=cifar_copies.CLASS_NAMES, dataset="cifar10/3.0.2",

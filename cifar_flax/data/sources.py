@@ -35,12 +35,26 @@ def load(config: DataConfig, split: str) -> Arrays:
     Raise `ConfigError` if there is no such dataset or split, or it does not hold images with one label each. Raise
     `UserError` if the data cannot be downloaded, prepared or read.
     """
+    return _load(config, split)[0]
+
+
+def load_both(config: DataConfig) -> list[Arrays]:
+    """Return the train split and the evaluation split, which are of one source and have no file in common.
+
+    Raise errors as `load` does.
+    """
+    return _load(config, config.train_split, config.eval_split)
+
+
+def _load(config: DataConfig, *splits: str) -> list[Arrays]:
     if config.is_folder:
-        return folder.load(config, split)[0]
+        return folder.load(config, *splits)
     if config.name in datasets.DATASETS and not config.archive:
         require_splits(config, datasets.DATASETS[config.name].splits)
-        return _resized(datasets.read(config.name, split, local_path("data.data_dir", config.data_dir)), config)
-    return tfds.load(config, split) if uses_tfds(config, split) else _load_files(config, split)
+        data_dir = local_path("data.data_dir", config.data_dir)
+        return [_resized(datasets.read(config.name, split, data_dir), config) for split in splits]
+    read = tfds.load if uses_tfds(config, *splits) else _load_files
+    return [read(config, split) for split in splits]
 
 
 def _resized(arrays: Arrays, config: DataConfig) -> Arrays:
@@ -54,27 +68,20 @@ def _resized(arrays: Arrays, config: DataConfig) -> Arrays:
     return arrays
 
 
-def load_both(config: DataConfig) -> list[Arrays]:
-    """Return the train split and the evaluation split. A folder is searched once, so that they have no file in common.
-
-    Raise errors as `load` does.
-    """
-    splits = config.train_split, config.eval_split
-    return folder.load(config, *splits) if config.is_folder else [load(config, split) for split in splits]
-
-
 def named_archive(config: DataConfig) -> Archive:
     """Return the data in `data.archive`. Raise `ConfigError` and `UserError` as `archives.find` does."""
     return archives.find(local_path("data.archive", config.archive))
 
 
-def uses_tfds(config: DataConfig, split: str) -> bool:
-    """Return whether `load` reads the split, of no folder and no reader in `datasets.py`, through TFDS."""
+def uses_tfds(config: DataConfig, *splits: str) -> bool:
+    """Return whether the splits, of no folder and no reader in `datasets.py`, are read through TFDS."""
     if config.archive:
         return False
     if config.name not in PUBLIC or config.source == "tfds":
         return True
-    return config.source == "auto" and (bool(config.data_dir) or tfds.is_available(config, split))
+    return config.source == "auto" and (
+        bool(config.data_dir) or all(tfds.is_available(config, split) for split in splits)
+    )
 
 
 def find_cached(config: DataConfig, split: str) -> Path | None:

@@ -46,7 +46,7 @@ def data(examination: Examination) -> Iterator[Finding]:
         yield Finding(OK, f"{data.name}: {', '.join(counts)}")
         examination.has_data = True
         return
-    intact, uses_tfds = [], all(sources.uses_tfds(data, split) for split in splits)
+    intact, uses_tfds = [], sources.uses_tfds(data, *splits)
     for split in splits:
         folder, line = tfds.find_cached(data, split) if uses_tfds else (sources.find_cached(data, split), "")
         if line:
