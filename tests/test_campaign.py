@@ -32,6 +32,7 @@ def read_stages(path):
     return json.loads(path.read_text())["stages"] if path.exists() else {}
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_not_run_again(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.json"
     arguments = ["--rehearse", "--out", str(out), "--stages", "machine"]
@@ -46,6 +47,7 @@ def test_a_finished_stage_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert "machine: finished before" in out.with_suffix(".log").read_text()
 
 
+@pytest.mark.slow
 def test_a_stage_that_exceeds_its_limit_is_killed_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.json"
     monkeypatch.setitem(STAGES, "process", dataclasses.replace(STAGES["process"], limit=0.05))

@@ -125,7 +125,9 @@ def test_the_clipped_norm_is_that_of_the_parameters_that_are_not_frozen(tiny_con
 
 
 @pytest.mark.parametrize(
-    "pipeline", ["resident", pytest.param("streaming", marks=needs_tensorflow)], ids=["resident", "streaming"]
+    "pipeline",
+    ["resident", pytest.param("streaming", marks=[needs_tensorflow, pytest.mark.slow])],
+    ids=["resident", "streaming"],
 )
 def test_a_run_uses_each_program_in_its_steps(cnn_config, tmp_path, monkeypatch, pipeline):
     config = cnn_config

@@ -232,11 +232,12 @@ FAKE_TORCH = "load = save = tensor = lambda *arguments, **settings: None\nint64 
     [
         ("raise SystemExit(7)", "", "exit code 7"),
         (FAKE_TORCH, "print('done')", "exit code 0; last line: done"),
-        (FAKE_TORCH, "[run for run in range(3)]", "tta_val_acc"),
-        (
+        pytest.param(FAKE_TORCH, "[run for run in range(3)]", "tta_val_acc", marks=pytest.mark.slow),
+        pytest.param(
             FAKE_TORCH,
             "print('| tta_val_acc | time_seconds |')\nfor run in range(3): print('| | |')",
             r"'| | |\n\n'",
+            marks=pytest.mark.slow,
         ),
     ],
 )
