@@ -89,6 +89,9 @@ def own_folders(tmp_path, monkeypatch):
         "HF_HUB_CACHE": "hub",
     }.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     if packages.installed("huggingface-hub"):  # it reads the variables when it is imported

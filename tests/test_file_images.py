@@ -80,6 +80,13 @@ def test_a_file_that_cannot_be_read_any_more_is_named(root):
         arrays.images[number]
 
 
+def test_a_file_that_has_changed_is_named(root):
+    arrays = load(root, cache="none")[0]
+    write(root, "train/a/5.png", seed=8)
+    with pytest.raises(UserError, match=r"in/train/a/5\.png has changed since the start"):
+        arrays.images[arrays.files.index("train/a/5.png")]
+
+
 def config_for(root, **settings):
     config = make_tiny_config()
     config.data = DataConfig(folder=str(root), image_size=16, pipeline="streaming", **settings)

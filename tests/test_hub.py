@@ -10,6 +10,7 @@ import pytest
 
 from cifar_flax import packages
 from cifar_flax.data import hub, sources
+from cifar_flax.data.archives import cifar
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import UserError
 
@@ -20,6 +21,7 @@ CONFIG = DataConfig(source="hub")
 
 @pytest.fixture
 def server(monkeypatch):
+    monkeypatch.setattr(cifar, "IMAGES", cifar_copies.COUNTS)
     with cifar_copies.serving() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
@@ -64,14 +66,16 @@ def test_files_are_downloaded_into_the_hubs_cache_and_decoded_once(server, tmp_p
     out, err = capfd.readouterr()
     assert err == ""
     place = f"from {server.url} to {tmp_path}/hub/datasets--uoft-cs--cifar10"
-    assert out == f"cifar10: downloading 0.1 MB of 0.1 MB {place}\n"
+    first, second = out.splitlines()
+    assert first == f"cifar10: downloading 0.1 MB of 0.1 MB {place}"
+    assert second.startswith(f"cifar10: reading {tmp_path}/hub/datasets--uoft-cs--cifar10/snapshots/")
     for file in cifar_copies.FILES.values():  # where other programs look for them
         path = huggingface_hub.try_to_load_from_cache("uoft-cs/cifar10", file, repo_type="dataset")
         assert Path(path).read_bytes() == server.files[f"/datasets/uoft-cs/cifar10/resolve/main/{file}"]
     shutil.rmtree(tmp_path / "hub")
     server.requests.clear()
     assert_intact(load(config))
-    assert (server.requests, capfd.readouterr()) == ([], ("", ""))
+    assert (server.requests, capfd.readouterr().err) == ([], "")
 
 
 def test_a_download_that_breaks_off_resumes(server, tmp_path):
@@ -84,10 +88,10 @@ def test_a_download_that_breaks_off_resumes(server, tmp_path):
 def test_a_second_start_resumes(server, tmp_path, monkeypatch):
     receive = hub._receive
 
-    def broken(url, partial, start, meter):
+    def broken(url, partial, start, size, meter):
         if start:
             raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
-        receive(url, partial, start, meter)
+        receive(url, partial, start, size, meter)
 
     server.breaks = 10_000
     monkeypatch.setattr(hub, "_receive", broken)
@@ -148,3 +152,17 @@ def test_a_full_disk_is_reported(server, monkeypatch):
 def test_a_server_that_sends_nothing_is_reported(server, monkeypatch):
     monkeypatch.setattr(hub, "_receive", lambda *arguments: None)
     assert "sends no more bytes" in fail()
+
+
+def test_damaged_files_of_the_hubs_cache_are_downloaded_again(server, tmp_path, capsys):
+    assert_intact(load())
+    for damage in (lambda content: content[:-5], lambda content: content[:-5] + b"?" + content[-4:]):
+        shutil.rmtree(tmp_path / "cache")
+        blob = max((tmp_path / "hub").rglob("blobs/*"), key=lambda path: path.stat().st_size)
+        blob.write_bytes(damage(blob.read_bytes()))
+        server.requests.clear()
+        capsys.readouterr()
+        assert_intact(load())
+        assert "does not match its SHA-256" in capsys.readouterr().out
+        assert partial_files(tmp_path) == []
+        assert blob.exists()

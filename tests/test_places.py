@@ -11,7 +11,7 @@ from cifar_copies import write_binary, write_npz, write_parquet
 from doctors import examine, one, skip_compilation, snapshot
 
 from cifar_flax import packages
-from cifar_flax.data import archives, cache, hub, places, sources
+from cifar_flax.data import archives, cache, sources
 from cifar_flax.data.archives import cifar
 from cifar_flax.data.sources import DataConfig
 from cifar_flax.errors import ConfigError, UserError
@@ -55,14 +55,14 @@ def test_a_copy_is_found_and_decoded_once(tmp_path, monkeypatch, capsys, folder,
     write(tmp_path / folder, 3)
     assert seed_of(DataConfig()) == 3
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("cifar10: found ")
+    assert line.startswith("cifar10: reading ")
     assert folder.split("/")[-2:][0] in line
-    assert line.endswith(" (data.source=tfds or hub: not used)")
-    shutil.rmtree(tmp_path / folder.split("/")[0])
-    monkeypatch.setattr(places, "find", lambda name: pytest.fail("searched"))
-    monkeypatch.setattr(hub, "cached", lambda name: pytest.fail("searched"))
+    monkeypatch.setattr(archives.Archive, "read", lambda *arguments: pytest.fail("decoded again"))
     assert seed_of(DataConfig()) == 3
     assert capsys.readouterr().out == ""
+    shutil.rmtree(tmp_path / folder.split("/")[0])
+    assert seed_of(DataConfig()) == 3
+    assert "its files have gone; using the decoded data in" in capsys.readouterr().out
 
 
 def test_damaged_copies_are_skipped_with_one_line_each(tmp_path, monkeypatch, capsys):
@@ -102,6 +102,36 @@ def test_both_splits_are_of_one_source(tmp_path):
     assert [int(arrays.labels[0]) for arrays in sources.load_both(DataConfig())] == [2, 2]
     store_tfds(tmp_path, 1, "test")
     assert [int(arrays.labels[0]) for arrays in sources.load_both(DataConfig())] == [1, 1]
+
+
+def test_a_damaged_split_is_replaced_together_with_the_other(tmp_path, monkeypatch):
+    """The files of the first source have gone, and a start in another folder finds another source."""
+    shutil.move(write_binary(tmp_path / "a" / "data" / "cifar-10-batches-bin", 1).parent, tmp_path / "data")
+    assert seed_of(DataConfig()) == 1
+    shutil.move(tmp_path / "data", tmp_path / "gone")
+    (images,) = (tmp_path / "cache" / "cifar_flax" / "cifar10" / "files").glob("test.*/images.npy")
+    images.write_bytes(images.read_bytes()[:-1] + b"?")
+    write_binary(tmp_path / "datasets" / "cifar-10-batches-bin", 2)
+    assert [int(arrays.labels[0]) for arrays in sources.load_both(DataConfig())] == [2, 2]
+
+
+def test_each_folder_has_its_own_copy(tmp_path, monkeypatch):
+    for seed in (1, 2):
+        write_binary(tmp_path / str(seed) / "data" / "cifar-10-batches-bin", seed)
+    for seed in (1, 2, 1):
+        monkeypatch.chdir(tmp_path / str(seed))
+        assert seed_of(DataConfig()) == seed
+    shutil.rmtree("data")
+    write_binary(tmp_path / "1" / "data" / "cifar-10-batches-bin", 3)  # other files at the same place
+    assert seed_of(DataConfig()) == 3
+
+
+def test_copies_of_another_dataset_are_not_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cifar, "IMAGES", {"train": 60, "test": 12})
+    write_parquet(tmp_path / "hub" / "datasets--cifar10" / "snapshots" / "1" / "plain_text", 1)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        sources.load(DataConfig(), "train")
+    assert "not used: cifar10: decoded 30 examples, expected 60" in capsys.readouterr().out
 
 
 def store_tfds(tmp_path, seed, *splits):

@@ -1,6 +1,7 @@
 """Images that stay in their files and are decoded whenever they are read, as an array that `batches.gather` indexes."""
 
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -25,8 +26,9 @@ class FileImages:
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, root: Path, paths: Sequence[str], image_shape: Shape):
-        self._root, self._paths = root, paths
+    def __init__(self, root: Path, paths: Sequence[str], digests: Sequence[int], image_shape: Shape):
+        """Read the images with the hashes `digests` (see `digest`)."""
+        self._root, self._paths, self._digests = root, paths, digests
         self.shape = (len(paths), *image_shape)
         self.nbytes = math.prod(self.shape)  # of the decoded images
 
@@ -36,7 +38,7 @@ class FileImages:
     def __getitem__(self, index: Any) -> UInt8[np.ndarray, "*n height width channels"]:
         """Return the images at `index`, an integer, a slice or an array of integers, decoded on all CPU cores.
 
-        Raise `UserError` if a file can no longer be read.
+        Raise `UserError` if a file can no longer be read, or has changed.
         """
         chosen = np.arange(len(self))[index]
         images = np.empty((chosen.size, *self.shape[1:]), np.uint8)
@@ -50,9 +52,17 @@ class FileImages:
     def _read(self, number: int) -> UInt8[np.ndarray, "height width channels"]:
         path = self._paths[number]
         try:
-            return read_image(self._root / path, self.shape[1:])
+            image = read_image(self._root / path, self.shape[1:])
         except UserError as error:
             raise UserError(f"{printable(os.fspath(self._root / path))}: {error}; it was readable before") from error
+        if digest(image) != self._digests[number]:
+            raise UserError(f"{printable(os.fspath(self._root / path))} has changed since the start")
+        return image
+
+
+def digest(image: UInt8[np.ndarray, "height width channels"]) -> int:
+    """Return a 64-bit hash of the pixels."""
+    return int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest())
 
 
 @functools.cache

@@ -8,7 +8,6 @@ only because its class would otherwise be missing there.
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import os
 import time
 import warnings
@@ -25,7 +24,7 @@ from cifar_flax.data import cache
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.class_folders import Listing, find
 from cifar_flax.data.config import DataConfig, cache_dir
-from cifar_flax.data.file_images import FileImages
+from cifar_flax.data.file_images import FileImages, digest
 from cifar_flax.data.images import read_image
 from cifar_flax.errors import UserError
 from cifar_flax.runtime import processes
@@ -83,7 +82,8 @@ def decoded(config: DataConfig, split: str, listing: Listing) -> Arrays:
             arrays = cache.load(target) or _decode(config, split, listing, target)
     if keeps_images:
         return arrays
-    return dataclasses.replace(arrays, images=FileImages(listing.root, arrays.files, (config.side, config.side, 3)))
+    images = FileImages(listing.root, arrays.files, arrays.digests, (config.side, config.side, 3))
+    return dataclasses.replace(arrays, images=images)
 
 
 def shortened(names: Sequence[str], most: int) -> str:
@@ -183,7 +183,7 @@ def _images(
                     about["skipped"].append((path, content))
                     continue
                 about["files"].append(path)
-                about["digests"].append(int.from_bytes(hashlib.blake2b(content.tobytes(), digest_size=8).digest()))
+                about["digests"].append(digest(content))
                 images.append(content)
                 labels.append(label)
             if images:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from cifar_flax import files, packages
@@ -31,6 +32,20 @@ def cached(name: str) -> list[Path]:
     storages = _storage(repository), _storage(name)  # the name alone is the repository's earlier one
     found = [path for storage in storages for path in storage.glob(f"snapshots/*/{folder}")]
     return sorted(found, key=os.path.getmtime, reverse=True)
+
+
+def verify(paths: Iterable[Path]) -> None:
+    """Raise `UserError` if a file of the hub's cache folder does not match the SHA-256 that is its name there."""
+    for path in map(Path, map(os.path.realpath, paths)):
+        if re.fullmatch("[0-9a-f]{64}", path.name) and not _is_intact(path):
+            raise UserError(f"{path} does not match its SHA-256")
+
+
+def _is_intact(path: Path, name: str = "") -> bool:
+    with contextlib.suppress(ValueError):
+        files.require_checksums(path.parent, {path.name: name or path.name})
+        return True
+    return False
 
 
 def address() -> str:
@@ -119,28 +134,28 @@ def _complete(url: str, path: Path, size: int, meter: "_Meter") -> None:
     """Download what is missing of `path`, whose name is its SHA-256. Resume as long as more bytes are received."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
+    if path.exists():
+        if _is_intact(path):
+            return
+        path.unlink()
     while (before := _received(path)) < size:
         failure: Exception = UserError("it sends no more bytes")
         try:
-            _receive(url, partial, before, meter)
+            _receive(url, partial, before, size, meter)
         except Exception as error:
             if _is_of_the_disk(error):
                 raise
             failure = error
         if _received(path) <= before:
             raise failure
-    if path.exists():
-        return
-    try:
-        files.require_checksums(path.parent, {partial.name: path.name})
-    except ValueError:
+    if not _is_intact(partial, path.name):
         partial.unlink()
-        raise UserError(f"{url} does not match its SHA-256 and was removed") from None
+        raise UserError(f"{url} does not match its SHA-256 and was removed")
     os.replace(partial, path)
 
 
-def _receive(url: str, partial: Path, start: int, meter: "_Meter") -> None:
-    """Append the bytes from `start` on to `partial`."""
+def _receive(url: str, partial: Path, start: int, size: int, meter: "_Meter") -> None:
+    """Append the bytes from `start` on to `partial`, and stop after `size` bytes."""
     hub = packages.load("huggingface-hub")
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     timeout = hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -152,6 +167,8 @@ def _receive(url: str, partial: Path, start: int, meter: "_Meter") -> None:
             for chunk in response.iter_raw():
                 file.write(chunk)
                 meter.advance(len(chunk))
+                if file.tell() > size:  # the checksum will not match
+                    return
 
 
 class _Meter(ProgressBar):

@@ -4,29 +4,31 @@
 and `cifar100` have `data.source`:
 - `tfds`: as for other datasets, data in the cache that TFDS has prepared, in TFDS's folder, or else what it downloads.
 - `hub`: data in the cache that is from the hub, in the hub's cache folder, or else what is downloaded from the hub.
-- `auto`: TFDS if its data is in the cache or its folder, or if `data.data_dir` is set. Else data in the cache that was
-  found or is from the hub. Else the first intact of `places.find`, the hub's cache folder, and the hub.
+- `auto`: TFDS if both splits are in the cache or its folder, or if `data.data_dir` is set. Else the first intact one of
+  `places.find`, the hub's cache folder, data in the cache whose files have gone, and the hub.
 
 2 and 4 are decoded once, into the cache. In the cache, `archive`, `files` (found by `auto`) and `hub` are in place of
-the version that TFDS data has, and the key identifies the files. For `data.archive`, the files must exist and have
-this key. Data that was found or is from the hub is all the same, so neither files nor the network are needed again.
+the version that TFDS data has, and the key identifies the files. Both splits of a run are of one source.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from cifar_flax import packages
 from cifar_flax.data import archives, cache, datasets, folder, hub, places, tfds
-from cifar_flax.data.archives import Archive
+from cifar_flax.data.archives import Archive, cifar
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.config import PUBLIC, DataConfig, cache_dir, cache_folder, require_splits
 from cifar_flax.data.images import resize
 from cifar_flax.errors import UserError
 from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
+from cifar_flax.runtime.streams import printable
 
 
 def load(config: DataConfig, split: str) -> Arrays:
@@ -53,8 +55,9 @@ def _load(config: DataConfig, *splits: str) -> list[Arrays]:
         require_splits(config, datasets.DATASETS[config.name].splits)
         data_dir = local_path("data.data_dir", config.data_dir)
         return [_resized(datasets.read(config.name, split, data_dir), config) for split in splits]
-    read = tfds.load if uses_tfds(config, *splits) else _load_files
-    return [read(config, split) for split in splits]
+    if uses_tfds(config, *splits):
+        return [tfds.load(config, split) for split in splits]
+    return _load_files(config, *splits)
 
 
 def _resized(arrays: Arrays, config: DataConfig) -> Arrays:
@@ -90,66 +93,83 @@ def find_cached(config: DataConfig, split: str) -> Path | None:
     Raise errors as `load` does if `data.archive` cannot be read.
     """
     if config.archive:
-        target = _target(config, split, "archive", named_archive(config))
+        target = _targets(config, "archive", named_archive(config))[split]
         return target if target.exists() else None
+    for kind, path in on_disk(config):
+        with contextlib.suppress(UserError):
+            targets = _targets(config, kind, archives.find(path))
+            if all(target.exists() for target in targets.values()):
+                return targets[split]
+    return next((found for each, found in _newest(config) if each == split), None)
+
+
+def on_disk(config: DataConfig) -> Iterator[tuple[str, Path]]:
+    """Yield "files" or "hub", and a path outside TFDS's folder where cifar10 or cifar100 may be."""
+    if config.source == "auto":
+        yield from (("files", path) for path in places.find(config.name))
+    yield from (("hub", path) for path in hub.cached(config.name))
+
+
+def _load_files(config: DataConfig, *splits: str) -> list[Arrays]:
+    """Return the splits from `data.archive`, from files, from the cache, or from the hub."""
+    require_splits(config, ("train", "test"))
+    if config.archive:
+        return _decoded(config, splits, "archive", named_archive(config))
+    for kind, path in on_disk(config):
+        try:
+            return _decoded(config, splits, kind, archives.find(path))
+        except cache.CacheError:
+            raise
+        except UserError as error:
+            processes.log(f"{config.name}: not used: {printable(str(error))}")
+    newest = dict(_newest(config))
+    loaded = [arrays for split in splits if split in newest and (arrays := cache.load(newest[split]))]
+    if len(loaded) == len(splits):
+        processes.log(f"{config.name}: its files have gone; using the decoded data in {newest[splits[0]].parent}")
+        return loaded
+    packages.require(["huggingface-hub", "pyarrow"], f"{config.name} is not on this machine; its download")
+    return _decoded(config, splits, "hub", archives.find(hub.download(config)))
+
+
+def _newest(config: DataConfig) -> Iterator[tuple[str, Path]]:
+    """Yield both splits, and their folders in the cache, of the source that was decoded last; nothing if none was."""
     for kind in ("files", "hub") if config.source == "auto" else ("hub",):
         train, test = (cache_folder(config, each, kind) for each in ("train", "test"))
         if (found := cache.newest(train)) and (other := test.with_name(test.name + found.suffix)).exists():
-            return {"train": found, "test": other}.get(split)
-    return None
+            yield from (("train", found), ("test", other))
+            return
 
 
-def on_disk(config: DataConfig) -> list[tuple[str, Path]]:
-    """Return "files" or "hub", and a path outside TFDS's folder where cifar10 or cifar100 may be."""
-    local = [("files", path) for path in places.find(config.name)] if config.source == "auto" else []
-    return [*local, *(("hub", path) for path in hub.cached(config.name))]
+def _targets(config: DataConfig, kind: str, archive: Archive) -> dict[str, Path]:
+    """Return the folders of the decoded splits in the cache."""
+    key = cache.key(map(os.path.realpath, archive.files), archive.format)
+    folders = {split: cache_folder(config, split, kind) for split in (config.train_split, config.eval_split)}
+    return {split: folder.with_name(f"{folder.name}.{key}") for split, folder in folders.items()}
 
 
-def _load_files(config: DataConfig, split: str) -> Arrays:
-    """Return the split from the cache, from files, or from the hub."""
-    require_splits(config, ("train", "test"))
-    if (arrays := _load_cached(config, split)) is not None:
-        return arrays
+def _decoded(config: DataConfig, splits: Sequence[str], kind: str, archive: Archive) -> list[Arrays]:
+    """Return the splits from the cache; decode both into it if one of them is not there."""
+    targets = _targets(config, kind, archive)
+    if all(target.exists() for target in targets.values()):  # otherwise, the other split may be damaged
+        loaded = [arrays for split in splits if (arrays := cache.load(targets[split])) is not None]
+        if len(loaded) == len(splits):
+            return loaded
     with cache.filling(cache_dir(config) / config.name.partition(":")[0]):
-        if (arrays := _load_cached(config, split)) is not None:  # another process has decoded it
-            return arrays
-        if config.archive:
-            return _store(config, split, "archive", named_archive(config))
-        for kind, path in on_disk(config):
-            try:
-                archive = archives.find(path)
-                processes.log(f"{config.name}: found {path} (data.source=tfds or hub: not used)")
-                return _store(config, split, kind, archive)
-            except cache.CacheError:
-                raise
-            except UserError as error:
-                processes.log(f"{config.name}: not used: {error}")
-        return _store(config, split, "hub", archives.find(hub.download(config)))
-
-
-def _load_cached(config: DataConfig, split: str) -> Arrays | None:
-    cached = find_cached(config, split)
-    return cache.load(cached) if cached else None
-
-
-def _target(config: DataConfig, split: str, kind: str, archive: Archive) -> Path:
-    """Return the folder of the decoded split in the cache."""
-    folder = cache_folder(config, split, kind)
-    return folder.with_name(f"{folder.name}.{cache.key(map(os.path.realpath, archive.files), archive.format)}")
-
-
-def _store(config: DataConfig, split: str, kind: str, archive: Archive) -> Arrays:
-    """Decode both splits into the cache, so that they are of one source, and return `split`."""
-    if line := archive.official():
-        processes.log(line)
-    stored = {}
-    for each in (config.train_split, config.eval_split):
-        target, data = _target(config, each, kind, archive), archive.read(each, config.name, config.image_size)
-        stored[each] = cache.load(target) or cache.store(
-            target,
-            data.batches,
-            image_shape=data.image_shape,
-            class_names=data.class_names,
-            dataset=config.name.partition(":")[0],
-        )
-    return stored[split]
+        if kind != "archive":
+            processes.log(f"{config.name}: reading {printable(str(archive.path))}")
+        if line := archive.official():
+            processes.log(printable(line))
+        if kind == "hub":
+            hub.verify(archive.files)
+        stored = {}
+        for each, target in targets.items():
+            data = archive.read(each, config.name, config.image_size)
+            stored[each] = cache.load(target) or cache.store(
+                target,
+                data.batches,
+                image_shape=data.image_shape,
+                class_names=data.class_names,
+                dataset=config.name.partition(":")[0],
+                num_examples=None if kind == "archive" else cifar.IMAGES[each],
+            )
+        return [stored[split] for split in splits]

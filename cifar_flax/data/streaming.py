@@ -1,4 +1,4 @@
-"""Training batches from host memory: sampling order -> gather -> prefetch, with `tf.data` or, without it, NumPy."""
+"""Training batches from host memory: sampling order -> gather, with `tf.data` or, without it, NumPy."""
 
 import itertools
 from collections.abc import Iterator

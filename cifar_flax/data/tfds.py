@@ -1,5 +1,6 @@
 """Read datasets that TFDS has prepared, or that it downloads and prepares, through the cache."""
 
+import contextlib
 import logging
 import math
 import os
@@ -73,7 +74,12 @@ def is_available(config: DataConfig, split: str) -> bool:
     """Return whether the split is in the cache, or prepared and TFDS is installed, so that nothing is downloaded."""
     prepared = any((_data_dir(config) / config.name.partition(":")[0]).glob("[0-9]*/dataset_info.json"))
     installed = not any(map(packages.fault, ("tensorflow-datasets", "tensorflow")))
-    return find_cached(config, split)[0] is not None or (prepared and installed)
+    if prepared and installed:
+        return True
+    folder, _ = find_cached(config, split)
+    with contextlib.suppress(ValueError):  # damaged
+        return folder is not None and bool(cache.verify(folder, sample=True))
+    return False
 
 
 def _key(data_dir: Path, name: str) -> str:

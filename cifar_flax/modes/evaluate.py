@@ -24,7 +24,8 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     arrays = sources.load(config.data, config.data.eval_split)
     run.info.check(arrays)
     if run.info.eval_checksum not in ("", arrays.checksum()):
-        processes.log(f"the {config.data.eval_split} split has changed since the checkpoint was saved")
+        changed = f"the {config.data.eval_split} split has changed since the checkpoint was saved"
+        processes.log(f"{changed}: other images, or another order")
     is_resident = pipelines.resolve(config.data.wanted_pipeline, run.task.layout, arrays.nbytes) == "resident"
     on_device = resident.put(arrays, run.task.layout) if is_resident else arrays
     evaluation = final_evaluator(config, run.task, on_device)(run.state)

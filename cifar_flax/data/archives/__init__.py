@@ -88,7 +88,7 @@ def find(path: Path) -> Archive:
 
     Raise `ConfigError` if `path` does not exist, and `UserError` if it holds no dataset.
     """
-    if not os.path.exists(path):  # not Path.exists, which raises if a folder is not readable
+    if not os.path.isfile(path) and not os.path.isdir(path):  # os.path does not raise if a folder is not readable
         raise ConfigError(f"data.archive={str(path)!r}: no such file or folder")
     with _refusing(path):
         with contextlib.nullcontext() if path.is_dir() else path.open("rb") as file:

@@ -14,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from cifar_flax.data.archives.split import Split, numbered
+from cifar_flax.data.images import MAX_PIXELS
 from cifar_flax.errors import UserError
 
 NAMES = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
@@ -38,6 +39,8 @@ def read(path: Path, split: str) -> Split:
         count, *image = shape if len(shape) == 4 else (*shape, 1)
         if dtype != np.uint8 or len(image) != 3 or image[-1] not in (1, 3):
             raise UserError(f"{x} must be uint8 of shape (n, height, width[, 1 or 3]), not {dtype} of {shape}")
+    if math.prod(image) > MAX_PIXELS:
+        raise UserError(f"{x} has too many pixels per image; at most {MAX_PIXELS:,} are allowed")
     with _opened(path, y) as (_, shape, dtype):
         if dtype.kind not in "iu" or shape not in ((count,), (count, 1)):
             raise UserError(f"{y} must be {count:,} integers, not {dtype} of {shape}")

@@ -2,7 +2,7 @@
 
 Pickle is a language for a stack machine that may import and call any function. This reader knows only the instructions
 that make up dicts, lists, tuples, strings, integers and NumPy arrays of uint8, as Python 2 and 3 write them with
-protocols 2 to 4, and refuses everything else. The size of the content bounds the memory.
+protocols 2 to 4, and refuses everything else. It takes at most a few times the memory of the content.
 Sources: the docstrings of CPython's `pickletools`; `ndarray.__reduce__` and `__setstate__` of NumPy.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from cifar_flax.errors import UserError
 
-_MOST_STEPS = 2_000_000  # CIFAR-100 takes 250,000; bounds the memory of lists, which an instruction of one byte makes
+_MOST_STEPS = 500_000  # CIFAR-100 takes 250,000; bounds the memory of lists, which an instruction of one byte makes
 
 
 class _Name(enum.Enum):
