@@ -166,3 +166,19 @@ def test_damaged_files_of_the_hubs_cache_are_downloaded_again(server, tmp_path, 
         assert "does not match its SHA-256" in capsys.readouterr().out
         assert partial_files(tmp_path) == []
         assert blob.exists()
+
+
+def test_a_rate_below_300_kilobytes_for_20_seconds_is_slow(monkeypatch, capsys):
+    """Each pair is a number of seconds and the bytes that arrive in them, of 100 MB."""
+    clock = [0.0]
+    monkeypatch.setattr(hub.time, "monotonic", lambda: clock[0])
+    meter = hub._Meter(CONFIG, 100_000_000, 40_000_000)
+    for seconds, count in ((19, 1_000_000), (2, 6_000_000), (21, 2_100_000), (21, 2_100_000)):
+        clock[0] += seconds
+        meter.advance(count)
+    fast, slow, again = capsys.readouterr().out.splitlines()
+    assert fast == "333 kB/s, 53 MB and 3 min left"
+    assert slow.startswith(
+        "100 kB/s, 51 MB and 8 min left. A later start resumes. What may be faster: a copy in ./data"
+    )
+    assert again == "100 kB/s, 49 MB and 8 min left"
