@@ -74,7 +74,7 @@ def in_removal():
 
 
 MOMENTS = {
-    "start": lambda: before(sources, "load"),
+    "start": lambda: before(sources, "load_both"),
     "config.json": lambda: before(os, "replace"),
     "compilation": lambda: before(trainer.Trainer, "compile"),
     "step": lambda: before(loop.TrainingLoop, "_read", lambda run, step, values: step == 5),

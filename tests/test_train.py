@@ -226,15 +226,17 @@ def test_held_out_examples_are_never_trained_on(tiny_config):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_resuming_on_other_data_is_refused(tiny_config, finished, monkeypatch, split):
     """One pixel differs. The name of the same data may differ."""
-    load = sources.load
+    load = sources._load
 
-    def other(config, name):
-        arrays = load(config, name)
-        images = np.array(arrays.images)
-        images[0, 0, 0] ^= changed and name == split
-        return dataclasses.replace(arrays, images=images, dataset="digits/2")
+    def other(config, *names):
+        found = []
+        for name, arrays in zip(names, load(config, *names), strict=True):
+            images = np.array(arrays.images)
+            images[0, 0, 0] ^= changed and name == split
+            found.append(dataclasses.replace(arrays, images=images, dataset="digits/2"))
+        return found
 
-    monkeypatch.setattr(sources, "load", other)
+    monkeypatch.setattr(sources, "_load", other)
     changed = False
     train(tiny_config, finished)
     changed = True
