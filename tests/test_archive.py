@@ -3,6 +3,7 @@
 import hashlib
 import tarfile
 import tracemalloc
+from pathlib import Path
 
 import archive_files as write
 import numpy as np
@@ -315,3 +316,14 @@ def test_the_number_of_classes_of_cifar_must_be_that_of_its_name(tmp_path, examp
     path = write.folder(tmp_path / "cifar-10-batches-py", write.python(examples, write.python2))
     with pytest.raises(UserError, match=r"has 10 classes, but cifar100 has 100; set data\.name"):
         read(path, "train", "cifar100")
+
+
+def test_subfolders_of_a_folder_with_parquet_files_are_not_searched(tmp_path, examples, monkeypatch):  # noqa: F811
+    """They may be closed to the user."""
+    path = write.parquet(tmp_path / "a", examples)
+    (path / "closed").mkdir()
+    searched = []
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda folder: searched.append(folder.name) or iterdir(folder))
+    assert archives.find(path).format == "parquet"
+    assert set(searched) == {"a"}

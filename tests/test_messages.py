@@ -181,6 +181,8 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.train.init_from=gs://b/run", 2, "train.init_from='gs://b/run': must be a local path"),
     (f"--config {CIFAR} --config.data.source=disk", 2, "data.source='disk': must be one of auto, tfds, hub"),
     (f"--config {DIGITS} --config.data.source=hub", 2, "data.source='hub': needs data.name to be cifar10 or cifar100"),
+    (f"--config {CIFAR} --config.data.source=hub --config.data.archive=a", 2, "must be auto if data.archive is set"),
+    (f"--config {CIFAR} --config.data.source=hub --config.data.data_dir=a", 2, "must be auto or tfds if data.data_dir"),
     (f"--config {CIFAR} --config.data.source=hub", 1, "cannot be downloaded from http://127.0.0.1:9 (ConnectError: "),
     (f"--config {CIFAR} --online", 2, "--online=True: not used in train"),
     (f"--config {CIFAR} --config.data.archive=https://b/a", 2, "data.archive='https://b/a': must be a local path"),

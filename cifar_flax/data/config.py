@@ -69,6 +69,10 @@ class DataConfig:
         require(self.source in SOURCES, "data.source", self.source, f"must be one of {', '.join(SOURCES)}")
         fits, allowed = self.source != "hub" or self.name in PUBLIC, f"needs data.name to be {' or '.join(PUBLIC)}"
         require(fits, "data.source", self.source, allowed)
+        fits = self.source == "auto" or not self.archive
+        require(fits, "data.source", self.source, "must be auto if data.archive is set")
+        fits = self.source != "hub" or not self.data_dir
+        require(fits, "data.source", self.source, "must be auto or tfds if data.data_dir, the folder of TFDS, is set")
 
     @property
     def is_folder(self) -> bool:

@@ -40,7 +40,7 @@ class FileImages:
 
         Raise `UserError` if a file can no longer be read, or has changed.
         """
-        chosen = np.arange(len(self))[index]
+        chosen = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
         images = np.empty((chosen.size, *self.shape[1:]), np.uint8)
         for place, image in enumerate(_pool().map(self._read, chosen.ravel().tolist())):
             images[place] = image

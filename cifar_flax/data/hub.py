@@ -18,7 +18,7 @@ from cifar_flax.errors import UserError, one_line
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.progress import ProgressBar
 
-SIZE, DECODED = 144_000_000, 60_000 * 32 * 32 * 3  # bytes of both splits, for either dataset
+SIZE, DECODED = 144_000_000, 60_000 * 32 * 32 * 3  # bytes of both splits: the files, and the decoded images
 _REPOSITORIES = {"cifar10": ("uoft-cs/cifar10", "plain_text"), "cifar100": ("uoft-cs/cifar100", "cifar100")}
 _SLOW = 300_000  # bytes per second
 _WINDOW = 20.0  # seconds
@@ -42,6 +42,7 @@ def verify(paths: Iterable[Path]) -> None:
 
 
 def _is_intact(path: Path, name: str = "") -> bool:
+    """Return whether the SHA-256 of the file is `name`, by default its own name."""
     with contextlib.suppress(ValueError):
         files.require_checksums(path.parent, {path.name: name or path.name})
         return True
@@ -113,7 +114,7 @@ def _download(config: DataConfig) -> Path:
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Return whether `error` is no answer of a server (without errno) and no broken connection."""
+    """Return whether a file could not be read or written. An error that a server reports has no errno."""
     return isinstance(error, OSError) and bool(error.errno) and not isinstance(error, ConnectionError | TimeoutError)
 
 

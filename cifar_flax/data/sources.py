@@ -78,13 +78,11 @@ def named_archive(config: DataConfig) -> Archive:
 
 def uses_tfds(config: DataConfig, *splits: str) -> bool:
     """Return whether the splits, of no folder and no reader in `datasets.py`, are read through TFDS."""
-    if config.archive:
+    if config.archive or config.source == "hub":
         return False
-    if config.name not in PUBLIC or config.source == "tfds":
+    if config.name not in PUBLIC or config.source == "tfds" or config.data_dir:
         return True
-    return config.source == "auto" and (
-        bool(config.data_dir) or all(tfds.is_available(config, split) for split in splits)
-    )
+    return all(tfds.is_available(config, split) for split in splits)
 
 
 def find_cached(config: DataConfig, split: str) -> Path | None:

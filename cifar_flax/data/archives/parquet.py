@@ -26,13 +26,18 @@ _BATCH = 256  # images
 
 
 def find(path: Path) -> tuple[Path, ...]:
-    """Return the files of both splits in the folder `path` or its only subfolder that has some, or beside a file."""
-    folders = [path, *sorted(filter(Path.is_dir, path.iterdir()))] if path.is_dir() else [path.parent]
-    found = [tuple(sorted(each for each in folder.iterdir() if _NAME.fullmatch(each.name))) for folder in folders]
-    found = found[:1] if found[0] else list(filter(None, found))
+    """Return the files of both splits beside a file, in a folder, or else in its only subfolder that has some."""
+    files = _files(path if path.is_dir() else path.parent)
+    if files or not path.is_dir():
+        return files
+    found = [files for folder in sorted(filter(Path.is_dir, path.iterdir())) if (files := _files(folder))]
     if len(found) > 1:
         raise UserError(f"must be one of its folders {', '.join(files[0].parent.name for files in found)}")
     return found[0] if found else ()
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(each for each in folder.iterdir() if _NAME.fullmatch(each.name)))
 
 
 def read(files: Sequence[Path], split: str, size: int) -> Split:

@@ -1,4 +1,4 @@
-"""What the reader of a format returns."""
+"""The result of the readers in this package, a `Split`, and names of classes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
