@@ -45,6 +45,7 @@ sys.exit(cli.main())
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc of Linux")
 @needs_tensorflow
+@pytest.mark.slow
 def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
     """A leak of the images (6 MB per epoch) would exceed the limit well before the twelfth epoch."""
     rng = np.random.default_rng(0)

@@ -56,6 +56,7 @@ def test_a_trace_contains_its_steps_and_does_not_change_the_run(tiny_config, str
     assert_same_run(make_tiny_config(), straight[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_and_its_resumption_both_write_traces(tiny_config, straight, tmp_path, monkeypatch, capsys):
     tiny_config.profile.steps = (10, 20)
     with monkeypatch.context() as patch:

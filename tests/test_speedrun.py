@@ -73,6 +73,7 @@ def own_results(tmp_path, monkeypatch):
 COMPILE_SECONDS = speedrun.compile_seconds
 
 
+@pytest.mark.slow
 def test_each_seed_is_a_separate_run(tmp_path, monkeypatch, capsys):
     counted, compile_all = [], speedrun.Speedrun.compile
 
