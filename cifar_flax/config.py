@@ -27,6 +27,9 @@ from cifar_flax.training.profiling import ProfileConfig
 class TrainConfig:
     batch_size: int = 128  # images per step, on all devices together
     epochs: float = 10.0  # passes over the training examples; may be fractional
+    resolutions: tuple[
+        tuple[float, int], ...
+    ] = ()  # pairs (epoch, side): from this epoch on, train on images resized to side x side pixels
     label_smoothing: float = 0.0  # fraction of the target that is spread evenly over all classes
     class_weights: str = "none"  # none | balanced: weight the loss of each class inversely to its number of examples
     log_every: int = 50  # steps between two training lines in metrics.jsonl
@@ -41,12 +44,21 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         require(self.patience >= 0, "train.patience", self.patience, "must be at least 0")
         require(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
+        self._validate_resolutions()
         require(self.freeze in ("none", "backbone"), "train.freeze", self.freeze, "must be none or backbone")
         fits = self.freeze == "none" or self.init_from != ""
         require(fits, "train.freeze", self.freeze, "needs train.init_from, the run whose backbone is kept")
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "must be in [0, 1)")
         weights = self.class_weights
         require(weights in ("none", "balanced"), "train.class_weights", weights, "must be none or balanced")
+
+    def _validate_resolutions(self) -> None:
+        epochs = [epoch for epoch, _ in self.resolutions]
+        fits = epochs == sorted(set(epochs)) and epochs[:1] in ([], [0])
+        allowed = "must be pairs (epoch, side) in the order of their epochs, of which the first is 0"
+        require(fits, "train.resolutions", self.resolutions, allowed)
+        fits, allowed = all(side >= 1 for _, side in self.resolutions), "sides must be at least 1 pixel"
+        require(fits, "train.resolutions", self.resolutions, allowed)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -191,10 +203,15 @@ def _build(kind: type, values: dict[str, Any], path: str) -> Any:
                 part = models.config_class(value.get("name"))
             value = _build(part, value, f"{path}{name}.")
         else:
-            value = tuple(value) if isinstance(value, list) else value
+            value = _as_tuple(value)
             _check_type(f"{path}{name}", value, part)
         arguments[name] = value
     return kind(**arguments)
+
+
+def _as_tuple(value: Any) -> Any:
+    """Return `value` with all lists, which JSON has instead of tuples, as tuples."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -216,7 +233,11 @@ def _is_instance(value: Any, kind: Any) -> bool:
         return any(_is_instance(value, member) for member in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         members = typing.get_args(kind)
-        return isinstance(value, tuple) and len(value) == len(members) and all(map(_is_instance, value, members))
+        if not isinstance(value, tuple):
+            return False
+        if members[-1] is ...:
+            members = members[:1] * len(value)
+        return len(value) == len(members) and all(map(_is_instance, value, members))
     if kind is float:  # accepts an int, but neither NaN nor infinity
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
     return type(value) is kind or (value is None and kind is types.NoneType)
@@ -227,7 +248,7 @@ def _type_name(kind: Any) -> str:
         return " or ".join(_type_name(member) for member in typing.get_args(kind) if member is not types.NoneType)
     if typing.get_origin(kind) is tuple:
         return f"({', '.join(map(_type_name, typing.get_args(kind)))})"
-    names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
+    names = {...: "...", int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
     return names.get(kind) or f"{kind.__name__}(...)"
 
 

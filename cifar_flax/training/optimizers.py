@@ -36,6 +36,7 @@ class OptimConfig:
     warmup_epochs: float = 0.0  # epochs of linear warm-up
     warmup_start: float = 0.0  # learning rate at the start of the warm-up, as a fraction of the peak
     final_share: float = 0.0  # linear: learning rate at the end of the run, as a fraction of the peak
+    final_epochs: float = 0.0  # linear: epochs at the end of the run at this final learning rate
     weight_decay: float = 0.0  # adamw: decoupled; sgd: added to the gradient; not for biases and whitening
     b1: float | None = None  # adam, adamw: EMA decay of the gradient; None is 0.9
     b2: float | None = None  # adam, adamw: EMA decay of the squared gradient; None is 0.999
@@ -51,7 +52,7 @@ class OptimConfig:
         rows = (("name", self.name, "", OPTIMIZERS), ("schedule", self.schedule, "the schedule ", SCHEDULES))
         for name, row, _, table in rows:
             require(row in table, f"optim.{name}", row, f"must be one of {', '.join(table)}")
-        for name in ("learning_rate", "warmup_epochs", "weight_decay", "clip_norm"):
+        for name in ("learning_rate", "warmup_epochs", "final_epochs", "weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be at least 0")
         for name in ("warmup_start", "final_share"):
             require(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "must be in [0, 1]")
@@ -101,7 +102,7 @@ class Optimizer:
 class Schedule:
     """A row of `SCHEDULES`."""
 
-    make: Callable[[OptimConfig, int], optax.Schedule]  # (config, steps after the warm-up) -> learning rate
+    make: Callable[[OptimConfig, int], optax.Schedule]  # (config, steps between warm-up and end) -> learning rate
     settings: frozenset[str] = frozenset()  # optional fields of OptimConfig that it uses
     depends_on_length: bool = True  # whether another train.epochs would change the learning rate of earlier steps
 
@@ -144,7 +145,7 @@ SCHEDULES: dict[str, Schedule] = {
         make=lambda config, steps: optax.constant_schedule(config.learning_rate), depends_on_length=False
     ),
     "cosine": Schedule(make=lambda config, steps: optax.cosine_decay_schedule(config.learning_rate, steps)),
-    "linear": Schedule(make=_linear_schedule, settings=frozenset({"final_share"})),
+    "linear": Schedule(make=_linear_schedule, settings=frozenset({"final_share", "final_epochs"})),
 }
 
 
@@ -153,10 +154,14 @@ def make_schedule(config: OptimConfig, total_steps: int, steps_per_epoch: float)
 
     Raise `ConfigError` if the warm-up is not shorter than the run.
     """
-    warmup = round(min(config.warmup_epochs * steps_per_epoch, total_steps))
+    warmup, final = (
+        round(min(epochs * steps_per_epoch, total_steps)) for epochs in (config.warmup_epochs, config.final_epochs)
+    )
     longest = f"must be shorter than the run of {total_steps} steps, of which it takes {warmup}; 0 disables it"
     require(warmup < total_steps, "optim.warmup_epochs", config.warmup_epochs, longest)
-    schedule = SCHEDULES[config.schedule].make(config, total_steps - warmup)
+    longest = f"must leave steps to the decay: {warmup} and {final} of {total_steps} steps are warm-up and final epochs"
+    require(warmup + final < total_steps, "optim.final_epochs", config.final_epochs, longest)
+    schedule = SCHEDULES[config.schedule].make(config, total_steps - warmup - final)  # which keeps its last value
     if not warmup:
         return schedule
     peak = config.learning_rate

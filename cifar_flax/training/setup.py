@@ -13,7 +13,7 @@ from cifar_flax.config import Config
 from cifar_flax.data import order
 from cifar_flax.data.augment import normalize
 from cifar_flax.data.info import DatasetInfo
-from cifar_flax.errors import require
+from cifar_flax.errors import ConfigError, require
 from cifar_flax.models.network import FROZEN, freeze_backbone
 from cifar_flax.runtime import compilation, processes
 from cifar_flax.runtime.devices import Layout, make_layout
@@ -46,6 +46,34 @@ def _class_weights(counts: Sequence[int]) -> tuple[float, ...]:
     (weighting).
     """
     return tuple(sum(counts) / (np.count_nonzero(counts) * count) if count else 0.0 for count in counts)
+
+
+def _sides(
+    config: Config, image_shape: tuple[int, int, int], num_classes: int, steps_per_epoch: float
+) -> tuple[tuple[int, int], ...]:
+    """Return `train.resolutions` as pairs (finished steps, side in pixels), the first of which is for step 0.
+
+    Raise `ConfigError` unless the images are square and the network has the same variables at each size.
+    """
+    pairs = config.train.resolutions
+    if not pairs:
+        return ()
+    height, width, channels = image_shape
+    require(height == width, "train.resolutions", pairs, f"needs square images, but these are {height}x{width}")
+
+    def variables(side: int) -> list[tuple[int, ...]]:
+        model = state.create_model(config.model, (side, side, channels), num_classes, platform="cpu")
+        shapes = jax.eval_shape(model.init, jax.ShapeDtypeStruct((), np.uint32), None)
+        return [leaf.shape for leaf in jax.tree.leaves(shapes)]
+
+    for _, side in pairs:
+        try:
+            fits = variables(side) == variables(height)
+        except ConfigError as error:  # too small for the network
+            raise ConfigError(f"train.resolutions={pairs}: {error}") from error
+        allowed = f"{config.model.name} has other parameters at {side}x{side} than at {height}x{width} pixels"
+        require(fits, "train.resolutions", pairs, f"{allowed}. Use resnet18 or airbench with model.global_pool.")
+    return tuple((round(epoch * steps_per_epoch), side) for epoch, side in pairs)
 
 
 def setup(
@@ -105,6 +133,7 @@ def setup(
         skip_nonfinite=config.on_nonfinite == "skip",
         param_groups=groups,
         frozen_from=frozen_from,
+        sides=_sides(config, info.image_shape, len(info.class_names), steps_per_epoch),
     )
     options = compilation.options(layout.platform, deterministic=True) if layout.deterministic else None
 

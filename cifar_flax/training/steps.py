@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, Shaped, UInt8
 
 from cifar_flax.data import resident
-from cifar_flax.data.augment import VIEWS, AugmentConfig, Context, Examples, augment, normalize, views
+from cifar_flax.data.augment import VIEWS, AugmentConfig, Context, Examples, augment, normalize, resize, views
 from cifar_flax.data.batches import Batch, Indices
 from cifar_flax.errors import UserError
 from cifar_flax.models.network import FROZEN
@@ -64,18 +64,29 @@ class Task:
     param_groups: PyTree[str] = ()  # the optimizer group of each parameter
     frozen_from: Mapping[str, int] = field(default_factory=dict)  # group -> number of steps after which it is frozen
     class_weights: tuple[float, ...] = ()  # factor of the loss of the examples of each class; (): 1
+    sides: tuple[tuple[int, int], ...] = ()  # (finished steps, side of the images in pixels from there on)
     frozen: frozenset[str] = frozenset()  # groups that have no gradient; `phases` sets them
+    side: int | None = None  # side that the images are resized to; `phases` sets it
+
+    @property
+    def phase_starts(self) -> set[int]:
+        """Return the numbers of finished steps at which another phase starts, besides the first."""
+        return {*self.frozen_from.values(), *(step for step, _ in self.sides)} - {0}
 
 
 def phases(task: Task, start: int = 0) -> list[tuple[int, Task]]:
     """Return the tasks of a run from step `start` on, in order, each with the number of finished steps it starts at.
 
-    A new task starts at each step at which groups are frozen. The tasks differ only in the gradients: those of frozen
+    A new task starts at each step at which groups are frozen or the size of the images changes. The gradients of frozen
     groups are 0, so that XLA removes the operations that compute them.
     """
-    starts = sorted({start, *(step for step in task.frozen_from.values() if step > start)})
-    frozen = [frozenset(name for name, step in task.frozen_from.items() if step <= first) for first in starts]
-    return [(first, dataclasses.replace(task, frozen=names)) for first, names in zip(starts, frozen, strict=True)]
+
+    def phase(first: int) -> Task:
+        frozen = frozenset(name for name, step in task.frozen_from.items() if step <= first)
+        sides = [side for step, side in task.sides if step <= first]
+        return dataclasses.replace(task, frozen=frozen, side=sides[-1] if sides else None)
+
+    return [(first, phase(first)) for first in sorted({start, *(step for step in task.phase_starts if step > start)})]
 
 
 def example_keys(seed: Array, epoch: Int32[Array, " batch"], index: Int32[Array, " batch"]) -> Key[Array, " batch"]:
@@ -111,6 +122,8 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
         # Before the augmentation, so that each of two images that it mixes has the weight of its own class.
         target *= jnp.asarray(task.class_weights)[batch.label][:, None]
     image, target = augment(Examples(batch.image, target), context, task.mean, task.std)
+    if task.side is not None:
+        image = resize(image, task.side)
 
     # In evaluation mode, a frozen backbone keeps its statistics and has no dropout.
     training_keys = None if FROZEN in task.frozen else dropout_keys

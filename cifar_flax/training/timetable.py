@@ -13,7 +13,8 @@ class Timetable:
     """The evaluations, checkpoints and calls of a run.
 
     A call ends after `steps_per_call` steps or earlier: at a line of the log, an evaluation, a checkpoint, or a step at
-    which parameters are frozen. Its end depends only on its start, so a resumed run makes the calls that are left.
+    which another phase of `steps.phases` starts. Its end depends only on its start, so a resumed run makes the calls
+    that are left.
     """
 
     def __init__(self, config: Config, num_examples: int, task: Task, pipeline: str):
@@ -22,7 +23,7 @@ class Timetable:
         self._batch_size, self._log_every = config.train.batch_size, config.train.log_every
         self._epoch_images = order.epoch_images(num_examples, self._batch_size, config.data.drop_last)
         self._stops = sorted(self._due(config.eval.every_epochs) | self._due(config.checkpoint.every_epochs))
-        self._ends = sorted({*self._stops, *task.frozen_from.values()})
+        self._ends = sorted({*self._stops, *task.phase_starts})
         # A batch from the host is the input of one step. On a CPU, longer calls gain nothing and delay the response to
         # a signal, so only data.pipeline=resident makes them.
         is_single = pipeline == "streaming" or (config.data.pipeline == "auto" and task.layout.platform == "cpu")

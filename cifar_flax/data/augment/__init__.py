@@ -14,11 +14,12 @@ from cifar_flax.data.augment.color_jitter import color_jitter
 from cifar_flax.data.augment.cutout import cutout
 from cifar_flax.data.augment.flip_crop import flip_and_crop
 from cifar_flax.data.augment.mix import mix
+from cifar_flax.data.augment.resize import resize
 from cifar_flax.data.augment.resized_crop import random_resized_crop
 from cifar_flax.data.augment.trivial_augment import trivial_augment
 from cifar_flax.data.augment.tta import VIEWS, views
 
-__all__ = ["VIEWS", "AugmentConfig", "Context", "Examples", "augment", "normalize", "views"]
+__all__ = ["VIEWS", "AugmentConfig", "Context", "Examples", "augment", "normalize", "resize", "views"]
 
 Augmentation = Callable[[Examples, Context], Examples]
 

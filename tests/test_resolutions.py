@@ -1,0 +1,95 @@
+"""Test progressive resizing: the resized images, the programs of the sizes, and resuming across a change of size."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import assert_same_run
+from flax import nnx
+from PIL import Image
+from stops import stop_at, stopped
+
+from cifar_flax.config import AirbenchConfig, AugmentConfig, CNNConfig
+from cifar_flax.data import resident
+from cifar_flax.data.augment import normalize, resize
+from cifar_flax.data.batches import Indices
+from cifar_flax.errors import ConfigError
+from cifar_flax.modes.train import train
+from cifar_flax.training import loop, steps
+from cifar_flax.training.trainer import Trainer
+
+
+@pytest.fixture
+def config(tiny_config):
+    """Return a config that trains at 12 pixels in the first epoch, and at 16 in the second."""
+    tiny_config.model = AirbenchConfig(widths=(4, 8, 8), global_pool=True)
+    tiny_config.augment = AugmentConfig()
+    tiny_config.train.resolutions = ((0, 12), (1, 16), (2, 32))
+    tiny_config.train.label_smoothing = 0.0
+    return tiny_config
+
+
+@pytest.mark.parametrize("side", [8, 12, 24, 32, 40])
+def test_resized_images_equal_those_of_pillow(side):
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    found = np.asarray(jax.jit(resize, static_argnums=1)(images, side))
+    for image, channel in itertools.product(range(2), range(3)):
+        plane = Image.fromarray(images[image, :, :, channel])
+        expected = plane.resize((side, side), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(found[image, :, :, channel], expected, atol=1e-5)
+
+
+def test_each_size_has_a_program_and_calls_end_where_it_changes(config):
+    config.train.steps_per_call = 20
+    trainer = Trainer(config)
+    assert trainer.task.sides == ((0, 12), (11, 16), (23, 32))
+    assert [(first, phase.side) for first, phase in steps.phases(trainer.task)] == [(0, 12), (11, 16), (23, 32)]
+    assert [(first, phase.side) for first, phase in steps.phases(trainer.task, 15)] == [(15, 16), (23, 32)]
+    assert {11, 23} <= set(trainer.timetable.calls(0, trainer.total_steps))
+
+
+def test_a_step_trains_on_the_resized_images_and_takes_fewer_operations(config):
+    """The loss of a step is that of the network on images that were resized before."""
+    trainer = Trainer(config)
+    task, state = trainer.task, trainer.initial_state
+    index = np.arange(64, dtype=np.int32)
+    indices = Indices(index, 0 * index, index >= 0)
+    batch = resident.gather(trainer.arrays.images, trainer.arrays.labels, indices, task.image_shape)
+    (_, small), _, (_, whole) = steps.phases(task)
+    small, whole = (jax.jit(functools.partial(steps.train_step, one)).lower(state, batch) for one in (small, whole))
+
+    def expected(side):
+        model = nnx.merge(task.graphdef, state.params, state.batch_stats)
+        images = resize(normalize(batch.image, task.mean, task.std), side)
+        logits = model(images, jax.random.split(jax.random.key(0), 64))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
+
+    loss = float(small.compile()(state, batch)[1]["loss"])
+    assert loss == pytest.approx(float(jax.jit(expected, static_argnums=0)(12)), rel=1e-4)
+    before, after = (lowered.cost_analysis()["flops"] for lowered in (whole, small))
+    assert after < before / 4  # 144 instead of 1,024 pixels
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_before_and_after_a_change_of_size_ends_with_the_same_bits(config, tmp_path, monkeypatch):
+    config.train = dataclasses.replace(config.train, steps_per_call=4)
+    train(config, tmp_path / "straight")
+    for step in (8, 16):
+        with monkeypatch.context() as patch:
+            stop_at(patch, loop.TrainingLoop, "_read", lambda run, now, values, step=step: now >= step)
+            stopped(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    assert_same_run(config, tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_network_whose_parameters_depend_on_the_size_is_refused(config):
+    config.model = CNNConfig(width=4, hidden=16)
+    with pytest.raises(ConfigError, match=r"train.resolutions=.*: cnn has other parameters at 12x12"):
+        Trainer(config)
+    config.model = AirbenchConfig(widths=(4, 8, 8))
+    with pytest.raises(ConfigError, match=r"train.resolutions=.*: .*images of 12x12 are too small"):
+        Trainer(config)
