@@ -27,9 +27,7 @@ from cifar_flax.training.profiling import ProfileConfig
 class TrainConfig:
     batch_size: int = 128  # images per step, on all devices together
     epochs: float = 10.0  # passes over the training examples; may be fractional
-    resolutions: tuple[
-        tuple[float, int], ...
-    ] = ()  # pairs (epoch, side): from this epoch on, train on images resized to side x side pixels
+    resolutions: tuple[tuple[float, int], ...] = ()  # (epoch, side): resize images to this side from this epoch on
     label_smoothing: float = 0.0  # fraction of the target that is spread evenly over all classes
     class_weights: str = "none"  # none | balanced: weight the loss of each class inversely to its number of examples
     log_every: int = 50  # steps between two training lines in metrics.jsonl
@@ -114,6 +112,8 @@ class Config:
         require(weights == "none" or self.data.sampling == "shuffled", "train.class_weights", weights, allowed)
         warmup, allowed = self.optim.warmup_epochs, f"must be shorter than the run of {self.train.epochs:g} epochs"
         require(warmup <= self.train.epochs, "optim.warmup_epochs", warmup, allowed)
+        final, allowed = self.optim.final_epochs, f"must leave some of the {self.train.epochs:g} epochs to the decay"
+        require(final == 0 or warmup + final < self.train.epochs, "optim.final_epochs", final, allowed)
         whitening = self.optim.whitening
         fits = "whitening" in models.network_class(self.model).groups.values() or whitening == GroupConfig()
         allowed = f"does not apply to {self.model.name}, which has no whitening layer"

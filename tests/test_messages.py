@@ -62,6 +62,16 @@ SAVED = [
     # Settings of the optimizer.
     ({"optim": {"warmup_start": 1.5}}, "optim.warmup_start=1.5: must be in [0, 1]"),
     ({"optim": {"final_share": 0.1}}, "optim.final_share=0.1: does not apply to the schedule constant"),
+    ({"optim": {"final_epochs": 1.0}}, "optim.final_epochs=1.0: does not apply to the schedule constant"),
+    ({"optim": {"final_epochs": -1.0}}, "optim.final_epochs=-1.0: must be at least 0"),
+    ({"train": {"resolutions": [0, 24]}}, "train.resolutions=(0, 24): must be ((a finite number, an integer), ...)"),
+    (
+        {"train": {"resolutions": [[0, 2.5]]}},
+        "train.resolutions=((0, 2.5),): must be ((a finite number, an integer), ...)",
+    ),
+    ({"train": {"resolutions": [[1, 24]]}}, "train.resolutions=((1, 24),): must be pairs (epoch, side) in the order"),
+    ({"train": {"resolutions": [[0, 24], [0, 32]]}}, "train.resolutions=((0, 24), (0, 32)): must be pairs"),
+    ({"train": {"resolutions": [[0, 0]]}}, "train.resolutions=((0, 0),): sides must be at least 1 pixel"),
     ({"optim": {"name": "muon"}}, "optim.dense.learning_rate=None: must be set if optim.name is muon"),
     ({"optim": {"name": "muon", "weight_decay": 0.1}}, "optim.weight_decay=0.1: does not apply to muon"),
     ({"optim": {"biases": {"learning_rate": -1.0}}}, "optim.biases.learning_rate=-1.0: must be at least 0"),
@@ -267,6 +277,10 @@ def test_bad_input_prints_one_line_and_changes_no_file(folder, monkeypatch, caps
 # Settings that are refused without reading the data, on two devices.
 NEEDS_NO_DATA = [
     ("optim.warmup_epochs=6 train.epochs=5", "optim.warmup_epochs=6.0: must be shorter than the run of 5 epochs"),
+    (
+        "optim.schedule=linear optim.final_epochs=5 train.epochs=5",
+        "optim.final_epochs=5.0: must leave some of the 5 epochs",
+    ),
     ("train.batch_size=33", "train.batch_size=33: must be a multiple of the number of devices, 2"),
     ("parallel.backend=jit train.sync_batchnorm=False", "train.sync_batchnorm=False: must be True"),
     ("data.eval_split=dev", "data.eval_split='dev': must be a split of digits"),

@@ -57,6 +57,15 @@ def test_schedules_may_start_and_end_above_zero():
     assert [float(rate(step)) for step in (0, 5, 10, 60, 110)] == pytest.approx([2, 6, 10, 5.35, 0.7])
 
 
+def test_final_epochs_keep_the_last_learning_rate():
+    config = OptimConfig(learning_rate=10.0, schedule="linear", warmup_epochs=1, final_share=0.07, final_epochs=2)
+    rate = make_schedule(config, total_steps=130, steps_per_epoch=10)
+    assert [float(rate(step)) for step in (10, 60, 110, 120, 129)] == pytest.approx([10, 5.35, 0.7, 0.7, 0.7])
+    config.final_epochs = 12
+    with pytest.raises(ConfigError, match=r"optim\.final_epochs=12: must leave steps to the decay: 10 and 120 of 130"):
+        make_schedule(config, total_steps=130, steps_per_epoch=10)
+
+
 def test_warmup_must_be_shorter_than_the_run():
     make_schedule(OptimConfig(warmup_epochs=9.9), total_steps=100, steps_per_epoch=10)
     with pytest.raises(ConfigError, match=r"optim\.warmup_epochs=10: must be shorter than the run of 100 steps"):
