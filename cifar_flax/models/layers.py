@@ -30,9 +30,9 @@ def conv2d(
 ) -> Float[Array, "batch h_out w_out c_out"]:
     """Return the convolution of `x`; with `pool`, its maximum over disjoint 2x2 squares.
 
-    `padding` is SAME (zeros) or VALID. `precision` is that of XLA's convolution. On the `platform` "cpu", use matrix
-    products, fused with the pooling, if XLA's convolution is slower. Other platforms use XLA's convolution. The results
-    differ by rounding errors only.
+    `padding` is SAME (zeros) or VALID. An odd last row or column, which the pooling drops, is not computed. `precision`
+    is that of XLA's convolution. On the `platform` "cpu", use matrix products, fused with the pooling, if XLA's
+    convolution is slower. Other platforms use XLA's convolution. The results differ by rounding errors only.
     """
     is_3x3 = kernel.shape[:2] == (3, 3) and stride == 1
     if platform == "cpu" and is_3x3 and padding == "SAME" and x.dtype == jnp.float32:
@@ -43,10 +43,20 @@ def conv2d(
             return patches.conv(x, kernel, stride)
         if is_3x3:
             return patches.conv_max_pool(x, kernel)
+    strides, sizes = (stride, stride), kernel.shape[:2]
+    pads = lax.padtype_to_pads(x.shape[1:3], sizes, strides, padding)
+    if pool:
+        pads = [_even_output(*args, stride) for args in zip(x.shape[1:3], sizes, pads, strict=True)]
     y = lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+        x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
     )
     return max_pool(y, platform=platform) if pool else y
+
+
+def _even_output(length: int, size: int, pad: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Return `pad`, at its end reduced (below zero if needed) such that the number of outputs is even."""
+    low, high = pad
+    return low, high - stride * (((low + length + high - size) // stride + 1) % 2)
 
 
 class Conv(nnx.Module):

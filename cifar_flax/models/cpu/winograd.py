@@ -56,13 +56,13 @@ def conv3x3(
 
 
 def _conv_forward(x: Array, kernel: Array) -> tuple[Array, _Saved]:
-    products, saved = _products(x, kernel)
+    products, saved = _products(x, kernel, *x.shape[1:3])
     return _interleave(_both_axes(_OUTPUT, products))[:, : x.shape[1], : x.shape[2]], saved
 
 
 def _conv_backward(saved: _Saved, dy: Array) -> tuple[Array, Array]:
-    rows, columns = _grid(saved.x)
     batch, height, width, c = dy.shape
+    rows, columns = _tiles(height), _tiles(width)
     dy = jnp.pad(dy, ((0, 0), (0, rows * _TILE - height), (0, columns * _TILE - width), (0, 0)))
     dy = optimization_barrier(dy).reshape(batch, rows, _TILE, columns, _TILE, c).transpose(2, 4, 0, 1, 3, 5)
     return _gradients(saved, _both_axes(_OUTPUT.T, optimization_barrier(dy)))
@@ -75,24 +75,26 @@ conv3x3.defvjp(_conv_forward, _conv_backward)
 def conv3x3_max_pool(
     x: Float[Array, "batch height width c_in"], kernel: Float[Array, "3 3 c_in c_out"]
 ) -> Float[Array, "batch h_out w_out c_out"]:
-    """Return `conv3x3`, followed by a 2x2 max-pool; an odd last row or column is dropped.
+    """Return `conv3x3`, followed by a 2x2 max-pool.
 
-    A tile holds four pooling windows, so the output of the convolution is never assembled.
+    A tile holds four pooling windows, so the output of the convolution is never assembled. Tiles cover only the outputs
+    that the pooling keeps: it drops an odd last row or column.
     """
     return _pool_forward(x, kernel)[0]
 
 
 def _pool_forward(x: Array, kernel: Array) -> tuple[Array, tuple[_Saved, Array]]:
-    products, saved = _products(x, kernel)
+    h_out, w_out = x.shape[1] // 2, x.shape[2] // 2
+    products, saved = _products(x, kernel, 2 * h_out, 2 * w_out)
     y = _both_axes(_OUTPUT, products)
     squares = [first_max([*y[i, j : j + 2], *y[i + 1, j : j + 2]]) for i in (0, 2) for j in (0, 2)]
     largest, winner = (jnp.stack(parts).reshape(2, 2, *parts[0].shape) for parts in zip(*squares, strict=True))
-    return _interleave(largest)[:, : x.shape[1] // 2, : x.shape[2] // 2], (saved, winner)
+    return _interleave(largest)[:, :h_out, :w_out], (saved, winner)
 
 
 def _pool_backward(residuals: tuple[_Saved, Array], dy: Array) -> tuple[Array, Array]:
     saved, winner = residuals
-    rows, columns = _grid(saved.x)
+    rows, columns = winner.shape[3:5]
     more_rows, more_columns = 2 * rows - dy.shape[1], 2 * columns - dy.shape[2]
     dy = optimization_barrier(jnp.pad(dy, ((0, 0), (0, more_rows), (0, more_columns), (0, 0))))
     tile: list[Array] = []  # the 16 positions of each tile, row by row
@@ -105,14 +107,17 @@ def _pool_backward(residuals: tuple[_Saved, Array], dy: Array) -> tuple[Array, A
 conv3x3_max_pool.defvjp(_pool_forward, _pool_backward)
 
 
-def _grid(x: Array) -> tuple[int, int]:
-    """Return the number of tiles that cover the height and the width."""
-    return -(-x.shape[1] // _TILE), -(-x.shape[2] // _TILE)
+def _tiles(length: int) -> int:
+    """Return the number of tiles that cover `length` outputs: one tile even if there is none, as slices need."""
+    return max(1, -(-length // _TILE))
 
 
-def _products(x: Array, kernel: Array) -> tuple[Float[Array, "6 6 batch rows columns c_out"], _Saved]:
+def _products(
+    x: Array, kernel: Array, h_out: int, w_out: int
+) -> tuple[Float[Array, "6 6 batch rows columns c_out"], _Saved]:
+    """Return the products of the tiles that cover the first `h_out` x `w_out` outputs."""
     batch, height, width, _ = x.shape
-    rows, columns = _grid(x)
+    rows, columns = _tiles(h_out), _tiles(w_out)
     below, right = rows * _TILE + 1 - height, columns * _TILE + 1 - width
     padded = optimization_barrier(jnp.pad(x, ((0, 0), (1, below), (1, right), (0, 0))))
     saved = _Saved(x, _split(padded, rows, columns), _transform_kernel(kernel, _KERNEL))
@@ -121,13 +126,14 @@ def _products(x: Array, kernel: Array) -> tuple[Float[Array, "6 6 batch rows col
 
 
 def _gradients(saved: _Saved, d_products: Float[Array, "6 6 batch rows columns c_out"]) -> tuple[Array, Array]:
-    _, height, width, _ = saved.x.shape
+    batch, height, width, c_in = saved.x.shape
+    rows, columns = d_products.shape[3:5]
     d_products = d_products.reshape(6, 6, -1, d_products.shape[-1])
     d_weights = jnp.einsum("uvnc,uvnd->uvcd", saved.tiles, d_products)
     # Transpose first: products with a matrix that is transposed on the fly take twice as long.
     weights = optimization_barrier(saved.weights.transpose(0, 1, 3, 2))
     d_tiles = jnp.einsum("uvnd,uvdc->uvnc", d_products, weights)
-    dx = _join(_both_axes(_INPUT.T, d_tiles.reshape(6, 6, len(saved.x), *_grid(saved.x), -1)))
+    dx = _join(_both_axes(_INPUT.T, d_tiles.reshape(6, 6, batch, rows, columns, c_in)))
     return dx[:, 1 : height + 1, 1 : width + 1], _transform_kernel(d_weights, _KERNEL.T)
 
 
