@@ -45,7 +45,7 @@ from cifar_flax.files import write_json
 from cifar_flax.models.summary import forward_flops
 from cifar_flax.packages import has_module
 from cifar_flax.runtime import compilation
-from cifar_flax.training.evaluator import final_evaluator
+from cifar_flax.training.evaluator import final_evaluator, passes
 from cifar_flax.training.loop import run_calls
 from cifar_flax.training.trainer import Trainer
 
@@ -89,13 +89,13 @@ class Speedrun:
     def flops(self) -> float:
         """Return the floating-point operations of a run.
 
-        Count three forward passes per training image and one per test-time augmentation (TTA) view of a test image. If
-        `eval.tta_below` is set, count a single view of each test image.
+        Count three forward passes per training image and one per test-time augmentation (TTA) view of a test image.
         """
         info, settings = self._trainer.info, self._config.eval
-        views = len(VIEWS[settings.tta]) if settings.tta_below is None else 1
+        of_test = passes(len(self._trainer.eval_arrays.labels), settings.tta, settings.tta_fraction)
+        views = sum(count * len(VIEWS[tta]) for count, tta in of_test)
         forward = forward_flops(self._config.model, info.image_shape, len(info.class_names))
-        return forward * (3 * self.num_images + views * len(self._trainer.eval_arrays.labels))
+        return forward * (3 * self.num_images + views)
 
 
 def compile_seconds(run: Speedrun) -> Measurement:

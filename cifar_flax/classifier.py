@@ -77,6 +77,6 @@ class Classifier:
         padded[: len(images)] = images
         batch = layout.shard_batch(padded)
         if size not in self._compiled:
-            step = functools.partial(steps.predict_step, self._task, tta=self._eval.tta, tta_below=self._eval.tta_below)
+            step = functools.partial(steps.predict_step, self._task, tta=self._eval.tta)
             self._compiled[size] = layout.compile(step, self._weights, batch)
         return np.asarray(self._compiled[size](self._weights, batch))[: len(images)]

@@ -65,16 +65,16 @@ class EvalConfig:
     every_epochs: int = 1  # epochs between evaluations during training
     checkpoint: str = "newest"  # checkpoint of the final evaluation: newest | best (by validation accuracy)
     tta: str = "none"  # in the final evaluation: none | mirror | mirror_translate (mean of 1, 2 or 6 TTA views)
-    tta_below: float | None = None  # use TTA only for images whose confidence is below this; None: for all images
+    tta_fraction: float = 1.0  # fraction of the images, those of lowest confidence, that get TTA; 1.0: all
 
     def validate(self) -> None:
         for name in ("batch_size", "every_epochs"):
             require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), "must be at least 1")
         require(self.checkpoint in ("newest", "best"), "eval.checkpoint", self.checkpoint, "must be newest or best")
         require(self.tta in VIEWS, "eval.tta", self.tta, f"must be one of {', '.join(VIEWS)}")
-        below = self.tta_below
-        require(below is None or 0 < below <= 1, "eval.tta_below", below, "must be above 0 and at most 1")
-        require(below is None or self.tta != "none", "eval.tta_below", below, "must be None if eval.tta is none")
+        fraction = self.tta_fraction
+        require(0 < fraction <= 1, "eval.tta_fraction", fraction, "must be in (0, 1]")
+        require(fraction == 1 or self.tta != "none", "eval.tta_fraction", fraction, "must be 1.0 if eval.tta is none")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,7 +153,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Any) -> Config:
-    """Return the validated `Config` of `to_dict`; raise `ConfigError` for an unknown field or a value not allowed."""
+    """Return the validated `Config` of `to_dict`, also of an earlier release, without the fields that it has no more.
+
+    Raise `ConfigError` for an unknown field or a value that is not allowed.
+    """
     require(isinstance(values, dict), "config", values, "must be a JSON object")
     config = _build(Config, values, "")
     config.validate()
@@ -191,10 +194,16 @@ def differences(saved: Config, config: Config, where: str = "the checkpoint") ->
     ]
 
 
+# Fields of earlier releases, which saved configs may have.
+_RETIRED = ("eval.tta_below",)
+
+
 def _build(kind: type, values: dict[str, Any], path: str) -> Any:
     known = typing.get_type_hints(kind)
     arguments = {}
     for name, value in values.items():
+        if f"{path}{name}" in _RETIRED:
+            continue
         require(name in known, f"{path}{name}", value, "must be a field of this version's config")
         part = known[name]
         if dataclasses.is_dataclass(part):

@@ -18,6 +18,12 @@ def test_every_config_is_valid_and_round_trips_through_json(path):
     config = runpy.run_path(str(path))["get_config"]()
     config.validate()
     assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("value", [None, 0.6])
+def test_fields_of_earlier_releases_are_dropped(value):
+    saved = configs.to_dict(Config()) | {"eval": configs.to_dict(Config())["eval"] | {"tta_below": value}}
+    assert configs.from_dict(saved) == Config()
     header = path.read_text().split('"""')[1]
     for part in ("Command", "Hardware", "Accuracy", "Time"):
         assert re.search(rf"^{part}: +\w", header, re.MULTILINE)
@@ -44,7 +50,7 @@ ORIGINALS = {
     "optim.whitening.frozen_from": (3, 3, 3),
     "optim.whitening.own_decay": (True, False, False),
     "eval.tta": ("mirror_translate", "mirror_translate", "mirror_translate"),
-    "eval.tta_below": (None, None, None),
+    "eval.tta_fraction": (1.0, 1.0, 1.0),
 }
 
 
@@ -129,5 +135,5 @@ def test_evaluation_accepts_other_locations_and_evaluation_settings_only():
             "one_cuda_graph",
         )
     }
-    evaluation = {f"eval.{name}" for name in ("batch_size", "every_epochs", "checkpoint", "tta", "tta_below")}
+    evaluation = {f"eval.{name}" for name in ("batch_size", "every_epochs", "checkpoint", "tta", "tta_fraction")}
     assert allowed == places | evaluation | parallel

@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PREPARED, REPOSITORY, assert_same_classes, make_tiny_config, python_path, widest_gap
+from conftest import PREPARED, REPOSITORY, assert_same_classes, make_tiny_config, python_path
 from safetensors.numpy import load_file
 
 from cifar_flax.checkpoints import metadata
@@ -32,7 +32,7 @@ TOLERANCE = 1e-5  # in float32 on a CPU
 INDEPENDENT = REPOSITORY / "tests" / "independent.py"
 RECIPES = {
     "cnn": {},
-    "cnn-tta": {"tta": "mirror_translate", "tta_below": "half"},
+    "cnn-tta": {"tta": "mirror_translate", "tta_fraction": 0.5},
     "airbench": {"model": AirbenchConfig(widths=(8, 8, 16)), "tta": "mirror_translate"},
     "airbench-deep": {
         "model": AirbenchConfig(widths=(8, 8, 16), depth=3, residual=True, init="sgd"),
@@ -58,8 +58,9 @@ def run_script(script, folder, images, tmp_path):
 
 
 def probabilities(run):
-    """Return the test images of a run and the probabilities that evaluation computes for them."""
+    """Return the test images of a run and the probabilities that evaluation computes for them, with TTA for all."""
     config = saved_config(run)
+    config.eval.tta_fraction = 1.0
     trained = restore(config, run)
     arrays = sources.load(config.data, config.data.eval_split)
     return arrays.images, evaluator.final_evaluator(config, trained.task, arrays)(trained.state).probabilities
@@ -73,10 +74,9 @@ def trained_runs(tmp_path_factory, straight):
     def get(name):
         if name == "cnn-tta" and name not in workdirs:
             workdirs[name] = shutil.copytree(straight[0], tmp_path_factory.mktemp("runs") / name)
-            config = json.loads((workdirs[name] / "config.json").read_text())
-            below = widest_gap(probabilities(straight[0])[1].max(axis=1))
-            config["eval"] |= RECIPES[name] | {"tta_below": below}
-            (workdirs[name] / "config.json").write_text(json.dumps(config))
+            saved = metadata.read_metadata(workdirs[name] / "checkpoints", 34)
+            saved["config"]["eval"] |= RECIPES[name]
+            metadata.write_metadata(workdirs[name] / "checkpoints" / "34", saved)
         if name not in workdirs:
             recipe = dict(RECIPES[name])
             config, rate = make_tiny_config(), recipe.pop("learning_rate", 3e-3)
@@ -108,8 +108,6 @@ def test_programs_agree_with_evaluation(trained_runs, name, tmp_path, capsys):
     found = run_script(run_program.__file__, output, images, tmp_path)
     assert_same_classes(found, expected)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
-    if "below" in str(RECIPES[name]):
-        return  # the independent program applies TTA to all images or to none
     found = run_script(INDEPENDENT, output, images, tmp_path)
     assert_same_classes(found, expected)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)

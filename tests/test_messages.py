@@ -58,6 +58,9 @@ SAVED = [
         "train.class_weights='balanced': must be none if data.sampling is balanced",
     ),
     ({"eval": {"checkpoint": "best"}}, "eval.checkpoint='best': needs checkpoint.keep_best"),
+    ({"eval": {"tta": "mirror", "tta_fraction": 1.5}}, "eval.tta_fraction=1.5: must be in (0, 1]"),
+    ({"eval": {"tta_fraction": 0.5}}, "eval.tta_fraction=0.5: must be 1.0 if eval.tta is none"),
+    ({"train": {"tta_below": None}}, "train.tta_below=None: must be a field"),
     ([], "config=[]: must be a JSON object"),
     # Settings of the optimizer.
     ({"optim": {"warmup_start": 1.5}}, "optim.warmup_start=1.5: must be in [0, 1]"),
@@ -158,6 +161,16 @@ BAD_INPUT = [
     (f"--config {DIGITS} --config.train.steps_per_call=0", 2, "train.steps_per_call=0: must be at least 1"),
     (f"--config {CIFAR} --config.data.pipeline=best", 2, "data.pipeline='best': must be one of auto, streaming, resid"),
     (f"--config {DIGITS} --config.eval.tta=rotate", 2, "eval.tta='rotate': must be one of none, mirror"),
+    (
+        f"--config {DIGITS} --config.eval.tta_below=0.6",
+        2,
+        "eval.tta_below='0.6': no such field; choose one of eval.batch_",
+    ),
+    (
+        f"--config {DIGITS} --config.eval.tta=mirror --config.eval.tta_fraction=0",
+        2,
+        "eval.tta_fraction=0.0: must be in (0",
+    ),
     (f"--config {DIGITS} --config.augment.cutout=33", 2, "augment.cutout=33: must be at most 32"),
     (f"--config {DIGITS} --config.augment.random_resized_crop=0", 2, "augment.random_resized_crop=0.0: must be above"),
     (

@@ -75,8 +75,8 @@ def test_two_processes_resume_a_killed_run_of_four(folder):
     ids=["jit, streaming", "batch statistics per device, loops"],
 )
 def test_two_processes_of_two_devices_train_like_one_of_four(folder, arguments):
-    """The evaluation includes test-time augmentation of the images with low confidence."""
-    common = ("--config.eval.tta=mirror", "--config.eval.tta_below=0.9", "--config.train.log_every=11")
+    """The evaluation includes test-time augmentation of the images with the lowest confidence."""
+    common = ("--config.eval.tta=mirror", "--config.eval.tta_fraction=0.5", "--config.train.log_every=11")
     arguments = ("--config", "config.py", *common, *arguments)
     reference(folder, 4, *arguments)
     run(folder, [2, 2], *arguments, "--workdir=two")

@@ -41,15 +41,14 @@ def test_any_class_names_and_settings_of_matplotlib_can_be_plotted(tmp_path, nam
 def test_report_contains_the_results_of_the_evaluation(tmp_path):
     result, arrays, probabilities = made_up.evaluation(classes=7, count=70)
     page = pages.read(
-        made_up.report(tmp_path / "a run", (result | {"tta": "mirror", "tta_below": 0.6}, arrays, probabilities))
+        made_up.report(tmp_path / "a run", (result | {"tta": "mirror", "tta_fraction": 0.25}, arrays, probabilities))
     )
     head = page.one("header").text
     low, high = metrics.wilson_interval(round(result["accuracy"] * 70), 70)
     for part in (
         "a run",
         "set/1.0.0, test split, checkpoint of step 30",
-        "test-time augmentation mirror ",
-        " below 0.6",
+        "test-time augmentation mirror of the 25% of the images ",
         f"{result['accuracy']:.2%}",
         f" {100 * low:.2f} to {high:.2%}",
         f"{result['accuracy'] * 70:.0f} of 70 ",

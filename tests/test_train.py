@@ -290,13 +290,16 @@ def test_final_evaluation_uses_and_reports_tta(finished, capsys):
     for settings, title in (
         (["tta=mirror"], "test-time augmentation mirror\n"),
         (["tta=mirror_translate"], "test-time augmentation mirror_translate\n"),
-        (["tta=mirror", "tta_below=0.5"], "below 0.5\n"),
+        (
+            ["tta=mirror", "tta_fraction=0.5"],
+            "test-time augmentation mirror of the 50% of the images with the lowest confidence\n",
+        ),
     ):
         flags = [f"--config.eval.{setting}" for setting in settings]
         command = arguments.parse(["--mode=eval", f"--workdir={finished}", *flags])
         result = evaluate.evaluate(command.config, command.workdir)
         assert json.loads((finished / "eval.json").read_text()) == result
-        assert (result["tta"], result["tta_below"]) == (command.config.eval.tta, command.config.eval.tta_below)
+        assert (result["tta"], result["tta_fraction"]) == (command.config.eval.tta, command.config.eval.tta_fraction)
         assert title in capsys.readouterr().out
         losses.add(result["loss"])
     assert "tta" not in plain

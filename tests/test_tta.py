@@ -1,7 +1,4 @@
-"""Test test-time augmentation (TTA): the average over TTA views, and the choice of images by confidence."""
-
-import dataclasses
-import functools
+"""Test test-time augmentation (TTA): the average over TTA views, and for a fraction of the images."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +9,10 @@ from flax import nnx
 
 from cifar_flax.data import resident, sources
 from cifar_flax.data.augment import VIEWS, normalize, views
-from cifar_flax.data.batches import Batch
-from cifar_flax.errors import ConfigError
+from cifar_flax.errors import UserError
 from cifar_flax.training import evaluator as evaluator_module
 from cifar_flax.training import metrics, steps
-from cifar_flax.training.evaluator import Evaluator, all_examples
+from cifar_flax.training.evaluator import Evaluator, all_examples, passes
 from cifar_flax.training.trainer import Trainer
 
 TEST = sources.load(make_tiny_config().data, "test")
@@ -69,79 +65,88 @@ def confidence(trained):
     return np.asarray(jax.nn.softmax(plain_logits(trained, TEST.images))).max(axis=1)
 
 
+@pytest.fixture(scope="module")
+def least(confidence):
+    """Return the positions of about half of the images, those of lowest confidence, which rounding does not change."""
+    return np.flatnonzero(confidence < widest_gap(confidence))
+
+
 @pytest.mark.parametrize("batch_size", [1, 64, 355])
-def test_only_images_below_the_confidence_are_augmented(trained, confidence, batch_size):
-    below = widest_gap(confidence)
-    plain, augmented = plain_logits(trained, TEST.images), augmented_logits(trained, "mirror_translate")
-    expected = summary_of(np.where((confidence < below)[:, None], augmented, plain))
-    result = evaluator(trained, tta="mirror_translate", tta_below=below, batch_size=batch_size)(trained[1]).summary
-    assert result["num_examples"] == COUNT
-    assert_same_counts(result["confusion_matrix"], expected["confusion_matrix"])
-    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    assert len({result["loss"], summary_of(plain)["loss"], summary_of(augmented)["loss"]}) == 3
+def test_a_fraction_of_tta_is_for_the_least_confident_images(trained, least, batch_size):
+    logits, augmented = plain_logits(trained, TEST.images), augmented_logits(trained, "mirror_translate")
+    plain, is_least = summary_of(logits), np.isin(np.arange(COUNT), least)
+    logits = np.where(is_least[:, None], augmented, logits)
+    expected = summary_of(logits)
+    evaluate = evaluator(trained, tta="mirror_translate", tta_fraction=len(least) / COUNT, batch_size=batch_size)
+    found = evaluate(trained[1])
+    np.testing.assert_allclose(found.probabilities, np.asarray(jax.nn.softmax(logits)), rtol=0, atol=1e-5)
+    assert_same_counts(found.summary["confusion_matrix"], expected["confusion_matrix"])
+    assert found.summary.keys() == expected.keys()
+    assert found.summary["num_examples"] == COUNT
+    for name, one in (("loss", 1e-4), ("top5_accuracy", 1e-2), ("expected_calibration_error", 2e-2)):
+        assert found.summary[name] == pytest.approx(expected[name], rel=one), name
+    assert sum(row["count"] for row in found.summary["calibration"]) == COUNT
+    assert evaluate.accuracy(trained[1]) == found.summary["accuracy"]
+    assert len({plain["loss"], expected["loss"], summary_of(augmented)["loss"]}) == 3
 
 
-@pytest.mark.parametrize(("below", "like", "unlike"), [(1e-3, "none", "mirror"), (1.0, "mirror", "none")])
-def test_all_or_no_images_may_be_augmented(trained, below, like, unlike):
-    result = evaluator(trained, tta="mirror", tta_below=below)(trained[1]).summary
-    expected, other = (evaluator(trained, tta=tta)(trained[1]).summary for tta in (like, unlike))
-    assert_same_counts(result["confusion_matrix"], expected["confusion_matrix"])
-    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    assert result["loss"] != pytest.approx(other["loss"], rel=1e-4)
+@pytest.mark.parametrize(("fraction", "tta"), [(1e-3, "none"), (0.999, "mirror")])
+def test_fractions_that_round_to_no_or_all_images_need_one_pass(trained, fraction, tta):
+    found, expected = (
+        evaluator(trained, **settings)(trained[1])
+        for settings in ({"tta": "mirror", "tta_fraction": fraction}, {"tta": tta})
+    )
+    assert found.summary == expected.summary
+    np.testing.assert_array_equal(found.probabilities, expected.probabilities)
 
 
-def test_views_are_computed_only_below_the_confidence(trained, confidence, monkeypatch):
-    """The second pass over the split has only the images below the confidence."""
-    passes, positions_of = [], evaluator_module.evaluation_indices
+def test_only_the_views_of_the_chosen_images_are_computed(trained, monkeypatch):
+    """Count the images that the network gets: 355 and, in equal batches without padding, six views of 142."""
+    counted, images = [], steps.normalize
+
+    def counting(image, mean, std):
+        jax.debug.callback(lambda: counted.append(len(image)))
+        return images(image, mean, std)
+
+    monkeypatch.setattr(steps, "normalize", counting)
+    evaluator(trained, tta="mirror_translate", tta_fraction=0.4, batch_size=71)(trained[1])
+    jax.effects_barrier()
+    assert sum(counted) == 355 + 6 * 142
+    of_passes = passes(COUNT, "mirror_translate", 0.4)
+    assert sum(count * len(VIEWS[tta]) for count, tta in of_passes) == sum(counted)
+
+
+def test_the_first_of_equally_confident_images_are_chosen(trained, monkeypatch):
+    """With weights of zero, all confidences are 0.1."""
+    task, state = trained
+    chosen, indices = [], evaluator_module.evaluation_indices
 
     def recorded(examples, batch_size):
-        passes.append(examples.tolist())
-        return positions_of(examples, batch_size)
+        chosen.append(examples.tolist())
+        return indices(examples, batch_size)
 
-    below = widest_gap(confidence)
-    partly = evaluator(trained, tta="mirror", tta_below=below)
-    partly.compile(trained[1])
+    evaluate = Evaluator(task, TEST, all_examples(TEST)[::-1].copy(), 100, tta="mirror", tta_fraction=0.25)
+    evaluate.compile(state)
     monkeypatch.setattr(evaluator_module, "evaluation_indices", recorded)
-    partly(trained[1])
-    assert passes == [list(range(COUNT)), np.flatnonzero(confidence < below).tolist()]
-    assert 0 < len(passes[1]) < COUNT
+    evaluate(state._replace(params=jax.tree.map(jnp.zeros_like, state.params)))
+    assert chosen == [list(range(COUNT))[::-1], list(range(COUNT))[: -round(COUNT / 4) - 1 : -1]]
 
 
-def test_a_split_on_the_device_gets_equal_results_without_transfers(trained, confidence):
+def test_a_split_on_the_device_gets_equal_results_without_transfers(trained, least):
     task, state = trained
-    below = widest_gap(confidence)
-    expected = evaluator(trained, tta="mirror", tta_below=below)(state).probabilities
-    on_device = Evaluator(task, resident.put(TEST, task.layout), all_examples(TEST), 100, tta="mirror", tta_below=below)
+    settings = {"tta": "mirror", "tta_fraction": len(least) / COUNT}
+    expected = evaluator(trained, **settings)(state).probabilities
+    on_device = Evaluator(task, resident.put(TEST, task.layout), all_examples(TEST), 100, **settings)
     on_device.compile(state)
     with jax.transfer_guard_host_to_device("disallow"):  # allows device_put, which transfers positions
         result = on_device(state).probabilities
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
 
 
-def test_padding_is_not_counted(trained):
-    task, state = trained
-    index = np.zeros(4, np.int32)
-    batch = Batch(TEST.images[:4], TEST.labels[:4], index, index, np.array([True, False, True, False]))
-    for at_least, counted in (
-        (0.0, [True, False, True, False]),
-        (1e-3, [True, False, True, False]),
-        (1.0, [False] * 4),
-    ):
-        step = jax.jit(functools.partial(steps.eval_step, task, at_least=at_least))
-        assert step((state.params, state.batch_stats), batch)[2].tolist() == counted
-
-
-@pytest.mark.parametrize(
-    ("fields", "field", "keyword"),
-    [
-        ({"tta_below": 0.5}, "eval.tta_below=0.5", "eval.tta"),
-        ({"tta": "mirror", "tta_below": 1.5}, "eval.tta_below=1.5", "1"),
-    ],
-)
-def test_inconsistent_settings_are_refused(fields, field, keyword):
-    config = make_tiny_config()
-    config.eval = dataclasses.replace(config.eval, **fields)
-    with pytest.raises(ConfigError) as caught:
-        config.validate()
-    assert str(caught.value).startswith(f"{field}: ")
-    assert keyword in str(caught.value).partition(": ")[2]
+def test_an_evaluation_of_nan_is_an_error(trained):
+    _, state = trained
+    nan = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    evaluate = evaluator(trained, tta="mirror", tta_fraction=0.5)
+    for call in (evaluate, evaluate.accuracy):
+        with pytest.raises(UserError, match="evaluation loss"):
+            call(nan)

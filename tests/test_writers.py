@@ -127,13 +127,13 @@ def test_tensorboard_has_all_metrics(events, tmp_path):
 
 
 def test_tensorboard_has_the_settings(events, tmp_path):
-    settings = {"seed": 3, "optim.name": "adamw", "deterministic": False, "eval.tta_below": None, "betas": (0.9, 0.99)}
+    settings = {"seed": 3, "optim.name": "adamw", "deterministic": False, "optim.momentum": None, "betas": (0.9, 0.99)}
     MetricsWriter(tmp_path, 0, settings=settings).close()
     values = {tag: value.metadata.plugin_data for (tag, _), value in events(tmp_path / "tensorboard").items()}
     assert {data.plugin_name for data in values.values()} == {"hparams"}
     start = HParamsPluginData.FromString(values["_hparams_/session_start_info"].content).session_start_info.hparams
     assert (start["seed"].number_value, start["optim.name"].string_value) == (3, "adamw")
-    assert (start["deterministic"].bool_value, start["eval.tta_below"].string_value) == (False, "None")
+    assert (start["deterministic"].bool_value, start["optim.momentum"].string_value) == (False, "None")
     assert start["betas"].string_value == "(0.9, 0.99)"
     experiment = HParamsPluginData.FromString(values["_hparams_/experiment"].content).experiment
     assert {info.name for info in experiment.hparam_infos} == settings.keys()

@@ -40,9 +40,7 @@ def stablehlo(run: RestoredRun) -> bytes:
 
     def step(platform: str) -> Any:
         task, _ = setup(alone, info, device, platform=platform)
-        return lambda image: steps.predict_step(
-            task, weights, image, tta=config.eval.tta, tta_below=config.eval.tta_below
-        )
+        return lambda image: steps.predict_step(task, weights, image, tta=config.eval.tta)
 
     on_cpu, on_accelerator = step("cpu"), step("cuda")
 

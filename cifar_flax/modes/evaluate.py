@@ -32,7 +32,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
     assert evaluation is not None
     result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": run.step}
     if config.eval.tta != "none":
-        result |= {"tta": config.eval.tta, "tta_below": config.eval.tta_below}
+        result |= {"tta": config.eval.tta, "tta_fraction": config.eval.tta_fraction}
     result |= evaluation.summary
     if processes.is_main():
         show(evaluation_table(result))  # first, so that it is not lost if the disk is full

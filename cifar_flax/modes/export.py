@@ -1,5 +1,6 @@
 """--mode=export: write the model of a run for other programs, and check it in a separate process."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,11 @@ def changed_classes(
 
 
 def _check(run: RestoredRun, folder: Path) -> dict[str, Any]:
-    """Run the program in `folder` in another process; return its accuracy and its difference from evaluation."""
-    config = run.config
+    """Run the program in `folder` in another process; return its accuracy and its difference from evaluation.
+
+    As in the program, TTA is for all images of the evaluation.
+    """
+    config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, tta_fraction=1.0))
     arrays = sources.load(config.data, config.data.eval_split)
     run.info.check(arrays)
     evaluation = evaluator.final_evaluator(config, run.task, arrays)(run.state)
@@ -130,7 +134,6 @@ def _describe(run: RestoredRun, checked: Mapping[str, Any]) -> dict[str, Any]:
         },
         "num_classes": len(info.class_names),
         "tta": config.eval.tta,
-        "tta_below": config.eval.tta_below,
         "weights": {
             "file": "model.safetensors",
             "layout": "as in flax.nnx; convolutions: height, width, in, out; dense layers: in, out",

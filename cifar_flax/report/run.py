@@ -11,6 +11,7 @@ from cifar_flax.data.cache import Arrays
 from cifar_flax.report import charts, confusion, examples, page, reliability, results
 from cifar_flax.report.log import Log, read_log
 from cifar_flax.report.page import Content, Markup, Section, element, join, note, percent
+from cifar_flax.telemetry.scalars import augmentation
 
 _CONFUSIONS = 12  # pairs of classes in the list of the most frequent mistakes
 
@@ -44,11 +45,7 @@ def write_report(
 
 
 def _headline(name: str, result: dict[str, Any], log: Log) -> Markup:
-    lead = f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']:,}"
-    if "tta" in result:
-        lead += f", test-time augmentation {result['tta']}"
-    if result.get("tta_below") is not None:
-        lead += f" for images with confidence below {result['tta_below']}"
+    lead = f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']:,}{augmentation(result)}"
     metrics = {"top-5 accuracy": percent(result["top5_accuracy"])} if len(result["per_class"]) > 5 else {}  # not 100 %
     metrics |= {
         "loss": f"{result['loss']:.4f}",

@@ -3,17 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cifar_flax.telemetry.scalars import is_fraction, other_scalars, title
+from cifar_flax.telemetry.scalars import augmentation, is_fraction, other_scalars, title
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """Return the metrics of eval.json as a table to print."""
     name_width = max(len("class"), *(len(name) for name in result["per_class"]))
     correct = round(result["accuracy"] * result["num_examples"])
-    below = f" for images with confidence below {result['tta_below']}" if result.get("tta_below") else ""
-    tta = f", test-time augmentation {result['tta']}{below}" if "tta" in result else ""
     lines = [
-        f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']}{tta}",
+        f"{result['dataset']}, {result['split']} split, checkpoint of step {result['step']}{augmentation(result)}",
         f"  accuracy                    {result['accuracy']:.2%} ({correct} of {result['num_examples']})",
         f"  top-5 accuracy              {result['top5_accuracy']:.2%}",
         f"  loss                        {result['loss']!r}",

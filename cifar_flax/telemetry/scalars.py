@@ -9,7 +9,7 @@ _STANDARD = ("accuracy", "top5_accuracy", "loss", "expected_calibration_error")
 
 # Names with another meaning in metrics.jsonl, eval.json or the report.
 _RESERVED = {
-    "step", "epoch", "split", "dataset", "tta", "tta_below", "learning_rate", "images_per_second",
+    "step", "epoch", "split", "dataset", "tta", "tta_fraction", "learning_rate", "images_per_second",
     "input_wait_fraction", "skipped_steps", "checkpoint_blocked_seconds", "num_examples", "accuracy", "calibration",
     "calibration_error", "expected_calibration_error", "per_class", "confusion_matrix",
     "balanced_accuracy", "macro_f1",
@@ -25,12 +25,21 @@ def require_new_names(names: Collection[str]) -> None:
 
 def scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the scalar metrics in `result`, the content of eval.json or a part of it."""
-    return {name: value for name, value in result.items() if isinstance(value, float) and name != "tta_below"}
+    return {name: value for name, value in result.items() if isinstance(value, float) and name != "tta_fraction"}
 
 
 def other_scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the scalar metrics in `result` besides accuracy, top-5 accuracy, loss and calibration error."""
     return {name: value for name, value in scalars(result).items() if name not in _STANDARD}
+
+
+def augmentation(result: Mapping[str, Any]) -> str:
+    """Return the test-time augmentation of `result`, the content of eval.json, as the end of a line; "" if none."""
+    if "tta" not in result:
+        return ""
+    fraction = result.get("tta_fraction", 1.0)
+    images = f" of the {100 * fraction:g}% of the images with the lowest confidence" if fraction < 1 else ""
+    return f", test-time augmentation {result['tta']}{images}"
 
 
 def title(name: str) -> str:

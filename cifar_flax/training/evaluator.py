@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32, PyTree
+from jaxtyping import Array, Float, Int32, PyTree
 
 from cifar_flax.config import Config
 from cifar_flax.data import resident
@@ -33,8 +34,9 @@ class Evaluation:
 class Evaluator:
     """Evaluate states on `examples` of one split. Compilation happens once, and is not part of the measured time.
 
-    `tta`, a key of `augment.VIEWS`, averages the logits of several TTA views of each image; with `tta_below`, only of
-    images whose confidence without TTA is below this value.
+    `tta`, a key of `augment.VIEWS`, averages the logits of several TTA views of each image. With a `tta_fraction` below
+    1, a first pass evaluates all images without TTA. A second pass then evaluates this fraction of them with TTA: those
+    of lowest confidence in the first pass and, of equal ones, the first in `examples`.
     """
 
     def __init__(
@@ -45,24 +47,36 @@ class Evaluator:
         batch_size: int,
         *,
         tta: str = "none",
-        tta_below: float | None = None,
+        tta_fraction: float = 1.0,
     ):
         processes.require_agreement(data=arrays.digest())  # else they might run different numbers of batches
         self._task, self._arrays, self._examples = task, arrays, examples
         self._layout = task.layout
-        self._batch_size = self._layout.round_up(min(batch_size, len(examples)))
+        self._passes = passes(len(examples), tta, tta_fraction)
+        self._batch_sizes = [self._layout.round_up(min(batch_size, len(examples)))]
+        for count, _ in self._passes[1:]:  # batches of equal size, because padding would cost TTA views
+            equal = math.ceil(count / math.ceil(count / batch_size))
+            self._batch_sizes.append(self._layout.round_up(equal))
         # If the split is in device memory, the compiled step gathers the batches from it.
         self._resident = (arrays.images, arrays.labels) if isinstance(arrays.images, jax.Array) else ()
-        self._steps: list[Callable[..., Any]] = [functools.partial(steps.eval_step, task, tta=tta)]
-        if tta_below is not None:
-            self._steps.insert(0, functools.partial(steps.eval_step, task, at_least=tta_below))
         self._compiled: list[Callable[..., Any]] = []
 
     def compile(self, state: TrainState) -> None:
         """Compile for states of the shapes of `state`. Otherwise, the first evaluation compiles."""
-        inputs = self._layout.shard_batch(next(self._inputs(self._examples)))
-        arguments = (state.evaluated(self._task.averaging), inputs, *self._resident)
-        self._compiled = [self._layout.compile(on_inputs(self._task, step), *arguments) for step in self._steps]
+        weights = state.evaluated(self._task.averaging)
+        compiled: list[Callable[..., Any]] = []
+        step = steps.eval_step if len(self._passes) == 1 else steps.logits_step
+        for (_, tta), batch_size in zip(self._passes, self._batch_sizes, strict=True):
+            inputs = self._layout.shard_batch(next(self._inputs(self._examples, batch_size)))
+            on_batch = on_inputs(self._task, functools.partial(step, self._task, tta=tta))
+            compiled.append(self._layout.compile(on_batch, weights, inputs, *self._resident))
+        if len(self._passes) > 1:
+            self._labels = np.asarray(jax.device_get(self._arrays.labels), np.int32)[self._examples]
+            count = len(self._labels)
+            logits = jax.ShapeDtypeStruct((count, len(self._arrays.class_names)), np.float32)
+            lowered = jax.jit(_from_logits).lower(logits, jax.ShapeDtypeStruct((count,), np.int32))
+            self._from_logits = lowered.compile(compiler_options=self._layout.compiler_options)
+        self._compiled = compiled
 
     def __call__(self, state: TrainState, stopping: Callable[[], int] = lambda: 0) -> Evaluation | None:
         """Return the evaluation of `state`, or None if `stopping` returned a nonzero number before a batch.
@@ -71,14 +85,17 @@ class Evaluator:
         """
         if not self._compiled:
             self.compile(state)
-        weights, left = state.evaluated(self._task.averaging), np.arange(len(self._examples))
-        probabilities = np.empty((len(left), len(self._arrays.class_names)), np.float32)
+        weights, count = state.evaluated(self._task.averaging), len(self._examples)
+        chosen = np.arange(count)
+        rows = np.empty((count, len(self._arrays.class_names)), np.float32)
         start, waited = time.perf_counter(), 0.0
-        total: metrics.Sums | None = None
-        for step in self._compiled:
-            if not len(left):
-                break
-            inputs = InputTimer(to_device(self._inputs(self._examples[left]), self._layout.shard_batch))
+        per_batch: tuple[Any, ...] = ()
+        for (size, _), batch_size, step in zip(self._passes, self._batch_sizes, self._compiled, strict=True):
+            if size < count:
+                # The steps return the confidences to all processes, so that all choose the same images.
+                chosen = np.argsort(np.concatenate(per_batch)[:count], kind="stable")[:size]
+            batches = self._inputs(self._examples[chosen], batch_size)
+            inputs = InputTimer(to_device(batches, self._layout.shard_batch))
             outputs: list[Any] = []
             for batch in inputs:
                 if stopping():
@@ -86,18 +103,21 @@ class Evaluator:
                 outputs.append(step(weights, batch, *self._resident))
                 if len(outputs) > 1:  # read the one before, while the device computes this one
                     outputs[-2] = jax.device_get(outputs[-2])
-            sums, rows, counted = zip(*jax.device_get(outputs), strict=True)
-            total = functools.reduce(metrics.add, sums, total)
-            probabilities[left] = np.concatenate(rows)[: len(left)]
+            # Sums and probabilities or, if there are two passes, confidences and logits.
+            per_batch, found = zip(*jax.device_get(outputs), strict=True)
+            rows[chosen] = np.concatenate(found)[:size]
             waited += inputs.seconds
-            left = left[~np.concatenate(counted)[: len(left)]]
+        if len(self._passes) > 1:
+            sums, rows = jax.device_get(self._from_logits(*jax.device_put((rows, self._labels))))
+            per_batch = (sums,)
+        total = functools.reduce(metrics.add, per_batch, None)
         assert total is not None
         summary = metrics.summarize(total, self._arrays.class_names)
         _require_finite(summary["loss"], state)
         seconds = time.perf_counter() - start
         return Evaluation(
             summary=summary,
-            probabilities=probabilities,
+            probabilities=rows,
             images_per_second=summary["num_examples"] / seconds,
             input_wait_fraction=waited / seconds,
         )
@@ -105,26 +125,44 @@ class Evaluator:
     def accuracy(self, state: TrainState) -> float:
         """Return only the accuracy of `state`, for benchmarks, after `compile`.
 
-        Without `tta_below`, only the sums of the loss and the confusion matrices are read from the devices.
+        If all images get the same TTA, only the sums of the loss and the confusion matrices are read from the devices.
         Raise `UserError` if the loss is not finite.
         """
-        if len(self._compiled) > 1:  # which images get TTA depends on results on the host
+        if len(self._passes) > 1:
             evaluation = self(state)
             assert evaluation is not None
             return evaluation.summary["accuracy"]
         (step,), weights = self._compiled, state.evaluated(self._task.averaging)
-        inputs = to_device(self._inputs(self._examples), self._layout.shard_batch)
+        inputs = to_device(self._inputs(self._examples, self._batch_sizes[0]), self._layout.shard_batch)
         sums = [step(weights, batch, *self._resident)[0] for batch in inputs]
         loss, confusion = (sum(jax.device_get([one[name] for one in sums])) for name in ("loss", "confusion"))
         _require_finite(float(loss), state)
         return int(np.trace(confusion)) / int(np.sum(confusion))
 
-    def _inputs(self, examples: Int32[np.ndarray, " n"]) -> Iterator[Batch | Indices]:
+    def _inputs(self, examples: Int32[np.ndarray, " n"], batch_size: int) -> Iterator[Batch | Indices]:
         """Yield this process's rows of the batches."""
-        rows = self._layout.local_slice(self._batch_size)
-        for whole in evaluation_indices(examples, self._batch_size):
+        rows = self._layout.local_slice(batch_size)
+        for whole in evaluation_indices(examples, batch_size):
             indices = jax.tree.map(operator.itemgetter(rows), whole)
             yield indices if self._resident else gather(self._arrays.images, self._arrays.labels, indices)
+
+
+def passes(num_images: int, tta: str, fraction: float) -> list[tuple[int, str]]:
+    """Return, for each pass of an evaluation with this `fraction` of TTA, its number of images and its TTA.
+
+    The TTA is a key of `VIEWS`, so a pass evaluates its number of images times `len(VIEWS[tta])` views.
+    """
+    size = round(fraction * num_images)
+    if size in (0, num_images):
+        return [(num_images, tta if size else "none")]
+    return [(num_images, "none"), (size, tta)]
+
+
+def _from_logits(
+    logits: Float[Array, "n classes"], label: Int32[Array, " n"]
+) -> tuple[metrics.Sums, Float[Array, "n classes"]]:
+    """Return the sums of the metrics over all rows, and the probabilities."""
+    return metrics.evaluation_sums(logits, label, jnp.ones(label.shape, bool)), jax.nn.softmax(logits)
 
 
 def _require_finite(loss: float, state: TrainState) -> None:
@@ -152,6 +190,5 @@ def all_examples(arrays: Arrays) -> Int32[np.ndarray, " n"]:
 def final_evaluator(config: Config, task: steps.Task, arrays: Arrays) -> Evaluator:
     """Return the evaluator for the final evaluation, with the test-time augmentation of `config.eval`."""
     settings = config.eval
-    return Evaluator(
-        task, arrays, all_examples(arrays), settings.batch_size, tta=settings.tta, tta_below=settings.tta_below
-    )
+    examples = all_examples(arrays)
+    return Evaluator(task, arrays, examples, settings.batch_size, tta=settings.tta, tta_fraction=settings.tta_fraction)

@@ -225,37 +225,32 @@ def _keys(state: TrainState, batch: Batch, epoch: Int32[Array, " batch"]) -> tup
 
 
 def eval_step(
-    task: Task, weights: PyTree, batch: Batch, *, tta: str = "none", at_least: float = 0.0
-) -> tuple[metrics.Sums, Float[Array, "whole classes"], Bool[Array, " whole"]]:
-    """Return the sums that the batch adds to an evaluation, the probabilities, and which examples are counted.
+    task: Task, weights: PyTree, batch: Batch, *, tta: str = "none"
+) -> tuple[metrics.Sums, Float[Array, "whole classes"]]:
+    """Return the sums that the batch adds to an evaluation, and the probabilities of the images of all devices.
 
-    `weights` are (params, batch_stats). `tta`, a key of `VIEWS`, averages the logits of several TTA views. Only
-    examples with a confidence of `at_least` this value are counted. The returned rows are those of all devices.
+    `weights` are (params, batch_stats). `tta`, a key of `VIEWS`, averages the logits of several TTA views.
     """
     logits = _logits(task, weights, batch.image, tta)
-    probability = jax.nn.softmax(logits)
-    counted = batch.mask if at_least == 0 else batch.mask & (jnp.max(probability, axis=-1) >= at_least)
-    sums = metrics.evaluation_sums(logits, batch.label, counted)
+    sums = metrics.evaluation_sums(logits, batch.label, batch.mask)
     if (axis_name := task.layout.axis_name) is not None:
         sums = jax.lax.psum(sums, axis_name)
-    return sums, all_gather(task, probability), all_gather(task, counted.astype(jnp.int32)) > 0
+    return sums, all_gather(task, jax.nn.softmax(logits))
+
+
+def logits_step(
+    task: Task, weights: PyTree, batch: Batch, *, tta: str = "none"
+) -> tuple[Float[Array, " whole"], Float[Array, "whole classes"]]:
+    """Return the confidences and the logits of the images of all devices, for metrics of images with different TTA."""
+    logits = _logits(task, weights, batch.image, tta)
+    return all_gather(task, jnp.max(jax.nn.softmax(logits), axis=-1)), all_gather(task, logits)
 
 
 def predict_step(
-    task: Task,
-    weights: PyTree,
-    image: UInt8[Array, "batch h w c"],
-    *,
-    tta: str = "none",
-    tta_below: float | None = None,
+    task: Task, weights: PyTree, image: UInt8[Array, "batch h w c"], *, tta: str = "none"
 ) -> Float[Array, "whole classes"]:
-    """Return the class probabilities of the images of all devices, as evaluated with `tta` and `tta_below`."""
-    probability = jax.nn.softmax(_logits(task, weights, image, tta))
-    if tta_below is not None:
-        without_tta = jax.nn.softmax(_logits(task, weights, image, "none"))
-        is_confident = jnp.max(without_tta, axis=-1, keepdims=True) >= tta_below
-        probability = jnp.where(is_confident, without_tta, probability)
-    return all_gather(task, probability)
+    """Return the class probabilities of the images of all devices, as evaluated with `tta`."""
+    return all_gather(task, jax.nn.softmax(_logits(task, weights, image, tta)))
 
 
 def all_gather(task: Task, rows: Shaped[Array, "batch *rest"]) -> Shaped[Array, "whole *rest"]:
