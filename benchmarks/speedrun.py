@@ -35,14 +35,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from benchmarks import runs
 from benchmarks.arguments import at_least_one
 from benchmarks.baselines import original
+from benchmarks.flops import run_flops
 from benchmarks.runs import Measurement
 from cifar_flax import arguments
 from cifar_flax.config import Config
 from cifar_flax.data import sources
-from cifar_flax.data.augment import VIEWS
 from cifar_flax.errors import ConfigError, UserError, require
 from cifar_flax.files import write_json
-from cifar_flax.models.summary import forward_flops
 from cifar_flax.packages import has_module
 from cifar_flax.runtime import compilation
 from cifar_flax.training.evaluator import final_evaluator
@@ -86,16 +85,9 @@ class Speedrun:
         seconds = time.perf_counter() - start
         return {"seed": seed, "accuracy": accuracy, "seconds": seconds, "train_seconds": train_seconds}
 
-    def flops(self) -> float:
-        """Return the floating-point operations of a run.
-
-        Count three forward passes per training image and one per test-time augmentation (TTA) view of a test image. If
-        `eval.tta_below` is set, count a single view of each test image.
-        """
-        info, settings = self._trainer.info, self._config.eval
-        views = len(VIEWS[settings.tta]) if settings.tta_below is None else 1
-        forward = forward_flops(self._config.model, info.image_shape, len(info.class_names))
-        return forward * (3 * self.num_images + views * len(self._trainer.eval_arrays.labels))
+    def flops(self) -> int:
+        """Return the floating-point operations of a run."""
+        return run_flops(self._config, self._trainer.info, len(self._trainer.eval_arrays.labels))
 
 
 def compile_seconds(run: Speedrun) -> Measurement:
