@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
+from benchmarks import flops
 from cifar_flax.config import Config
-from cifar_flax.models.summary import forward_flops
 from cifar_flax.training.trainer import Trainer
 
 ROWS = 40  # operations in the result
@@ -36,11 +36,11 @@ def profile(config: Config, calls: int = 5) -> dict[str, Any]:
             jax.block_until_ready(train_call(state, call))
         (path,) = Path(folder).rglob("*.xplane.pb")
         seconds, count = operations(jax.profiler.ProfileData.from_file(str(path)))
-    forward = forward_flops(config.model, trainer.info.image_shape, len(trainer.info.class_names))
+    training = flops.parts(config, trainer.info, num_test=0)[1]
     (module,) = train_call.program(0).runtime_executable().hlo_modules()
     sources = operation_sources(module.to_string())
     return {
-        "flops_per_step": 3 * config.train.batch_size * forward,
+        "flops_per_step": training.flops // training.number,
         "step_ms": 1e3 * statistics.median(times[1:]),
         "busy_ms": 1e3 * sum(seconds.values()) / steps,
         "kernels_per_step": count / steps,

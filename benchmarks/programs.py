@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from benchmarks.matrix_flops import matrix_flops
 from cifar_flax.config import Config
 from cifar_flax.data import pipelines
 from cifar_flax.data.batches import empty_batch, empty_indices
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.data.resident import row_bytes
+from cifar_flax.models.flops import matrix_flops
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.setup import setup
 from cifar_flax.training.timetable import Timetable

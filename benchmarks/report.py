@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import campaign
+from benchmarks.flops import pflop
 from benchmarks.runs import CLOCKS, compilation
 from cifar_flax.errors import UserError
 
@@ -30,11 +31,7 @@ def device(result: Result) -> str:
 
 def accuracy(result: Result) -> str:
     mean, std = (result["ours"]["accuracy"][key] for key in ("mean", "std"))
-    return f"{mean:.2%}" if std is None else f"{mean:.2%} ± {100 * std:.2f}"
-
-
-def operations(result: Result) -> str:
-    return f"{result['flops'] / 1e15:.3f} PFLOP"
+    return f"{100 * mean:.2f} %" if std is None else f"{100 * mean:.2f} % ± {100 * std:.2f}"
 
 
 def readme_rows(results: Result) -> Iterator[str]:
@@ -46,7 +43,7 @@ def readme_rows(results: Result) -> Iterator[str]:
             accuracy(result),
             str(len(ours["trials"])),
             f"{ours['seconds']['mean']:.2f} s",
-            operations(result),
+            pflop(result["flops"]),
         )
         yield f"| {' | '.join(cells)} |"
 
@@ -57,8 +54,8 @@ def header(result: Result) -> Iterator[str]:
     mean, std = (ours["accuracy"][key] for key in ("mean", "std"))
     spread = "" if std is None else f"; standard deviation {100 * std:.2f}"
     yield f"Hardware: one {device(result)}; Python {versions['python']}, jax {versions['jax']}"
-    yield f"Accuracy: {mean:.2%} (mean of n={len(ours['trials'])}{spread})"
-    yield f"Operations: {operations(result)}"
+    yield f"Accuracy: {100 * mean:.2f} % (mean of n={len(ours['trials'])}{spread})"
+    yield f"Operations: {pflop(result['flops'])}"
     yield (
         f"Time:     {ours['seconds']['mean']:.3f} s, {ours['train_seconds']['mean']:.3f} s without the final "
         f"evaluation; compilation {compilation(result)}"

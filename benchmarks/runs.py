@@ -12,6 +12,7 @@ import numpy as np
 import scipy.stats
 from jax.extend import backend
 
+from benchmarks.flops import pflop
 from benchmarks.hardware import PEAKS, machine, measure_speed
 from cifar_flax import config as configs
 from cifar_flax.config import Config
@@ -131,7 +132,7 @@ def text(result: Measurement) -> str:
         f"  not timed    {result['not_timed']}",
         *_lines(result["ours"]),
         f"  rate         {result['images_per_second']:,.0f} training images/s over the whole timed part",
-        f"  operations   {result['flops'] / 1e15:.3f} PFLOP per run, {rate / 1e12:,.3f} TFLOP/s",
+        f"  operations   {pflop(result['flops'])} per run, {rate / 1e12:,.3f} TFLOP/s",
         f"               {fraction:.1%} of {peak['is']}",
         f"  compilation  {compilation(result)}",
     ]

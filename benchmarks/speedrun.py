@@ -35,17 +35,16 @@ from jax.experimental.compilation_cache import compilation_cache
 from benchmarks import runs
 from benchmarks.arguments import at_least_one
 from benchmarks.baselines import original
+from benchmarks.flops import run_flops
 from benchmarks.runs import Measurement
 from cifar_flax import arguments
 from cifar_flax.config import Config
 from cifar_flax.data import sources
-from cifar_flax.data.augment import VIEWS
 from cifar_flax.errors import ConfigError, UserError, require
 from cifar_flax.files import write_json
-from cifar_flax.models.summary import forward_flops
 from cifar_flax.packages import has_module
 from cifar_flax.runtime import compilation
-from cifar_flax.training.evaluator import final_evaluator, passes
+from cifar_flax.training.evaluator import final_evaluator
 from cifar_flax.training.loop import run_calls
 from cifar_flax.training.trainer import Trainer
 
@@ -86,16 +85,9 @@ class Speedrun:
         seconds = time.perf_counter() - start
         return {"seed": seed, "accuracy": accuracy, "seconds": seconds, "train_seconds": train_seconds}
 
-    def flops(self) -> float:
-        """Return the floating-point operations of a run.
-
-        Count three forward passes per training image and one per test-time augmentation (TTA) view of a test image.
-        """
-        info, settings = self._trainer.info, self._config.eval
-        of_test = passes(len(self._trainer.eval_arrays.labels), settings.tta, settings.tta_fraction)
-        views = sum(count * len(VIEWS[tta]) for count, tta in of_test)
-        forward = forward_flops(self._config.model, info.image_shape, len(info.class_names))
-        return forward * (3 * self.num_images + views)
+    def flops(self) -> int:
+        """Return the floating-point operations of a run."""
+        return run_flops(self._config, self._trainer.info, len(self._trainer.eval_arrays.labels))
 
 
 def compile_seconds(run: Speedrun) -> Measurement:

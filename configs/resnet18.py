@@ -3,6 +3,7 @@
 Command:  python main.py --config configs/resnet18.py
 Hardware: not measured
 Accuracy: not measured; 95 % is commonly reported
+Operations: 33.7 PFLOP
 Time:     not measured
 """
 

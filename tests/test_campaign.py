@@ -153,7 +153,7 @@ def test_report_shows_the_measured_figures():
     results = campaign.read(RESULTS)
     text = report.text(results)
     ours = results["stages"]["airbench94"]["result"]["ours"]
-    assert f"Accuracy: {ours['accuracy']['mean']:.2%} (mean of n={len(ours['trials'])}" in text
+    assert f"Accuracy: {100 * ours['accuracy']['mean']:.2f} % (mean of n={len(ours['trials'])}" in text
     assert f"| {ours['seconds']['mean']:.2f} s |" in text
     assert "Operations: 0.298 PFLOP" in text
     for name, stage in results["stages"].items():

@@ -1,6 +1,5 @@
 """List the layers of a network with their parameters and FLOPs."""
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cifar_flax import models
+from cifar_flax.models.flops import matrix_flops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +63,9 @@ def layers(config: models.ModelConfig, image_shape: tuple[int, int, int], num_cl
 def forward_flops(config: models.ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> int:
     """Return the FLOPs of one image's forward pass: two per multiplication in convolutions and matrix products.
 
-    They are counted in the implementation for accelerators. Training takes three times as many.
+    They are counted in the implementation for accelerators.
     """
-    return _flops(_trace(config, image_shape, num_classes, lambda network, image: network(image)))
+    return matrix_flops(_trace(config, image_shape, num_classes, lambda network, image: network(image)))
 
 
 class _Recorder:
@@ -117,7 +117,7 @@ class _Recorder:
             self._active.add(name)
             out = kind.__call__(module, *args, **settings)
             self._is_counting = True
-            flops = _flops(jax.make_jaxpr(lambda: kind.__call__(module, *args, **settings))().jaxpr)
+            flops = matrix_flops(jax.make_jaxpr(lambda: kind.__call__(module, *args, **settings))().jaxpr)
             self._is_counting = False
             self._active.remove(name)
             self._flops[name] += before + flops - self._flops.total()
@@ -141,17 +141,3 @@ def _trace(
 
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def _flops(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            total += 2 * equation.outvars[0].aval.size * math.prod(equation.invars[1].aval.shape[:3])
-        elif equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            operand = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * math.prod(operand[axis] for axis in contracted)
-        for inner in equation.params.values():
-            total += _flops(getattr(inner, "jaxpr", inner)) if hasattr(inner, "eqns") else 0
-    return total
