@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from benchmarks.matrix_flops import matrix_flops
 from cifar_flax.models import layers
+from cifar_flax.models.flops import matrix_flops
 from cifar_flax.runtime import compilation
 
 
