@@ -194,7 +194,8 @@ def differences(saved: Config, config: Config, where: str = "the checkpoint") ->
     ]
 
 
-# Fields of earlier releases, which saved configs may have.
+# Fields of earlier releases, which are dropped from saved configs. A run with `eval.tta_below`, which limited TTA to
+# images of lower confidence, is then evaluated with TTA for all images.
 _RETIRED = ("eval.tta_below",)
 
 
