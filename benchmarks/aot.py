@@ -39,7 +39,7 @@ class Row:
     """A compiled program. Counts are per device, and per training step or evaluation batch."""
 
     config: str
-    program: str  # train | frozen | eval | final, see `programs.Program`
+    program: str  # such as train, frozen, eval or final, see `programs.Program`
     compile_seconds: float
     gflop: float  # of convolutions and matrix products
     hbm_bytes: int

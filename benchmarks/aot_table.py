@@ -11,7 +11,6 @@ from pathlib import Path
 from benchmarks.aot import CONFIGS, RESULTS, milliseconds_at_bounds
 from benchmarks.topologies import TARGETS
 
-PROGRAMS = ("train", "frozen")
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 HEADER = """\
 | chips | config | matrix units, ms | memory, ms | estimate, ms | temporary, MiB | kernels | all-reduces |
@@ -22,15 +21,16 @@ HEADER = """\
 def render() -> str:
     """Return the table: a row for each training program in the committed results, in the order of the targets.
 
-    "(frozen)" is the program of the steps after a group of parameters is frozen.
+    "(frozen)" is the program after a group of parameters is frozen, "(24)" that for images of 24x24 pixels.
     """
     lines = []
     for target in TARGETS.values():
         path = RESULTS / f"aot_{target.name.replace(':', '-')}.json"
         rows = json.loads(path.read_text()) if path.exists() else []
-        trained = [row for row in rows if row["program"] in PROGRAMS and row["config"] in CONFIGS]
-        for row in sorted(trained, key=lambda row: (CONFIGS.index(row["config"]), PROGRAMS.index(row["program"]))):
-            name = row["config"] if row["program"] == "train" else f"{row['config']} ({row['program']})"
+        trained = [row for row in rows if row["program"] not in ("eval", "final") and row["config"] in CONFIGS]
+        for row in sorted(trained, key=lambda row: CONFIGS.index(row["config"])):  # otherwise in the order of a run
+            program = row["program"].removeprefix("train").strip("_").replace("_", ", ")
+            name = f"{row['config']} ({program})" if program else row["config"]
             arithmetic, memory = milliseconds_at_bounds(row["gflop"], row["hbm_bytes"], target.chip)
             estimate = "unknown" if row["estimate_ms"] is None else f"{row['estimate_ms']:.2f}"
             lines.append(

@@ -35,7 +35,7 @@ TEST_EXAMPLES = 10_000
 class Program:
     """A compiled program of a config."""
 
-    name: str  # train | frozen (its last part, with frozen groups) | eval | final (with the final evaluation's TTA)
+    name: str  # train, or frozen with frozen groups, and the images' side in pixels | eval | final (with its TTA)
     steps: int  # training steps (the most, if calls differ) or evaluation batches that one call runs
     flops: float  # of convolutions and matrix products, per step and device
     seconds: float  # to compile
@@ -81,10 +81,13 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
             step = functools.partial(step, count=max(lengths))
         else:
             shared = (*shared, jax.ShapeDtypeStruct((), "int32"))
-    for number, (_, phase) in enumerate(steps.phases(task)):
-        name = ("train", "frozen")[number] if number < 2 else f"frozen_{number}"
+    names: list[str] = []
+    for first, phase in steps.phases(task):
+        name = ("frozen" if phase.frozen else "train") + (f"_{phase.side}" if phase.side else "")
+        names.append(f"{name}_from_{first}" if name in names else name)
         arguments = state, inputs, *shared
-        yield build(name, max(lengths), functools.partial(step, phase), *arguments, batch_axis=batch_axis, donate=True)
+        step_of_phase = functools.partial(step, phase)
+        yield build(names[-1], max(lengths), step_of_phase, *arguments, batch_axis=batch_axis, donate=True)
     weights = state.evaluated(task.averaging)
     size = layout.round_up(config.eval.batch_size)
     inputs = empty_indices(size) if resident else empty_batch(size, shape)
