@@ -27,7 +27,7 @@ def render() -> str:
     for target in TARGETS.values():
         path = RESULTS / f"aot_{target.name.replace(':', '-')}.json"
         rows = json.loads(path.read_text()) if path.exists() else []
-        trained = [row for row in rows if row["program"] not in ("eval", "final") and row["config"] in CONFIGS]
+        trained = [row for row in rows if not row["program"].startswith(("eval", "final")) and row["config"] in CONFIGS]
         for row in sorted(trained, key=lambda row: CONFIGS.index(row["config"])):  # otherwise in the order of a run
             program = row["program"].removeprefix("train").strip("_").replace("_", ", ")
             name = f"{row['config']} ({program})" if program else row["config"]

@@ -35,7 +35,7 @@ TEST_EXAMPLES = 10_000
 class Program:
     """A compiled program of a config."""
 
-    name: str  # train, or frozen with frozen groups, and the images' side in pixels | eval | final (with its TTA)
+    name: str  # train, or frozen with frozen groups, and the side in pixels | eval | final, final_2 (its TTA)
     steps: int  # training steps (the most, if calls differ) or evaluation batches that one call runs
     flops: float  # of convolutions and matrix products, per step and device
     seconds: float  # to compile
@@ -89,9 +89,12 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
         step_of_phase = functools.partial(step, phase)
         yield build(names[-1], max(lengths), step_of_phase, *arguments, batch_axis=batch_axis, donate=True)
     weights = state.evaluated(task.averaging)
-    size = layout.round_up(config.eval.batch_size)
-    inputs = empty_indices(size) if resident else empty_batch(size, shape)
-    for name, tta in (("eval", "none"), ("final", config.eval.tta)):
-        if name == "eval" or tta != "none":
-            step = evaluator.on_inputs(task, functools.partial(steps.eval_step, task, tta=tta))
-            yield build(name, 1, step, weights, inputs, *split(TEST_EXAMPLES))
+    evaluations = {"eval": [(TEST_EXAMPLES, "none")]}
+    if config.eval.tta != "none":
+        evaluations["final"] = evaluator.passes(TEST_EXAMPLES, config.eval.tta, config.eval.tta_fraction)
+    for name, passes in evaluations.items():
+        sizes = evaluator.batch_sizes(passes, config.eval.batch_size, layout)
+        for number, (step, size) in enumerate(zip(evaluator.pass_steps(task, passes), sizes, strict=True), 1):
+            inputs = empty_indices(size) if resident else empty_batch(size, shape)
+            full_name = name if number == 1 else f"{name}_{number}"
+            yield build(full_name, 1, step, weights, inputs, *split(TEST_EXAMPLES))

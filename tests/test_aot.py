@@ -70,14 +70,18 @@ def test_a_missing_compiler_is_one_line_with_the_command_that_installs_it(
     assert re.fullmatch(rf"error: --target='{target}': .*: {command}\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("log_every", [11, 4], ids=["equal calls", "different calls"])
-def test_programs_are_those_of_a_run(monkeypatch, log_every):
+@pytest.mark.parametrize(
+    ("log_every", "tta_fraction", "final"),
+    [(11, 1.0, ["final"]), (4, 0.5, ["final", "final_2"])],
+    ids=["equal calls", "different calls"],
+)
+def test_programs_are_those_of_a_run(monkeypatch, log_every, tta_fraction, final):
     """For this machine, the compiler gets programs of the same arguments, results, donations and products."""
     config = make_tiny_config()
     config.data.drop_last = True
     config.train.steps_per_call, config.train.log_every = 11, log_every  # an epoch has 11 steps
     config.optim.biases.frozen_from = 1.0
-    config.eval.tta = "mirror"
+    config.eval.tta, config.eval.tta_fraction = "mirror", tta_fraction
     trainer, requested = Trainer(config), []
     any_program = jax.jit(lambda: 0).lower().compile()
 
@@ -91,16 +95,17 @@ def test_programs_are_those_of_a_run(monkeypatch, log_every):
     trainer.compile(trainer.initial_state)
     trainer.evaluator.compile(trainer.initial_state)
     final_evaluator(config, trainer.task, trainer.eval_arrays).compile(trainer.initial_state)
-    expected = requested.copy()
+    expected = [one for one in requested if one[1]]  # not the one that sums metrics of logits
     requested.clear()
 
     monkeypatch.setattr(programs, "DATASET", trainer.info)
     monkeypatch.setattr(programs, "TEST_EXAMPLES", len(trainer.eval_arrays.labels))
     found = list(programs.programs(config, jax.devices()[:1], {}))
     names = [(program.name, program.steps) for program in found]
-    assert names == [("train", log_every), ("frozen", log_every), ("eval", 1), ("final", 1)]
+    assert names == [("train", log_every), ("frozen", log_every), *((name, 1) for name in ("eval", *final))]
     assert requested == expected
-    assert all(signature and products for signature, products, _ in expected)
+    assert all(signature for signature, _, _ in expected)
+    assert len(expected) == len(names)
     assert "aliasing_output" in expected[0][0][0]
 
 

@@ -19,6 +19,7 @@ from cifar_flax.data.batches import Batch, Indices, InputTimer, evaluation_indic
 from cifar_flax.data.cache import Arrays
 from cifar_flax.errors import UserError
 from cifar_flax.runtime import processes
+from cifar_flax.runtime.devices import Layout
 from cifar_flax.training import metrics, steps
 from cifar_flax.training.state import TrainState
 
@@ -53,10 +54,7 @@ class Evaluator:
         self._task, self._arrays, self._examples = task, arrays, examples
         self._layout = task.layout
         self._passes = passes(len(examples), tta, tta_fraction)
-        self._batch_sizes = [self._layout.round_up(min(batch_size, len(examples)))]
-        for count, _ in self._passes[1:]:  # batches of equal size, because padding would cost TTA views
-            equal = math.ceil(count / math.ceil(count / batch_size))
-            self._batch_sizes.append(self._layout.round_up(equal))
+        self._batch_sizes = batch_sizes(self._passes, batch_size, self._layout)
         # If the split is in device memory, the compiled step gathers the batches from it.
         self._resident = (arrays.images, arrays.labels) if isinstance(arrays.images, jax.Array) else ()
         self._compiled: list[Callable[..., Any]] = []
@@ -65,11 +63,9 @@ class Evaluator:
         """Compile for states of the shapes of `state`. Otherwise, the first evaluation compiles."""
         weights = state.evaluated(self._task.averaging)
         compiled: list[Callable[..., Any]] = []
-        step = steps.eval_step if len(self._passes) == 1 else steps.logits_step
-        for (_, tta), batch_size in zip(self._passes, self._batch_sizes, strict=True):
+        for step, batch_size in zip(pass_steps(self._task, self._passes), self._batch_sizes, strict=True):
             inputs = self._layout.shard_batch(next(self._inputs(self._examples, batch_size)))
-            on_batch = on_inputs(self._task, functools.partial(step, self._task, tta=tta))
-            compiled.append(self._layout.compile(on_batch, weights, inputs, *self._resident))
+            compiled.append(self._layout.compile(step, weights, inputs, *self._resident))
         if len(self._passes) > 1:
             self._labels = np.asarray(jax.device_get(self._arrays.labels), np.int32)[self._examples]
             count = len(self._labels)
@@ -156,6 +152,20 @@ def passes(num_images: int, tta: str, fraction: float) -> list[tuple[int, str]]:
     if size in (0, num_images):
         return [(num_images, tta if size else "none")]
     return [(num_images, "none"), (size, tta)]
+
+
+def batch_sizes(found: list[tuple[int, str]], batch_size: int, layout: Layout) -> list[int]:
+    """Return the batch size of each of the `passes` of an evaluation in batches of at most `batch_size` images."""
+    sizes = [min(batch_size, found[0][0])]
+    for count, _ in found[1:]:  # batches of equal size, because padding would cost TTA views
+        sizes.append(math.ceil(count / math.ceil(count / batch_size)))
+    return [layout.round_up(size) for size in sizes]
+
+
+def pass_steps(task: steps.Task, found: list[tuple[int, str]]) -> list[Callable[..., Any]]:
+    """Return the function that each of the `passes` of an evaluation compiles, as `on_inputs` returns it."""
+    step = steps.eval_step if len(found) == 1 else steps.logits_step
+    return [on_inputs(task, functools.partial(step, task, tta=tta)) for _, tta in found]
 
 
 def _from_logits(
