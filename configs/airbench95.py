@@ -3,7 +3,7 @@
 Command:  python main.py --config configs/airbench95.py
 Hardware: not measured
 Accuracy: not measured; the original reports 95.01 % (n=200)
-Operations: 1.34 PFLOP
+Operations: 1.24 PFLOP
 Time:     not measured; the original takes 10.4 s on an NVIDIA A100
 
 Source: `legacy/airbench95.py` of the repository KellerJordan/cifar10-airbench. The original sums the loss

@@ -3,7 +3,7 @@
 Command:  python main.py --config configs/airbench96.py
 Hardware: not measured
 Accuracy: not measured; the original reports 96.03 % (n=400)
-Operations: 4.90 PFLOP
+Operations: 4.62 PFLOP
 Time:     not measured; the original takes 34.7 s on an NVIDIA A100
 
 Source: `legacy/airbench96.py` of the repository KellerJordan/cifar10-airbench. The original sums the loss

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import flops
 from benchmarks.programs import DATASET
 from cifar_flax import arguments
-from cifar_flax.config import EvalConfig
+from cifar_flax.config import AirbenchConfig, Config, DataConfig, EvalConfig, TrainConfig
 from cifar_flax.models.flops import matrix_flops
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
@@ -117,26 +117,35 @@ def full(side, taps, c_in, c_out):
 
 
 def pooled(side, taps, c_in, c_out):
-    """Return those of a convolution before a 2x2 max-pool. It also computes outputs that the pooling drops."""
-    return full(side, taps, c_in, c_out)
+    """Return those of a convolution before a 2x2 max-pool, which does not compute outputs that the pooling drops."""
+    kept, of_input = (full(size, taps, c_in, c_out)[0] for size in (side // 2 * 2, side))
+    return np.array([kept, of_input, kept])
 
 
-def airbench(widths, depth, pooled=pooled):
-    """Return the layers for 32x32 images: whitening (2x2 patches), three blocks of 3x3 convolutions, head."""
-    layers, side, c_in = [full(31, 4, 3, 24)], 31, 24
+def airbench(widths, depth, side=32, pooled=pooled):
+    """Return the layers: whitening (2x2 patches), three blocks of 3x3 convolutions, head."""
+    layers, side, c_in = [full(side - 1, 4, 3, 24)], side - 1, 24
     for width in widths:
         layers += [pooled(side, 9, c_in, width), *[full(side // 2, 9, width, width)] * (depth - 1)]
         side, c_in = side // 2, width
     return np.array([*layers, full(1, 1, c_in, 10)])
 
 
-# Name -> widths, depth, steps, images per step, first step with a frozen whitening bias, published PFLOP.
-RUNS = {
-    "airbench94": ((64, 256, 256), 2, 200, 2000, 75, 0.298),
-    "airbench95": ((128, 384, 384), 2, 720, 1024, 144, 1.37),
-    "airbench96": ((128, 384, 512), 3, 1776, 1024, 144, 4.99),
+# Of the originals: name -> widths, depth, epochs, images per step, published PFLOP.
+ORIGINALS = {
+    "airbench94_muon": ((64, 256, 256), 2, 8, 2000, 0.298),
+    "airbench95": ((128, 384, 384), 2, 15, 1024, 1.37),
+    "airbench96": ((128, 384, 512), 3, 37, 1024, 4.99),
 }
-VIEWS = 6 * 10_000  # TTA views in the final evaluation
+# Of the configs: name -> widths, depth, images per step, and the steps, the image's side and the whitening bias of each
+# phase.
+PHASES = {
+    "airbench94": ((64, 256, 256), 2, 1536, [(8, 24, True), (88, 24, False), (96, 28, False), (96, 32, False)]),
+    "airbench95": ((128, 384, 384), 2, 1024, [(144, 32, True), (576, 32, False)]),
+    "airbench96": ((128, 384, 512), 3, 1024, [(144, 32, True), (1632, 32, False)]),
+}
+# The images of the final evaluation, each with its number of TTA views.
+EVALUATED = {"airbench94": [(10_000, 1), (2_500, 6)], "airbench95": [(10_000, 6)], "airbench96": [(10_000, 6)]}
 
 
 def config_of(name):
@@ -149,43 +158,47 @@ def parts(name):
     return flops.parts(config, *flops.cifar10(config))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ORIGINALS)
 def test_the_convention_of_airbench(name):
-    """It ignores that parts of the gradient are not computed, and the optimizer."""
-    widths, depth, steps, batch, _, pflop = RUNS[name]
+    """It ignores that parts of the gradient are not computed, outputs that the pooling drops, and the optimizer."""
+    widths, depth, epochs, batch, pflop = ORIGINALS[name]
     forward = 2 * airbench(widths, depth, pooled=full)[:, 0].sum()
-    total = forward * (3 * steps * batch + VIEWS)
+    total = forward * (3 * (50_000 // batch) * epochs * batch + 6 * 10_000)
     assert total == pytest.approx(pflop * 1e15, rel=2e-3)
-    if name == "airbench94":
+    if name == "airbench94_muon":
         assert forward == pytest.approx(236.3e6, rel=2e-4)
-    config = config_of(name)
+    config = Config(
+        data=DataConfig(drop_last=True),
+        model=AirbenchConfig(widths=widths, depth=depth),
+        train=TrainConfig(batch_size=batch, epochs=epochs),
+        eval=EvalConfig(tta="mirror_translate"),
+    )
     assert flops.published_flops(config, *flops.cifar10(config)) == total
 
 
 @pytest.mark.parametrize("name", AIRBENCH)
 def test_operations_of_the_programs_of_airbench(name):
-    widths, depth, steps, batch, frozen, _ = RUNS[name]
-    layers = airbench(widths, depth)
-    forward, by_input, by_kernel = layers.T
-    # The kernel of the first layer is constant, and its input is the image: it has no gradient but that of its bias,
-    # which is a sum. Without that, the input of the second layer has no gradient either.
-    step = forward.sum() + by_kernel[1:].sum() + by_input[1:].sum()
+    widths, depth, batch, phases = PHASES[name]
     optimizer = 0
-    if name == "airbench94":
-        # Muon: three steps X -> (a + b X X' + c (X X')²) X for all kernels of a short side at once: two of 64 filters
-        # and four of 256, padded to their longest.
-        optimizer = 3 * sum(n * (2 * rows**2 * 9 * rows + rows**3) for n, rows in ((2, 64), (4, 256)))
-    whitening = 5000 * 31**2 * 12**2  # covariance of the patches of 2x2 pixels with 3 channels
-    expected = [
-        whitening,
-        frozen * (batch * step + optimizer),
-        (steps - frozen) * (batch * (step - by_input[1]) + optimizer),
-        VIEWS * forward.sum(),
-    ]
+    if config_of(name).optim.name == "muon":
+        # Three steps X -> (a + b X X' + c (X X')²) X for all kernels of a short side at once: two of the filters of the
+        # first block and four of the others, padded to their longest.
+        assert widths[1] == widths[2]
+        optimizer = 3 * sum(n * (2 * rows**2 * 9 * rows + rows**3) for n, rows in ((2, widths[0]), (4, widths[1])))
+    expected = [5000 * 31**2 * 12**2]  # covariance of the patches of 2x2 pixels with 3 channels
+    for steps, side, is_trained in phases:
+        forward, by_input, by_kernel = airbench(widths, depth, side).T
+        # The kernel of the first layer is constant, and its input is the image: it has no gradient but that of its
+        # bias, which is a sum. Without that, the input of the second layer has no gradient either.
+        layers = forward.sum() + by_kernel[1:].sum() + by_input[1 if is_trained else 2 :].sum()
+        resizing = 3 * (side * 32 * 32 + side * side * 32) if side != 32 else 0  # the height, then the width
+        expected.append(steps * (batch * (layers + resizing) + optimizer))
+    forward = airbench(widths, depth)[:, 0].sum()
+    expected += [count * views * forward for count, views in EVALUATED[name]]
     found = parts(name)
     assert [part.flops for part in found] == [2 * value for value in expected]
     assert [(part.number, part.unit) for part in found] == [
-        (5000, "images"), (frozen, "steps"), (steps - frozen, "steps"), (10_000, "images"),
+        (5000, "images"), *((steps, "steps") for steps, *_ in phases), *((n, "images") for n, _ in EVALUATED[name]),
     ]  # fmt: skip
 
 
@@ -195,12 +208,6 @@ def test_operations_of_the_programs_of_the_reference_cnn():
     found = parts("default")
     step = 256 * (2 * conv + 3 * (hidden + head))
     assert [part.flops for part in found] == [0, 2 * 3125 * step, 2 * 10_000 * (conv + hidden + head)]
-
-
-def test_passes_of_the_final_evaluation():
-    assert flops.evaluated(EvalConfig(), 70) == [("none", 70)]
-    assert flops.evaluated(EvalConfig(tta="mirror"), 70) == [("mirror", 70)]
-    assert flops.evaluated(EvalConfig(tta="mirror", tta_below=0.5), 70) == [("none", 70)]
 
 
 def lines(name, field):
@@ -235,11 +242,11 @@ def start(monkeypatch, *options):
 
 def test_the_command_prints_all_parts_and_their_sum(monkeypatch, capsys):
     config = str(REPOSITORY / "configs" / "airbench94.py")
-    # Half of the train split is held out, so an epoch has 12 batches of 2,000 images.
+    # Half of the train split is held out, so an epoch has 16 batches of 1,536 images.
     options = ["--config.data.validation_fraction=0.5", "--config.deterministic=True", "--config.eval.tta=mirror"]
     assert start(monkeypatch, f"--config={config}", *options) == 0
     rows = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
-    assert [row[1] for row in rows[:4]] == ["5,000 images", "36 steps", "60 steps", "10,000 images"]
+    assert [row[1] for row in rows[:3]] == ["5,000 images", "4 steps", "44 steps"]
     *values, total, published = (float(row[-1].removesuffix(" PFLOP")) for row in rows)
     assert total == pytest.approx(sum(values), abs=3e-6)
     assert total < published
