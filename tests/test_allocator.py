@@ -36,12 +36,12 @@ for small in 4 * (24, 40, 56, 72, 88):
     libc.free(buffer)
 {END}"""
 # Like XLA, allocate the buffer of the next step before that of the last step is freed. Each step first makes a small
-# allocation that is never freed. Print the growth of the peak memory in buffers of 300 MB.
+# allocation that is never freed. Print the growth of the resident memory in buffers of 300 MB.
 LARGE = f"""{START}
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 300e6
-before, last = peak(), None
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 300e6
+before, last = resident(), None
 for _ in range(2):
     buffer = ctypes.c_void_p()
     libc.posix_memalign(ctypes.byref(buffer), ctypes.c_size_t(64), ctypes.c_size_t(300_000_000))
@@ -49,7 +49,7 @@ for _ in range(2):
     libc.malloc(ctypes.c_size_t(2**20))
     ctypes.memset(buffer, 1, 300_000_000)
     last = buffer
-print(peak() - before)
+print(resident() - before)
 """
 
 
