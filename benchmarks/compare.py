@@ -35,7 +35,7 @@ RUNNERS: dict[str, tuple[str, dict[str, str]]] = {
     "Keras on TensorFlow": ("keras_", {"KERAS_BACKEND": "tensorflow"}),
     "Keras on JAX": ("keras_", {"KERAS_BACKEND": "jax"}),
 }
-SPEED = {"cnn": (128, 512), "airbench": (256, 1024)}  # network -> batch sizes
+SPEED = {"cnn": (128, 512), "airbench": (256, 1024, 2000)}  # network -> batch sizes
 RATES = ("train_images_per_second", "evaluate_images_per_second")
 
 Measurement = dict[str, Any]

@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from cifar_flax.runtime.allocator import SETTINGS, _has_glibc
+from cifar_flax.runtime.allocator import SETTINGS, _glibc_version, _has_glibc, tunables
 
 pytestmark = pytest.mark.skipif(not _has_glibc(), reason="sets glibc's allocator")
 
@@ -35,6 +35,22 @@ for small in 4 * (24, 40, 56, 72, 88):
     libc.malloc(ctypes.c_size_t(small))
     libc.free(buffer)
 {END}"""
+# Like XLA, allocate the buffer of the next step before that of the last step is freed. Each step first makes a small
+# allocation that is never freed. Print the growth of the resident memory in buffers of 300 MB.
+LARGE = f"""{START}
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 300e6
+before, last = resident(), None
+for _ in range(2):
+    buffer = ctypes.c_void_p()
+    libc.posix_memalign(ctypes.byref(buffer), ctypes.c_size_t(64), ctypes.c_size_t(300_000_000))
+    libc.free(last)
+    libc.malloc(ctypes.c_size_t(2**20))
+    ctypes.memset(buffer, 1, 300_000_000)
+    last = buffer
+print(resident() - before)
+"""
 
 
 def run(program, **environment):
@@ -59,6 +75,13 @@ def test_freed_buffers_fit_the_next_ones():
     with_thread_cache = SETTINGS["GLIBC_TUNABLES"].replace("tcache_count=0", "tcache_count=7")
     assert float(run(ALIGNED, GLIBC_TUNABLES=with_thread_cache)) > 5
     assert float(run(KEEP + ALIGNED)) < 2
+
+
+@pytest.mark.skipif(_glibc_version() < (2, 35), reason="limits mmap_threshold to 32 MB")
+def test_one_large_buffer_is_resident():
+    on_heap = ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables((2, 34)).items())
+    assert float(run(LARGE, GLIBC_TUNABLES=on_heap)) > 1.9
+    assert float(run(KEEP + LARGE)) < 1.1
 
 
 def test_embedded_code_does_not_restart_the_process():

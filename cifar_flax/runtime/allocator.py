@@ -7,18 +7,43 @@ import importlib.util
 import os
 import sys
 
-# Names from glibc's manual, "Memory Allocation Tunables".
-_TUNABLES = {
-    "mmap_max": 0,  # allocate everything on the heap
-    "arena_max": 1,  # use only the main arena, which can grow without limit
-    "trim_threshold": 2**62,  # never return freed memory to the kernel
-    "top_pad": 2**26,  # when growing the heap, request 64 MB more than needed
-    # Aligned allocations leave small unused chunks beside the buffer. In a thread cache these chunks count as used and
-    # do not merge with the freed buffer, which is then too small for the next aligned buffer of the same size: the
-    # process grew by a whole buffer in many of its first steps.
-    "tcache_count": 0,
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
+
+
+def tunables(glibc: tuple[int, int]) -> dict[str, int]:
+    """Return the settings for this version of `glibc`. Names from its manual, "Memory Allocation Tunables"."""
+    common = {
+        "arena_max": 1,  # use only the main arena, which can grow without limit
+        "trim_threshold": 2**62,  # never return freed memory of the heap to the kernel
+        "top_pad": 2**26,  # when growing the heap, request 64 MB more than needed
+        # Aligned allocations leave small unused chunks beside the buffer. In a thread cache these chunks count as used
+        # and do not merge with the freed buffer, which is then too small for the next aligned buffer of the same size:
+        # the process grew by a whole buffer in many of its first steps.
+        "tcache_count": 0,
+    }
+    # XLA keeps all temporary values of a step in one buffer. It often allocates the buffer of the next step just before
+    # it frees that of the last step, so the heap grows to two buffers, and to three when small allocations split a
+    # freed one. A mapped buffer takes no memory until the step writes to it, and none after it is freed; but the kernel
+    # zeroes its pages in each step.
+    if glibc < (2, 35):  # mmap_threshold is limited to 32 MB, less than the reference network's buffer
+        return common | {"mmap_max": 0}  # allocate everything on the heap
+    return common | {
+        "mmap_threshold": 2**28,  # map buffers of 256 MB or more
+        "hugetlb": 1,  # request transparent huge pages, which more than halve that time
+    }
+
+
+def _glibc_version() -> tuple[int, int]:
+    name = (os.confstr("CS_GNU_LIBC_VERSION") if _has_glibc() else None) or "glibc 0.0"  # such as "glibc 2.36"
+    major, minor, *_ = name.split()[-1].split(".")
+    return int(major), int(minor)
+
+
+SETTINGS = {
+    "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables(_glibc_version()).items())
 }
-SETTINGS = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _TUNABLES.items())}
 
 
 def keep_freed_memory() -> None:
@@ -26,7 +51,7 @@ def keep_freed_memory() -> None:
 
     By default glibc returns every freed buffer above 32 MB to the kernel. When the next training step allocates it
     again, the kernel must map and zero it page by page, which takes a third of the step's time on a CPU. With
-    `SETTINGS` steps are faster, but the process keeps its peak memory.
+    `SETTINGS` the process keeps freed memory, except buffers of 256 MB or more, which would multiply its peak memory.
 
     Do nothing if JAX could use an accelerator, the C library is not glibc, GLIBC_TUNABLES is set (even to the empty
     string), or the process was started for another program (a notebook, a debugger) or reads it from standard input.
@@ -49,7 +74,3 @@ def _is_own_process() -> bool:
             return sys.argv[0] not in ("", "-")  # a new process would find standard input consumed, and run nothing
         frame = frame.f_back
     return False
-
-
-def _has_glibc() -> bool:
-    return sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
