@@ -140,7 +140,7 @@ ORIGINALS = {
 # Of the configs: name -> widths, depth, images per step, and the steps, the image's side and the whitening bias of each
 # phase.
 PHASES = {
-    "airbench94": ((64, 256, 256), 2, 1536, [(8, 24, True), (88, 24, False), (96, 28, False), (96, 32, False)]),
+    "airbench94": ((64, 256, 256), 2, 1536, [(8, 24, True), (88, 24, False), (96, 28, False), (104, 32, False)]),
     "airbench95": ((128, 384, 384), 2, 1024, [(144, 32, True), (576, 32, False)]),
     "airbench96": ((128, 384, 512), 3, 1024, [(144, 32, True), (1632, 32, False)]),
 }

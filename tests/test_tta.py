@@ -101,7 +101,7 @@ def test_fractions_that_round_to_no_or_all_images_need_one_pass(trained, fractio
 
 
 def test_only_the_views_of_the_chosen_images_are_computed(trained, monkeypatch):
-    """Count the images that the network gets: 355 and, in equal batches without padding, six views of 142."""
+    """Count the images that the network gets: 355 and, in equal batches without padding, six TTA views of 142."""
     counted, images = [], steps.normalize
 
     def counting(image, mean, std):
