@@ -146,7 +146,7 @@ class Evaluator:
 def passes(num_images: int, tta: str, fraction: float) -> list[tuple[int, str]]:
     """Return, for each pass of an evaluation with this `fraction` of TTA, its number of images and its TTA.
 
-    The TTA is a key of `VIEWS`, so a pass evaluates its number of images times `len(VIEWS[tta])` views.
+    The TTA is a key of `VIEWS`, so a pass evaluates its number of images times `len(VIEWS[tta])` TTA views.
     """
     size = round(fraction * num_images)
     if size in (0, num_images):
