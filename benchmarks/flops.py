@@ -19,6 +19,7 @@ from cifar_flax.config import AirbenchConfig, Config
 from cifar_flax.data import order
 from cifar_flax.data.augment import VIEWS
 from cifar_flax.data.batches import empty_batch
+from cifar_flax.data.config import require_splits
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import ConfigError, require
 from cifar_flax.models.flops import matrix_flops
@@ -118,6 +119,7 @@ def cifar10(config: Config) -> tuple[DatasetInfo, int]:
     data = config.data
     allowed = "must be cifar10; benchmarks.speedrun counts the operations for other data"
     require(data.name == "cifar10" and not data.is_folder, "data.name", data.name, allowed)
+    require_splits(data, ("train", "test"))
     sizes = {"train": DATASET.num_examples, "test": TEST_EXAMPLES}
     examples, _ = order.split_validation(sizes[data.train_split], data.validation_fraction)
     side = data.image_size or DATASET.image_shape[0]

@@ -27,7 +27,7 @@ from cifar_flax.training.profiling import ProfileConfig
 class TrainConfig:
     batch_size: int = 128  # images per step, on all devices together
     epochs: float = 10.0  # passes over the training examples; may be fractional
-    resolutions: tuple[tuple[float, int], ...] = ()  # (epoch, side): resize images to this side from this epoch on
+    resolutions: tuple[tuple[float, int], ...] = ()  # (epoch, side) pairs: from then on, train on side x side pixels
     label_smoothing: float = 0.0  # fraction of the target that is spread evenly over all classes
     class_weights: str = "none"  # none | balanced: weight the loss of each class inversely to its number of examples
     log_every: int = 50  # steps between two training lines in metrics.jsonl
@@ -57,6 +57,8 @@ class TrainConfig:
         require(fits, "train.resolutions", self.resolutions, allowed)
         fits, allowed = all(side >= 1 for _, side in self.resolutions), "sides must be at least 1 pixel"
         require(fits, "train.resolutions", self.resolutions, allowed)
+        fits, allowed = max(epochs, default=0) < self.epochs, f"must start within the run of {self.epochs:g} epochs"
+        require(fits, "train.resolutions", self.resolutions, allowed)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,7 +76,6 @@ class EvalConfig:
         require(self.tta in VIEWS, "eval.tta", self.tta, f"must be one of {', '.join(VIEWS)}")
         fraction = self.tta_fraction
         require(0 < fraction <= 1, "eval.tta_fraction", fraction, "must be in (0, 1]")
-        require(fraction == 1 or self.tta != "none", "eval.tta_fraction", fraction, "must be 1.0 if eval.tta is none")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,7 +113,8 @@ class Config:
         require(weights == "none" or self.data.sampling == "shuffled", "train.class_weights", weights, allowed)
         warmup, allowed = self.optim.warmup_epochs, f"must be shorter than the run of {self.train.epochs:g} epochs"
         require(warmup <= self.train.epochs, "optim.warmup_epochs", warmup, allowed)
-        final, allowed = self.optim.final_epochs, f"must leave some of the {self.train.epochs:g} epochs to the decay"
+        final = self.optim.final_epochs
+        allowed = f"must be shorter than the run of {self.train.epochs:g} epochs without its warm-up"
         require(final == 0 or warmup + final < self.train.epochs, "optim.final_epochs", final, allowed)
         whitening = self.optim.whitening
         fits = "whitening" in models.network_class(self.model).groups.values() or whitening == GroupConfig()
@@ -153,7 +155,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Any) -> Config:
-    """Return the validated `Config` of `to_dict`, also of an earlier release, without the fields that it has no more.
+    """Return the validated `Config` of `to_dict`, also of an earlier release. Drop fields that no longer exist.
 
     Raise `ConfigError` for an unknown field or a value that is not allowed.
     """

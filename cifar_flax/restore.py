@@ -87,6 +87,9 @@ def _read(checkpoints: Checkpoints, config: Config, where: str) -> RestoredRun:
         if step is None:
             raise UserError(f"{where}: no checkpoint has a validation accuracy; use eval.checkpoint=newest")
     metadata = checkpoints.metadata(step)
+    if (below := metadata["config"]["eval"].get("tta_below")) is not None:
+        was = f"eval.tta_below={below}, which this run was saved with, no longer exists"
+        processes.log(f"{was}: TTA is for all images, or for eval.tta_fraction of them")
     saved, info = configs.from_dict(metadata["config"]), DatasetInfo.from_dict(metadata["dataset"])
     config = dataclasses.replace(saved, data=config.data, eval=config.eval, parallel=config.parallel)
     task, init = setup(config, info)

@@ -59,7 +59,6 @@ SAVED = [
     ),
     ({"eval": {"checkpoint": "best"}}, "eval.checkpoint='best': needs checkpoint.keep_best"),
     ({"eval": {"tta": "mirror", "tta_fraction": 1.5}}, "eval.tta_fraction=1.5: must be in (0, 1]"),
-    ({"eval": {"tta_fraction": 0.5}}, "eval.tta_fraction=0.5: must be 1.0 if eval.tta is none"),
     ({"train": {"tta_below": None}}, "train.tta_below=None: must be a field"),
     ([], "config=[]: must be a JSON object"),
     # Settings of the optimizer.
@@ -74,6 +73,10 @@ SAVED = [
     ),
     ({"train": {"resolutions": [[1, 24]]}}, "train.resolutions=((1, 24),): must be pairs (epoch, side) in the order"),
     ({"train": {"resolutions": [[0, 24], [0, 32]]}}, "train.resolutions=((0, 24), (0, 32)): must be pairs"),
+    (
+        {"train": {"resolutions": [[0, 24], [10, 32]]}},
+        "train.resolutions=((0, 24), (10, 32)): must start within the run of 10 epochs",
+    ),
     ({"train": {"resolutions": [[0, 0]]}}, "train.resolutions=((0, 0),): sides must be at least 1 pixel"),
     ({"optim": {"name": "muon"}}, "optim.dense.learning_rate=None: must be set if optim.name is muon"),
     ({"optim": {"name": "muon", "weight_decay": 0.1}}, "optim.weight_decay=0.1: does not apply to muon"),
@@ -292,7 +295,7 @@ NEEDS_NO_DATA = [
     ("optim.warmup_epochs=6 train.epochs=5", "optim.warmup_epochs=6.0: must be shorter than the run of 5 epochs"),
     (
         "optim.schedule=linear optim.final_epochs=5 train.epochs=5",
-        "optim.final_epochs=5.0: must leave some of the 5 epochs",
+        "optim.final_epochs=5.0: must be shorter than the run of 5",
     ),
     ("train.batch_size=33", "train.batch_size=33: must be a multiple of the number of devices, 2"),
     ("parallel.backend=jit train.sync_batchnorm=False", "train.sync_batchnorm=False: must be True"),

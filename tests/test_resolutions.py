@@ -91,5 +91,5 @@ def test_a_network_whose_parameters_depend_on_the_size_is_refused(config):
     with pytest.raises(ConfigError, match=r"train.resolutions=.*: cnn has other parameters at 12x12"):
         Trainer(config)
     config.model = AirbenchConfig(widths=(4, 8, 8))
-    with pytest.raises(ConfigError, match=r"train.resolutions=.*: .*images of 12x12 are too small"):
+    with pytest.raises(ConfigError, match=r"train.resolutions=.*: 12x12 pixels are too few for airbench"):
         Trainer(config)

@@ -12,7 +12,7 @@ from cifar_flax.data.augment import VIEWS, normalize, views
 from cifar_flax.errors import UserError
 from cifar_flax.training import evaluator as evaluator_module
 from cifar_flax.training import metrics, steps
-from cifar_flax.training.evaluator import Evaluator, all_examples, passes
+from cifar_flax.training.evaluator import Evaluator, all_examples, passes, passes
 from cifar_flax.training.trainer import Trainer
 
 TEST = sources.load(make_tiny_config().data, "test")
@@ -90,12 +90,15 @@ def test_a_fraction_of_tta_is_for_the_least_confident_images(trained, least, bat
     assert len({plain["loss"], expected["loss"], summary_of(augmented)["loss"]}) == 3
 
 
-@pytest.mark.parametrize(("fraction", "tta"), [(1e-3, "none"), (0.999, "mirror")])
-def test_fractions_that_round_to_no_or_all_images_need_one_pass(trained, fraction, tta):
-    found, expected = (
-        evaluator(trained, **settings)(trained[1])
-        for settings in ({"tta": "mirror", "tta_fraction": fraction}, {"tta": tta})
-    )
+def test_passes_of_an_evaluation():
+    assert passes(1000, "mirror", 0.25) == [(1000, "none"), (250, "mirror")]
+    assert passes(1000, "mirror", 1e-4) == [(1000, "none"), (1, "mirror")]
+    assert passes(1000, "mirror", 1.0) == [(1000, "mirror")]
+    assert passes(1000, "none", 0.25) == [(1000, "none")]
+
+
+def test_a_fraction_that_rounds_to_all_images_needs_one_pass(trained):
+    found, expected = (evaluator(trained, tta="mirror", tta_fraction=value)(trained[1]) for value in (0.999, 1.0))
     assert found.summary == expected.summary
     np.testing.assert_array_equal(found.probabilities, expected.probabilities)
 

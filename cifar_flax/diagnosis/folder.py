@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from cifar_flax.data import folder
 from cifar_flax.data.class_folders import find
 from cifar_flax.data.images import FORMATS
 from cifar_flax.diagnosis.installation import NOTE, OK, Finding
+from cifar_flax.training import steps
 from cifar_flax.training.trainer import Trainer
 
 _CLASSES = 50  # whose numbers of images are listed
@@ -69,20 +71,22 @@ def _sizes(root: Path, files: Sequence[str]) -> str:
 def estimate(trainer: Trainer) -> Iterator[Finding]:
     """Compile the training step and run it for some seconds; report the memory and the time that a run needs."""
     state, total = trainer.initial_state, trainer.total_steps
-    calls = trainer.compile(state)
-    needed = calls.program(0).memory_analysis()
-    if needed is not None:
-        size = needed.argument_size_in_bytes + needed.temp_size_in_bytes
+    calls, starts = trainer.compile(state), [first for first, _ in steps.phases(trainer.task)]
+    needed = [memory for first in starts if (memory := calls.program(first).memory_analysis()) is not None]
+    if needed:
+        size = max(memory.argument_size_in_bytes + memory.temp_size_in_bytes for memory in needed)
         yield Finding(OK, f"a training step needs {size / 1e6:,.0f} MB of memory, besides JAX itself")
-    begin, first, done = time.perf_counter(), 0, 0
-    for call in trainer.inputs(trainer.config.seed, 0):
-        state = jax.block_until_ready(calls(state, call)[0])
-        done = call.stop
-        if not first and done < total:  # the first call may take longer
-            begin, first = time.perf_counter(), done
-        elif time.perf_counter() - begin > _SECONDS:
-            break
-    training = (time.perf_counter() - begin) / (done - first) * total
+    training = 0.0
+    for start, end in itertools.pairwise([*starts, total]):
+        begin, first, done = time.perf_counter(), start, start
+        for call in trainer.inputs(trainer.config.seed, start):
+            state = jax.block_until_ready(calls(state, call)[0])
+            done = call.stop
+            if first == start and done < end:  # the first call may take longer
+                begin, first = time.perf_counter(), done
+            elif done == end or time.perf_counter() - begin > _SECONDS / len(starts):
+                break
+        training += (time.perf_counter() - begin) / (done - first) * (end - start)
     evaluation = trainer.evaluator(state)
     assert evaluation is not None
     of_one = evaluation.summary["num_examples"] / evaluation.images_per_second

@@ -10,10 +10,10 @@ from jax.interpreters.partial_eval import dce_jaxpr
 def matrix_flops(jaxpr: Jaxpr | ClosedJaxpr, unknown: int = 1) -> int:
     """Return the operations that `jaxpr` executes on one device: two per multiply-add.
 
-    Loops count with all iterations, a condition with its larger branch; results that are not used do not count.
-    `unknown` iterations are assumed of the outer loops whose number is an argument. Products with padding count, but
-    not those with the zeros that dilation inserts: a convolution with padding SAME and stride 1, the gradient of its
-    input and that of its kernel have equally many operations.
+    Loops count with all iterations, a condition with its larger branch; results that are not used do not count. An
+    outer loop whose number of iterations is an argument counts as `unknown` iterations. Products with padding count,
+    but not those with the zeros that dilation inserts: a convolution with padding SAME and stride 1, the gradient of
+    its input and that of its kernel have equally many operations.
     """
     plain: Any = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     plain, _ = dce_jaxpr(plain, [True] * len(plain.outvars))

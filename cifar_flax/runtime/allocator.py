@@ -3,6 +3,7 @@
 glibc reads its settings when a process starts, so they take effect only after the process re-executes itself.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -36,7 +37,10 @@ def tunables(glibc: tuple[int, int]) -> dict[str, int]:
 
 
 def _glibc_version() -> tuple[int, int]:
-    name = (os.confstr("CS_GNU_LIBC_VERSION") if _has_glibc() else None) or "glibc 0.0"  # such as "glibc 2.36"
+    name = None
+    with contextlib.suppress(OSError, ValueError):  # of other C libraries
+        name = os.confstr("CS_GNU_LIBC_VERSION")  # such as "glibc 2.36"
+    name = name or "glibc 0.0"
     major, minor, *_ = name.split()[-1].split(".")
     return int(major), int(minor)
 

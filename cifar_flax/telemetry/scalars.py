@@ -9,7 +9,7 @@ _STANDARD = ("accuracy", "top5_accuracy", "loss", "expected_calibration_error")
 
 # Names with another meaning in metrics.jsonl, eval.json or the report.
 _RESERVED = {
-    "step", "epoch", "split", "dataset", "tta", "tta_fraction", "learning_rate", "images_per_second",
+    "step", "epoch", "split", "dataset", "tta", "tta_fraction", "tta_below", "learning_rate", "images_per_second",
     "input_wait_fraction", "skipped_steps", "checkpoint_blocked_seconds", "num_examples", "accuracy", "calibration",
     "calibration_error", "expected_calibration_error", "per_class", "confusion_matrix",
     "balanced_accuracy", "macro_f1",
@@ -25,7 +25,8 @@ def require_new_names(names: Collection[str]) -> None:
 
 def scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the scalar metrics in `result`, the content of eval.json or a part of it."""
-    return {name: value for name, value in result.items() if isinstance(value, float) and name != "tta_fraction"}
+    settings = ("tta_fraction", "tta_below")  # the second one in files of earlier releases
+    return {name: value for name, value in result.items() if isinstance(value, float) and name not in settings}
 
 
 def other_scalars(result: Mapping[str, Any]) -> dict[str, float]:

@@ -148,9 +148,9 @@ def passes(num_images: int, tta: str, fraction: float) -> list[tuple[int, str]]:
 
     The TTA is a key of `VIEWS`, so a pass evaluates its number of images times `len(VIEWS[tta])` TTA views.
     """
-    size = round(fraction * num_images)
-    if size in (0, num_images):
-        return [(num_images, tta if size else "none")]
+    size = max(round(fraction * num_images), 1)
+    if tta == "none" or size == num_images:
+        return [(num_images, tta)]
     return [(num_images, "none"), (size, tta)]
 
 

@@ -36,7 +36,7 @@ class OptimConfig:
     warmup_epochs: float = 0.0  # epochs of linear warm-up
     warmup_start: float = 0.0  # learning rate at the start of the warm-up, as a fraction of the peak
     final_share: float = 0.0  # linear: learning rate at the end of the run, as a fraction of the peak
-    final_epochs: float = 0.0  # linear: epochs at the end of the run at this final learning rate
+    final_epochs: float = 0.0  # linear: epochs at the end of the run at the learning rate of final_share
     weight_decay: float = 0.0  # adamw: decoupled; sgd: added to the gradient; not for biases and whitening
     b1: float | None = None  # adam, adamw: EMA decay of the gradient; None is 0.9
     b2: float | None = None  # adam, adamw: EMA decay of the squared gradient; None is 0.999
@@ -102,7 +102,7 @@ class Optimizer:
 class Schedule:
     """A row of `SCHEDULES`."""
 
-    make: Callable[[OptimConfig, int], optax.Schedule]  # (config, steps between warm-up and end) -> learning rate
+    make: Callable[[OptimConfig, int], optax.Schedule]  # (config, steps of the decay) -> learning rate
     settings: frozenset[str] = frozenset()  # optional fields of OptimConfig that it uses
     depends_on_length: bool = True  # whether another train.epochs would change the learning rate of earlier steps
 
@@ -159,7 +159,7 @@ def make_schedule(config: OptimConfig, total_steps: int, steps_per_epoch: float)
     )
     longest = f"must be shorter than the run of {total_steps} steps, of which it takes {warmup}; 0 disables it"
     require(warmup < total_steps, "optim.warmup_epochs", config.warmup_epochs, longest)
-    longest = f"must leave steps to the decay: {warmup} and {final} of {total_steps} steps are warm-up and final epochs"
+    longest = f"takes {final} steps, which must be fewer than the run's {total_steps} without its warm-up of {warmup}"
     require(warmup + final < total_steps, "optim.final_epochs", config.final_epochs, longest)
     schedule = SCHEDULES[config.schedule].make(config, total_steps - warmup - final)  # which keeps its last value
     if not warmup:

@@ -48,32 +48,31 @@ def _class_weights(counts: Sequence[int]) -> tuple[float, ...]:
     return tuple(sum(counts) / (np.count_nonzero(counts) * count) if count else 0.0 for count in counts)
 
 
-def _sides(
-    config: Config, image_shape: tuple[int, int, int], num_classes: int, steps_per_epoch: float
-) -> tuple[tuple[int, int], ...]:
-    """Return `train.resolutions` as pairs (finished steps, side in pixels), the first of which is for step 0.
+def require_resolutions(config: Config, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise `ConfigError` unless the network has the same variables at each size of `train.resolutions`.
 
-    Raise `ConfigError` unless the images are square and the network has the same variables at each size.
+    `image_shape` is (height, width, channels).
     """
-    pairs = config.train.resolutions
+    pairs, (height, width, channels) = config.train.resolutions, image_shape
     if not pairs:
-        return ()
-    height, width, channels = image_shape
+        return
     require(height == width, "train.resolutions", pairs, f"needs square images, but these are {height}x{width}")
+    fits = all(side <= height for _, side in pairs)
+    require(fits, "train.resolutions", pairs, f"sides must be at most {height} pixels, the size of the images")
 
     def variables(side: int) -> list[tuple[int, ...]]:
         model = state.create_model(config.model, (side, side, channels), num_classes, platform="cpu")
         shapes = jax.eval_shape(model.init, jax.ShapeDtypeStruct((), np.uint32), None)
         return [leaf.shape for leaf in jax.tree.leaves(shapes)]
 
-    for _, side in pairs:
-        try:
-            fits = variables(side) == variables(height)
-        except ConfigError as error:  # too small for the network
-            raise ConfigError(f"train.resolutions={pairs}: {error}") from error
+    whole = variables(height)
+    for side in sorted({side for _, side in pairs} - {height}):
         allowed = f"{config.model.name} has other parameters at {side}x{side} than at {height}x{width} pixels"
-        require(fits, "train.resolutions", pairs, f"{allowed}. Use resnet18 or airbench with model.global_pool.")
-    return tuple((round(epoch * steps_per_epoch), side) for epoch, side in pairs)
+        try:
+            fits = variables(side) == whole
+        except ConfigError:
+            fits, allowed = False, f"{side}x{side} pixels are too few for {config.model.name}"
+        require(fits, "train.resolutions", pairs, f"{allowed}. Use resnet18, or airbench with model.global_pool.")
 
 
 def setup(
@@ -133,7 +132,7 @@ def setup(
         skip_nonfinite=config.on_nonfinite == "skip",
         param_groups=groups,
         frozen_from=frozen_from,
-        sides=_sides(config, info.image_shape, len(info.class_names), steps_per_epoch),
+        sides=tuple((round(epoch * steps_per_epoch), side) for epoch, side in config.train.resolutions),
     )
     options = compilation.options(layout.platform, deterministic=True) if layout.deterministic else None
 

@@ -20,7 +20,7 @@ from cifar_flax.runtime import processes
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.evaluator import Evaluator
 from cifar_flax.training.metrics import StepMetrics
-from cifar_flax.training.setup import checked_layout, setup
+from cifar_flax.training.setup import checked_layout, require_resolutions, setup
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Call
 from cifar_flax.training.timetable import Timetable
@@ -59,6 +59,7 @@ class Trainer:
         if config.data.is_folder:
             allowed = "must leave at least one training image of each class"
             require(min(self.info.class_counts) > 0, "data.validation_fraction", fraction, allowed)
+        require_resolutions(config, self.info.image_shape, len(self.info.class_names))
         self.task, init = setup(config, self.info, devices)
         self.layout = self.task.layout
         self.pipeline = pipelines.resolve(

@@ -5,10 +5,10 @@ from jaxtyping import Array, Float
 
 
 def resize(images: Float[Array, "batch height width c"], side: int) -> Float[Array, "batch side side c"]:
-    """Return the images, resized by linear interpolation, which averages over all pixels if they become smaller.
+    """Return the images, resized by linear interpolation. A pixel of smaller images is a mean of all that it covers.
 
-    Source: Howard 2018, "Training Imagenet in 3 hours for 25 minutes" (fast.ai). On CIFAR-10, resizing whole images
-    costs half as much accuracy as smaller crops do (the repository fulcrumresearch/cifar-10-speedrun).
+    Source: Howard 2018, "Training Imagenet in 3 hours for 25 minutes" (fast.ai). According to the repository
+    fulcrumresearch/cifar-10-speedrun, resized images cost less accuracy on CIFAR-10 than crops of the same size.
     """
     batch, _, _, channels = images.shape
     return jax.image.resize(images, (batch, side, side, channels), "linear")
