@@ -12,7 +12,7 @@ from cifar_flax.data.augment import VIEWS, normalize, views
 from cifar_flax.errors import UserError
 from cifar_flax.training import evaluator as evaluator_module
 from cifar_flax.training import metrics, steps
-from cifar_flax.training.evaluator import Evaluator, all_examples, passes, passes
+from cifar_flax.training.evaluator import Evaluator, all_examples, passes
 from cifar_flax.training.trainer import Trainer
 
 TEST = sources.load(make_tiny_config().data, "test")

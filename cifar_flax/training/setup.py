@@ -132,7 +132,9 @@ def setup(
         skip_nonfinite=config.on_nonfinite == "skip",
         param_groups=groups,
         frozen_from=frozen_from,
-        sides=tuple((round(epoch * steps_per_epoch), side) for epoch, side in config.train.resolutions),
+        sides=tuple(
+            (step, side) for epoch, side in config.train.resolutions if (step := round(epoch * steps_per_epoch)) < steps
+        ),
     )
     options = compilation.options(layout.platform, deterministic=True) if layout.deterministic else None
 
