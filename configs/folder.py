@@ -2,12 +2,15 @@
 
 Command:  python main.py --config configs/folder.py --config.data.folder=PATH
 Hardware: two cores of an AMD EPYC (Zen 5), no GPU; Python 3.13, jax 0.12.0
-Accuracy: 72.25 % (mean of n=3; standard deviation 0.40)
-          on CIFAR-10's test split, trained on 2,000 PNG files (the first 200 of each class in the train split), with
+
+Data:     CIFAR-10's test split, and 2,000 PNG files for training (the first 200 of each class in the train split), with
           --config.data.image_size=32
+Accuracy: 72.25 % (mean of n=3; standard deviation 0.40)
 Time:     1 min 40 s (mean), including compilation and 30 evaluations of 10,000 images
-Accuracy: 99.73 % (seed 0) on scikit-learn's 1,797 digits, enlarged to PNG files of 64x64 pixels and divided by the hash
-          of their paths, with --config.augment.flip=none --config.eval.tta=none
+
+Data:     scikit-learn's 1,797 digits, enlarged to PNG files of 64x64 pixels and divided by the hash of their paths,
+          with --config.augment.flip=none --config.eval.tta=none
+Accuracy: 99.73 % (seed 0)
 Time:     2 min 4 s
 
 Learning rate, batch size, color jitter and label smoothing were chosen on 4,000 other images of the train split.
