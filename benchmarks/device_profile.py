@@ -21,8 +21,9 @@ ROWS = 40  # operations in the result
 def profile(config: Config, calls: int = 5) -> dict[str, Any]:
     """Return the milliseconds of a training step, and of its slowest operations, from a trace of one call.
 
-    The step is one of the last phase of the run, whose images have `side` pixels in height and width. `step_ms` is the median over `calls` calls without the profiler. `busy_ms` is the sum over all operations in the
-    trace, so the device idles for the rest of `step_ms` (or runs several operations at a time, if it is larger).
+    The step is one of the last phase of the run, whose images have `side` pixels in height and width. `step_ms` is the
+    median over `calls` calls without the profiler. `busy_ms` is the sum over all operations in the trace, so the device
+    idles for the rest of `step_ms` (or runs several operations at a time, if it is larger).
     """
     trainer = Trainer(config)
     first, task = steps.phases(trainer.task)[-1]

@@ -122,9 +122,9 @@ def most_devices(cost: Cost, chip: Chip) -> int:
 
 
 def print_prediction() -> None:
-    print(
-        "| config | image size | chip | MB summed | GFLOP per image | 1 | 8 | 64 | 512 | useful devices at this batch size |"
-    )
+    efficiencies = " | ".join(map(str, DEVICES))
+    columns = f"chip | MB summed | image size | GFLOP per image | {efficiencies} | useful devices at this batch size"
+    print(f"| config | {columns} |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in CONFIGS:
         one = cost(name)
@@ -132,7 +132,7 @@ def print_prediction() -> None:
             weak = " | ".join(f"{weak_efficiency(one, chip, devices):.0%}" for devices in DEVICES)
             size, most = (one.bytes + one.statistics) / 1e6, most_devices(one, chip)
             print(
-                f"| {name} | {one.side}x{one.side} | {chip.name} | {size:.1f} | {one.flops / 1e9:.3f} | {weak} "
+                f"| {name} | {chip.name} | {size:.1f} | {one.side}x{one.side} | {one.flops / 1e9:.3f} | {weak} "
                 f"| {most} of {one.batch_size} |"
             )
 

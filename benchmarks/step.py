@@ -216,7 +216,8 @@ def main() -> int:
     )
     print(
         f"step of {config.train.batch_size} images of {step.side}x{step.side} pixels: {seconds * 1e3:.1f} ms, "
-        f"{config.train.batch_size / seconds:,.0f} images/s, {cost['flops'] / 1e9:.1f} GFLOP, {cost['bytes accessed'] / 1e6:,.0f} MB"
+        f"{config.train.batch_size / seconds:,.0f} images/s, {cost['flops'] / 1e9:.1f} GFLOP, "
+        f"{cost['bytes accessed'] / 1e6:,.0f} MB"
     )
     if args.profile:
         print(table(operations(step.compiled, step, TRACES), machine, seconds, args.rows))
