@@ -12,6 +12,7 @@ import jax
 
 from benchmarks import flops
 from cifar_flax.config import Config
+from cifar_flax.training import steps
 from cifar_flax.training.trainer import Trainer
 
 ROWS = 40  # operations in the result
@@ -20,32 +21,35 @@ ROWS = 40  # operations in the result
 def profile(config: Config, calls: int = 5) -> dict[str, Any]:
     """Return the milliseconds of a training step, and of its slowest operations, from a trace of one call.
 
-    `step_ms` is the median over `calls` calls without the profiler. `busy_ms` is the sum over all operations in the
-    trace, so the device idles for the rest of `step_ms` (or runs several operations at a time, if it is larger).
+    The step is one of the last phase of the run, whose images have `side` pixels in height and width. `step_ms` is the
+    median over `calls` calls without the profiler. `busy_ms` is the sum over all operations in the trace, so the device
+    idles for the rest of `step_ms` (or runs several operations at a time, if it is larger).
     """
     trainer = Trainer(config)
-    state, train_call = trainer.initial_state, trainer.compile(trainer.initial_state)
-    call = next(trainer.inputs(config.seed, 0))  # always the same one: its duration does not depend on the images
-    steps, times = call.stop - call.start, []
+    first, task = steps.phases(trainer.task)[-1]
+    state, train_call = trainer.initial_state, trainer.compile(trainer.initial_state, first)
+    call = next(trainer.inputs(config.seed, first))  # always the same one: its duration does not depend on the images
+    count, times = call.stop - call.start, []
     for _ in range(1 + calls):  # the first one is a warm-up
         start = time.perf_counter()
         state, _values = jax.block_until_ready(train_call(state, call))
-        times.append((time.perf_counter() - start) / steps)
+        times.append((time.perf_counter() - start) / count)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(train_call(state, call))
         (path,) = Path(folder).rglob("*.xplane.pb")
-        seconds, count = operations(jax.profiler.ProfileData.from_file(str(path)))
-    training = flops.parts(config, trainer.info, num_test=0)[1]
-    (module,) = train_call.program(0).runtime_executable().hlo_modules()
+        seconds, executed = operations(jax.profiler.ProfileData.from_file(str(path)))
+    training = [part for part in flops.parts(config, trainer.info, num_test=0) if part.unit == "steps"][-1]
+    (module,) = train_call.program(first).runtime_executable().hlo_modules()
     sources = operation_sources(module.to_string())
     return {
+        "side": task.side or trainer.info.image_shape[0],
         "flops_per_step": training.flops // training.number,
         "step_ms": 1e3 * statistics.median(times[1:]),
-        "busy_ms": 1e3 * sum(seconds.values()) / steps,
-        "kernels_per_step": count / steps,
+        "busy_ms": 1e3 * sum(seconds.values()) / count,
+        "kernels_per_step": executed / count,
         "operations": [
-            {"name": name, "source": sources.get(plain(name), ""), "ms": 1e3 * value / steps}
+            {"name": name, "source": sources.get(plain(name), ""), "ms": 1e3 * value / count}
             for name, value in seconds.most_common(ROWS)
         ],
     }

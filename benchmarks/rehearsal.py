@@ -11,11 +11,14 @@ _BATCH = 32
 _SPLITS = {"train": 2 * _BATCH, "test": _BATCH}  # images
 _RUN = (f"train.batch_size={_BATCH}", "train.epochs=4", f"eval.batch_size={_BATCH}")
 _AIRBENCH = ("model.widths=(4,4,4)", "train.steps_per_call=2", "train.log_every=2")
-_MUON = ("optim.dense.learning_rate=1.", "optim.biases.learning_rate=1.")  # the config's are for batches of 2,000
+# The learning rates of the configs are for batches of 1,536 or 2,000 images.
+_MUON = ("optim.dense.learning_rate=1.", "optim.biases.learning_rate=1.")
+_PHASES = ("train.resolutions=((0,24),(1,28),(2,32))", "optim.whitening.frozen_from=1")  # of one call or more each
 _CNN = ("model.width=4", "model.hidden=16")
 # Config -> overrides.
 OVERRIDES = {
-    "airbench94": (*_RUN, *_AIRBENCH, *_MUON),
+    "airbench94": (*_RUN, *_AIRBENCH, *_MUON, *_PHASES),
+    "airbench94_muon": (*_RUN, *_AIRBENCH, *_MUON),
     "airbench95": (*_RUN, *_AIRBENCH),
     "airbench96": (*_RUN, *_AIRBENCH),
     "resnet18": (*_RUN, "model.width=2"),

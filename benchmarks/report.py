@@ -85,7 +85,9 @@ def page(results: Result) -> Iterator[str]:
         yield f"\n`main.py`, {cache} compilation cache: {run['accuracy']:.2%} after {run['seconds']:.1f} s."
     profile = stages.get("profile", {}).get("result")
     if profile:
-        yield f"\nStep of airbench94: {profile['step_ms']:.2f} ms, {profile['kernels_per_step']:.0f} operations.\n"
+        side = profile.get("side", 32)  # missing in results of earlier versions
+        step = f"{profile['step_ms']:.2f} ms, {profile['kernels_per_step']:.0f} operations"
+        yield f"\nStep of airbench94 on images of {side}x{side} pixels: {step}.\n"
         yield "| operation | source | ms |"
         yield "|---|---|---|"
         for row in profile["operations"][:OPERATIONS]:

@@ -59,9 +59,10 @@ CHIPS = (
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cost of one training step of a config."""
+    """Cost of one training step of the last phase of a config."""
 
     batch_size: int  # images per step, over all devices, in the recipe
+    side: int  # height and width of the images in pixels
     flops: float  # operations per image
     bytes: int  # bytes of float32 gradients and metrics to all-reduce
     statistics: int  # bytes of two values per channel of all BatchNorm layers
@@ -75,12 +76,14 @@ def cost(name: str) -> Cost:
     task, init = setup(config, DATASET, jax.devices()[:1], platform="cuda")
     state = jax.eval_shape(lambda: init(0, None))
     size = config.train.batch_size
-    step = task.layout.parallelize(functools.partial(steps.train_step, task), shared=0)
+    _, last = steps.phases(task)[-1]
+    step = task.layout.parallelize(functools.partial(steps.train_step, last), shared=0)
     flops = step.lower(state, empty_batch(size, shape)).cost_analysis()["flops"]
     network = nnx.eval_shape(lambda: models.build(config.model, shape, 10, platform="cuda", rngs=nnx.Rngs(0)))
     norms = [module for _, module in nnx.iter_modules(network) if isinstance(module, nnx.BatchNorm)]
     return Cost(
         batch_size=size,
+        side=last.side or shape[0],
         flops=flops / size,
         bytes=4 * (sum(leaf.size for leaf in jax.tree.leaves(state.params)) + 2),
         statistics=sum(4 * 2 * norm.num_features for norm in norms),
@@ -119,15 +122,18 @@ def most_devices(cost: Cost, chip: Chip) -> int:
 
 
 def print_prediction() -> None:
-    print("| config | chip | MB summed | GFLOP per image | 1 | 8 | 64 | 512 | useful devices at this batch size |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    efficiencies = " | ".join(map(str, DEVICES))
+    columns = f"chip | MB summed | image size | GFLOP per image | {efficiencies} | useful devices at this batch size"
+    print(f"| config | {columns} |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name in CONFIGS:
         one = cost(name)
         for chip in CHIPS:
             weak = " | ".join(f"{weak_efficiency(one, chip, devices):.0%}" for devices in DEVICES)
             size, most = (one.bytes + one.statistics) / 1e6, most_devices(one, chip)
             print(
-                f"| {name} | {chip.name} | {size:.1f} | {one.flops / 1e9:.3f} | {weak} | {most} of {one.batch_size} |"
+                f"| {name} | {chip.name} | {size:.1f} | {one.side}x{one.side} | {one.flops / 1e9:.3f} | {weak} "
+                f"| {most} of {one.batch_size} |"
             )
 
 

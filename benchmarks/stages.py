@@ -177,7 +177,8 @@ def profiled(settings: Settings, save: Save) -> None:
     peak = hardware.PEAKS.get(jax.devices()[0].device_kind)
     rate = result["flops_per_step"] / (result["step_ms"] / 1e3)
     save(result | {"fraction_of_peak": rate / peak if peak else None})
-    print(f"step {result['step_ms']:.3f} ms, {result['busy_ms']:.3f} ms in {result['kernels_per_step']:.0f} operations")
+    operations = f"{result['busy_ms']:.3f} ms in {result['kernels_per_step']:.0f} operations"
+    print(f"step on images of {result['side']} pixels: {result['step_ms']:.3f} ms, {operations}")
     for row in result["operations"][:20]:
         print(f"  {row['ms']:8.4f} ms  {row['name']:40}  {row['source'][:100]}")
 

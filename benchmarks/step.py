@@ -1,4 +1,4 @@
-"""Measure the time of a config's training step and, with `--profile`, of each of its operations.
+"""Measure the time of a training step of a config's last phase and, with `--profile`, of each of its operations.
 
     python -m benchmarks.step --config configs/default.py --profile
 
@@ -51,7 +51,10 @@ class Operation:
 
 
 class Step:
-    """Run the compiled training step of a config on the first batch of its data, without the training loop."""
+    """Run the compiled training step of a config on the first batch of its data, without the training loop.
+
+    The step is that of the last phase: `side` is the height and width that it resizes the images to, in pixels.
+    """
 
     def __init__(self, config: Config):
         trainer = Trainer(config)
@@ -59,7 +62,9 @@ class Step:
         arrays = sources.load(config.data, config.data.train_split)  # those of the trainer may be in device memory
         host = gather(arrays.images, arrays.labels, Indices(index, 0 * index, index >= 0))
         self._batch = trainer.layout.shard_batch(host)
-        step = functools.partial(steps.train_step, trainer.task)
+        _, task = steps.phases(trainer.task)[-1]
+        self.side = task.side or trainer.info.image_shape[0]
+        step = functools.partial(steps.train_step, task)
         self.compiled = trainer.layout.compile(step, trainer.initial_state, self._batch, donate=True)
         self._state: TrainState = trainer.initial_state
 
@@ -210,8 +215,9 @@ def main() -> int:
         f"memory {machine.bytes / 1e9:,.1f} GB/s"
     )
     print(
-        f"step of {config.train.batch_size} images: {seconds * 1e3:.1f} ms, {config.train.batch_size / seconds:,.0f} "
-        f"images/s, {cost['flops'] / 1e9:.1f} GFLOP, {cost['bytes accessed'] / 1e6:,.0f} MB"
+        f"step of {config.train.batch_size} images of {step.side}x{step.side} pixels: {seconds * 1e3:.1f} ms, "
+        f"{config.train.batch_size / seconds:,.0f} images/s, {cost['flops'] / 1e9:.1f} GFLOP, "
+        f"{cost['bytes accessed'] / 1e6:,.0f} MB"
     )
     if args.profile:
         print(table(operations(step.compiled, step, TRACES), machine, seconds, args.rows))

@@ -14,7 +14,7 @@ from cifar_flax.training import steps
 class Variant:
     """A changed setting, compiler flag or function; everything else is as in the config file."""
 
-    overrides: tuple[str, ...] = ()  # fields of the config, such as "train.batch_size=1536"
+    overrides: tuple[str, ...] = ()  # fields of the config, such as "model.dtype=float16"
     xla_flags: str = ""  # added to XLA_FLAGS before JAX starts
     patch: Callable[[], None] = lambda: None  # replaces functions of the network or the evaluation
 
@@ -38,7 +38,6 @@ def _views_as_one_batch() -> None:
 VARIANTS = {
     "float16": Variant(overrides=("model.dtype=float16",)),
     "nchw": Variant(xla_flags="--xla_gpu_force_conv_nchw=true"),
-    "batch_1536": Variant(overrides=("train.batch_size=1536", "train.steps_per_call=32", "train.log_every=32")),
     "one_cuda_graph": Variant(overrides=("parallel.one_cuda_graph=True",)),
     "no_triton_gemm": Variant(xla_flags="--xla_gpu_enable_triton_gemm=false"),
     "reduce_window_pool": Variant(patch=_reduce_window_pool),

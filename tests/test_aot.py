@@ -15,15 +15,16 @@ from conftest import REPOSITORY, make_tiny_config
 from benchmarks import aot, programs, topologies
 from cifar_flax import arguments
 from cifar_flax.errors import UserError
+from cifar_flax.runtime.devices import Layout
 from cifar_flax.training.evaluator import final_evaluator
 from cifar_flax.training.setup import setup
 from cifar_flax.training.trainer import Trainer
 
 SMALL = """
-from configs import airbench94
+from configs import airbench94_muon
 
 def get_config():
-    config = airbench94.get_config()
+    config = airbench94_muon.get_config()
     config.model.widths = (32, 64, 64)
     config.train.batch_size, config.train.steps_per_call, config.train.log_every = 500, 4, 4
     config.eval.batch_size, config.eval.tta = 500, "mirror"
@@ -109,6 +110,14 @@ def test_programs_are_those_of_a_run(monkeypatch, log_every, tta_fraction, final
     assert "aliasing_output" in expected[0][0][0]
 
 
+def test_each_size_and_set_of_frozen_groups_has_a_program(monkeypatch):
+    """A program is named after its phase; airbench94 has four phases."""
+    monkeypatch.setattr(Layout, "parallelize", lambda self, step, **settings: jax.jit(lambda *inputs: 0))
+    config = arguments.parse(["--config", str(REPOSITORY / "configs" / "airbench94.py")]).config
+    names = [program.name for program in programs.programs(config, jax.devices()[:1], {})]
+    assert names == ["train_24", "frozen_24", "frozen_28", "frozen_32", "eval", "final", "final_2"]
+
+
 def test_results_of_a_program_replace_earlier_ones(tmp_path):
     names = [field.name for field in dataclasses.fields(aot.Row)]
     row = aot.Row(**dict.fromkeys(names, 0) | {"config": "a", "program": "train"})
@@ -137,7 +146,7 @@ def compile_for(tmp_path):
 
 @pytest.fixture
 def small(tmp_path):
-    """Return the path of a config: the recipe of airbench94 with fewer filters and a smaller batch."""
+    """Return the path of a config: the recipe of airbench94_muon with fewer filters and a smaller batch."""
     path = tmp_path / "small.py"
     path.write_text(SMALL)
     return str(path)
@@ -211,7 +220,7 @@ def test_airbench_on_one_device(target, compile_for, small, pytestconfig):
 # (config, changes that make its network small, number of all-reduces in a training step)
 ON_FOUR_DEVICES = [
     ("default", "", 3),
-    ("airbench94", "widths = (32, 64, 64)", 13),
+    ("airbench94_muon", "widths = (32, 64, 64)", 13),
     ("airbench95", "widths = (32, 64, 64)", 13),
     ("airbench96", "widths = (32, 64, 64)", 19),
     ("resnet18", "width = 16", 35),
@@ -226,7 +235,7 @@ def test_all_reduces_on_four_devices(target, name, change, count, compile_for, t
 
     In a residual block of ResNet-18 with a shortcut that is a convolution, two layers have one together.
     """
-    require_compiler(target, pytestconfig, slow=target != "h100:4" or name not in ("default", "airbench94"))
+    require_compiler(target, pytestconfig, slow=target != "h100:4" or name not in ("default", "airbench94_muon"))
     path = tmp_path / "config.py"
     path.write_text(
         f"from configs import {name}\n\ndef get_config():\n    config = {name}.get_config()\n"

@@ -22,7 +22,7 @@ from cifar_flax.models.flops import matrix_flops
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 # To trace the programs of a config takes up to six seconds under the type checks of the tests.
 LONG = pytest.mark.slow
-AIRBENCH = ["airbench94", *(pytest.param(name, marks=LONG) for name in ("airbench95", "airbench96"))]
+AIRBENCH = ["airbench94", *(pytest.param(name, marks=LONG) for name in ("airbench94_muon", "airbench95", "airbench96"))]
 CIFAR10 = [*AIRBENCH, "default", *(pytest.param(name, marks=LONG) for name in ("notebook", "resnet18"))]
 
 
@@ -141,11 +141,17 @@ ORIGINALS = {
 # phase.
 PHASES = {
     "airbench94": ((64, 256, 256), 2, 1536, [(8, 24, True), (88, 24, False), (96, 28, False), (104, 32, False)]),
+    "airbench94_muon": ((64, 256, 256), 2, 2000, [(75, 32, True), (125, 32, False)]),
     "airbench95": ((128, 384, 384), 2, 1024, [(144, 32, True), (576, 32, False)]),
     "airbench96": ((128, 384, 512), 3, 1024, [(144, 32, True), (1632, 32, False)]),
 }
 # The images of the final evaluation, each with its number of TTA views.
-EVALUATED = {"airbench94": [(10_000, 1), (2_500, 6)], "airbench95": [(10_000, 6)], "airbench96": [(10_000, 6)]}
+EVALUATED = {
+    "airbench94": [(10_000, 1), (2_500, 6)],
+    "airbench94_muon": [(10_000, 6)],
+    "airbench95": [(10_000, 6)],
+    "airbench96": [(10_000, 6)],
+}
 
 
 def config_of(name):

@@ -151,14 +151,14 @@ def test_quickstart_reaches_its_accuracy_in_time(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not list(PREPARED.glob("cifar10/*")), reason="needs CIFAR-10 prepared by TFDS in TFDS_DATA_DIR")
-def test_one_epoch_of_airbench94_learns(tmp_path, request):
+def test_one_epoch_of_airbench94_muon_learns(tmp_path, request):
     """Train the recipe (Muon, alternating flips, loops on the device, TTA) for 25 steps, or 10 with --reduced."""
     epochs, steps, tta, floor = 1, 25, "mirror_translate", 0.75  # measured: 79.2 %
     if request.config.getoption("--reduced"):
         epochs, steps, tta, floor = 0.4, 10, "none", 0.45  # measured: 53.4 %
     settings = {"train.epochs": epochs, "train.steps_per_call": 5, "eval.tta": tta, "data.data_dir": PREPARED}
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    config = str(REPOSITORY / "configs" / "airbench94.py")
+    config = str(REPOSITORY / "configs" / "airbench94_muon.py")
     with start("--config", config, *flags, "--workdir=run", folder=tmp_path) as process:
         _, err = process.communicate(timeout=1800)
     assert process.returncode == 0, err

@@ -222,14 +222,14 @@ def triangle(rate, steps, total, warm, final):
     return [rate * fraction for fraction in fractions]
 
 
-AIRBENCH_STEPS = {"airbench94.py": 296, "airbench95.py": 720, "airbench96.py": 1776}
+AIRBENCH_STEPS = {"airbench94.py": 296, "airbench94_muon.py": 200, "airbench95.py": 720, "airbench96.py": 1776}
 
 
-# Muon updates the convolutions of airbench94; tests/test_muon.py covers it.
+# Muon updates the convolutions of airbench94 and airbench94_muon; tests/test_muon.py covers it.
 GROUPS_BY_SGD = [
     (file, group)
     for file, group in itertools.product(AIRBENCH_STEPS, ("head", "norm", "whitening", "conv"))
-    if (file, group) != ("airbench94.py", "conv")
+    if group != "conv" or not file.startswith("airbench94")
 ]
 
 
@@ -244,6 +244,10 @@ def test_airbench_configs_use_the_constants_of_the_originals(file, group):
         # To 0 while the whitening bias is trained; otherwise to 5 % in all but the last 26 steps.
         rates = linear_decay(rate, 4, 8 if group == "whitening" else (296 - 26) / 0.95)
         decay = 1.0418e-6 * 1536 / rate
+    elif file == "airbench94_muon.py":
+        rate = {"head": 0.67, "norm": 0.053, "whitening": 0.053}[group]
+        rates = linear_decay(rate, 4, 75 if group == "whitening" else 200)
+        decay = 2e-6 * 2000 / rate
     else:
         kilostep = 1024 * (1 + 1 / (1 - 0.85))
         constants = {"airbench95.py": (10.0, 0.0153, 165, 0.07), "airbench96.py": (9.0, 0.012, 177, 0.0)}

@@ -18,7 +18,7 @@ from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.setup import setup
 
-_SLOW = ("airbench95", "airbench96", "resnet18")  # their lowering takes long
+_SLOW = ("airbench94_muon", "airbench95", "airbench96", "resnet18")  # their lowering takes long
 CONFIGS = [
     pytest.param(path, marks=[pytest.mark.slow] * (path.stem in _SLOW), id=path.stem)
     for path in sorted((REPOSITORY / "configs").glob("*.py"))

@@ -25,7 +25,7 @@ from cifar_flax.training.trainer import Trainer
 
 @pytest.fixture
 def config(tiny_config):
-    """Return a config that trains at 12 pixels in the first epoch, and at 16 in the second."""
+    """Return a config that trains at 12 pixels in the first epoch, at 16 in the second, and at 32 from then on."""
     tiny_config.model = AirbenchConfig(widths=(4, 8, 8), global_pool=True)
     tiny_config.augment = AugmentConfig()
     tiny_config.train.resolutions = ((0, 12), (1, 16), (2, 32))
@@ -75,7 +75,11 @@ def test_a_step_trains_on_the_resized_images_and_takes_fewer_operations(config):
 
 
 @pytest.mark.slow
-def test_a_run_that_stops_before_and_after_a_change_of_size_ends_with_the_same_bits(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pipeline", ["streaming", "resident"])
+def test_a_run_that_stops_before_and_after_a_change_of_size_ends_with_the_same_bits(
+    pipeline, config, tmp_path, monkeypatch
+):
+    config.data.pipeline = pipeline
     config.train = dataclasses.replace(config.train, steps_per_call=4)
     train(config, tmp_path / "straight")
     for step in (8, 16):
