@@ -1,16 +1,16 @@
-"""94 % on CIFAR-10 in 296 steps: airbench's network and Muon, on images of 24, 28 and then 32 pixels.
+"""Airbench's network and Muon with fewer operations: 296 steps, on images of 24, 28 and then 32 pixels.
 
 Command:  python main.py --config configs/airbench94.py
-Hardware: not measured
-Accuracy: not measured
+Hardware: two cores of an Intel Xeon (Emerald Rapids), no GPU; Python 3.13, jax 0.12; float32
+Accuracy: 93.80 % (seed 0)
 Operations: 0.229 PFLOP
-Time:     not measured
+Time:     not measured on a machine without other load
 
 Sources: network and optimizer are those of `airbench94_muon.py` (the repository KellerJordan/cifar10-airbench), batch
 size, learning rates, label smoothing and TTA for a quarter of the images those of hiverge/cifar10-speedrun, and the
-image sizes and the final learning rate those of E1 in fulcrumresearch/cifar-10-speedrun. An EMA of the weights takes
-the place of E1's Lookahead in the last steps. The originals sum the loss over the batch, whereas this project averages
-it: SGD's learning rates are multiplied by the batch size, and its weight decays are divided by it.
+image sizes and the final learning rate those of E1 in fulcrumresearch/cifar-10-speedrun. An EMA of the weights is
+evaluated, whereas E1 uses Lookahead in its last steps. The originals sum the loss over the batch, whereas this project
+averages it: SGD's learning rates are multiplied by the batch size, and its weight decays are divided by it.
 """
 
 from cifar_flax.config import (
