@@ -146,7 +146,6 @@ if FULL_SIZE:  # airbench's network takes a minute to compile
                 for batch in itertools.islice(batches(start), 2):
                     state, values = step(state, task.layout.shard_batch(batch))
                     found.append(float(values["loss"]))
-        assert first == 2
         np.testing.assert_allclose(found[:4], found[4:], rtol=1e-4)
 
 

@@ -141,7 +141,7 @@ def test_whitening_keeps_directions_without_content_small():
 @pytest.mark.parametrize(
     ("platform", "shape"),
     [
-        ("cuda", (32, 32, 3)),
+        pytest.param("cuda", (32, 32, 3), marks=pytest.mark.slow),
         ("tpu", (20, 24, 3)),
         pytest.param("cuda", (28, 32, 3), marks=pytest.mark.slow),
         pytest.param("tpu", (28, 32, 3), marks=pytest.mark.slow),

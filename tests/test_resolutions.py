@@ -80,7 +80,7 @@ def test_a_run_that_stops_before_and_after_a_change_of_size_ends_with_the_same_b
     pipeline, config, tmp_path, monkeypatch
 ):
     config.data.pipeline = pipeline
-    config.train = dataclasses.replace(config.train, steps_per_call=4)
+    config.train = dataclasses.replace(config.train, steps_per_call=4, resolutions=((0, 12), (1, 16)))
     train(config, tmp_path / "straight")
     for step in (8, 16):
         with monkeypatch.context() as patch:
