@@ -25,7 +25,7 @@ from cifar_flax.errors import ConfigError, require
 from cifar_flax.models.flops import matrix_flops
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.training import steps
-from cifar_flax.training.evaluator import passes
+from cifar_flax.training.evaluator import evaluation_passes
 from cifar_flax.training.setup import Init, setup
 from cifar_flax.training.steps import Task
 
@@ -56,7 +56,7 @@ def parts(config: Config, info: DatasetInfo, num_test: int) -> list[Part]:
         each = _count(functools.partial(steps.train_step, phase), state, batch)
         found.append(Part(f"training from step {first}", count, "steps", count * each))
     weights, image = state.evaluated(task.averaging), empty_batch(1, info.image_shape)
-    for count, tta in passes(num_test, config.eval.tta, config.eval.tta_fraction):
+    for count, tta in evaluation_passes(num_test, config.eval.tta, config.eval.tta_fraction):
         each = _count(functools.partial(steps.eval_step, task, tta=tta), weights, image)
         found.append(Part(f"final evaluation, TTA {tta}", count, "images", count * each))
     return found
@@ -78,7 +78,7 @@ def published_flops(config: Config, info: DatasetInfo, num_test: int) -> int:
     images = [
         (3 * config.train.batch_size * count, phase.side or info.image_shape[0]) for _, count, phase in _phases(task)
     ]
-    of_test = passes(num_test, config.eval.tta, config.eval.tta_fraction)
+    of_test = evaluation_passes(num_test, config.eval.tta, config.eval.tta_fraction)
     images += [(len(VIEWS[tta]) * count, info.image_shape[0]) for count, tta in of_test]
     return sum(count * forward((side, side, info.image_shape[2])) for count, side in images)
 

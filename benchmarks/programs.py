@@ -91,7 +91,7 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
     weights = state.evaluated(task.averaging)
     evaluations = {"eval": [(TEST_EXAMPLES, "none")]}
     if config.eval.tta != "none":
-        evaluations["final"] = evaluator.passes(TEST_EXAMPLES, config.eval.tta, config.eval.tta_fraction)
+        evaluations["final"] = evaluator.evaluation_passes(TEST_EXAMPLES, config.eval.tta, config.eval.tta_fraction)
     for name, passes in evaluations.items():
         sizes = evaluator.batch_sizes(passes, config.eval.batch_size, layout)
         for number, (step, size) in enumerate(zip(evaluator.pass_steps(task, passes), sizes, strict=True), 1):

@@ -5,9 +5,11 @@ import signal
 import time
 
 import pytest
+from conftest import assert_same_run
 
 from cifar_flax.modes import train
 from cifar_flax.runtime.signals import Stopped, signals_raise_stopped
+from cifar_flax.training import loop
 
 
 def stop_at(monkeypatch, owner, name, when):
@@ -29,6 +31,17 @@ def stopped(config, workdir):
     with pytest.raises(Stopped, match="SIGTERM") as caught, signals_raise_stopped():
         train.train(config, workdir)
     assert caught.value.exit_code == 143
+
+
+def assert_stops_change_no_bit(config, folder, monkeypatch, steps):
+    """Train without a stop, and with a stop after each of `steps`; assert that both runs are bitwise equal."""
+    train.train(config, folder / "straight")
+    for step in steps:
+        with monkeypatch.context() as patch:
+            stop_at(patch, loop.TrainingLoop, "_read", lambda run, now, values, step=step: now >= step)
+            stopped(config, folder / "run")
+    train.train(config, folder / "run")
+    assert_same_run(config, folder / "straight", folder / "run")
 
 
 def saved(workdir):

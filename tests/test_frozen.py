@@ -6,8 +6,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import assert_same_run, final_state, needs_tensorflow
-from stops import stop_at, stopped
+from conftest import final_state, needs_tensorflow
+from stops import assert_stops_change_no_bit
 
 from cifar_flax.config import AirbenchConfig, CNNConfig, GroupConfig, OptimConfig
 from cifar_flax.data import batches, resident, sources
@@ -165,13 +165,7 @@ def test_a_run_uses_each_program_in_its_steps(cnn_config, tmp_path, monkeypatch,
 def test_a_run_that_stops_before_and_after_freezing_ends_with_the_same_bits(cnn_config, tmp_path, monkeypatch):
     config = cnn_config
     config.train = dataclasses.replace(config.train, steps_per_call=4)
-    train(config, tmp_path / "straight")
-    for step in (8, 16):
-        with monkeypatch.context() as patch:
-            stop_at(patch, loop.TrainingLoop, "_read", lambda run, now, values, step=step: now >= step)
-            stopped(config, tmp_path / "run")
-    train(config, tmp_path / "run")
-    assert_same_run(config, tmp_path / "straight", tmp_path / "run")
+    assert_stops_change_no_bit(config, tmp_path, monkeypatch, (8, 16))
 
 
 def test_accumulated_updates_are_frozen_as_a_whole():

@@ -28,7 +28,7 @@ CONFIGS = [
 @pytest.mark.parametrize("size", [{}, pytest.param({"FULL_SIZE": "1"}, marks=pytest.mark.slow)], ids=["small", "full"])
 def test_on_eight_devices(size, pytestconfig):
     """Use a new process, because JAX creates its devices once per process."""
-    files = [f"tests/many_devices{part}.py" for part in ("", "_mixing")]
+    files = [f"tests/many_devices{part}.py" for part in ("", "_mixing", "_resolutions")]
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if size and pytestconfig.getoption("--reduced"):
         run += ["-k", "losses"]

@@ -8,18 +8,17 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import assert_same_run
 from flax import nnx
 from PIL import Image
-from stops import stop_at, stopped
+from stops import assert_stops_change_no_bit
 
 from cifar_flax.config import AirbenchConfig, AugmentConfig, CNNConfig
 from cifar_flax.data import resident
 from cifar_flax.data.augment import normalize, resize
 from cifar_flax.data.batches import Indices
 from cifar_flax.errors import ConfigError
-from cifar_flax.modes.train import train
-from cifar_flax.training import loop, steps
+from cifar_flax.training import steps
+from cifar_flax.training.setup import require_resolutions
 from cifar_flax.training.trainer import Trainer
 
 
@@ -81,13 +80,7 @@ def test_a_run_that_stops_before_and_after_a_change_of_size_ends_with_the_same_b
 ):
     config.data.pipeline = pipeline
     config.train = dataclasses.replace(config.train, steps_per_call=4, resolutions=((0, 12), (1, 16)))
-    train(config, tmp_path / "straight")
-    for step in (8, 16):
-        with monkeypatch.context() as patch:
-            stop_at(patch, loop.TrainingLoop, "_read", lambda run, now, values, step=step: now >= step)
-            stopped(config, tmp_path / "run")
-    train(config, tmp_path / "run")
-    assert_same_run(config, tmp_path / "straight", tmp_path / "run")
+    assert_stops_change_no_bit(config, tmp_path, monkeypatch, (8, 16))
 
 
 def test_a_network_whose_parameters_depend_on_the_size_is_refused(config):
@@ -97,3 +90,10 @@ def test_a_network_whose_parameters_depend_on_the_size_is_refused(config):
     config.model = AirbenchConfig(widths=(4, 8, 8))
     with pytest.raises(ConfigError, match=r"train.resolutions=.*: 12x12 pixels are too few for airbench"):
         Trainer(config)
+
+
+def test_images_must_be_square_and_not_become_larger(config):
+    with pytest.raises(ConfigError, match=r"train.resolutions=.*: needs square images, but these are 32x24"):
+        require_resolutions(config, (32, 24, 3), 10)
+    with pytest.raises(ConfigError, match=r"train.resolutions=.*: sides must be at most 28 pixels"):
+        require_resolutions(config, (28, 28, 3), 10)

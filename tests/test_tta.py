@@ -12,7 +12,7 @@ from cifar_flax.data.augment import VIEWS, normalize, views
 from cifar_flax.errors import UserError
 from cifar_flax.training import evaluator as evaluator_module
 from cifar_flax.training import metrics, steps
-from cifar_flax.training.evaluator import Evaluator, all_examples, passes
+from cifar_flax.training.evaluator import Evaluator, all_examples, evaluation_passes
 from cifar_flax.training.trainer import Trainer
 
 TEST = sources.load(make_tiny_config().data, "test")
@@ -91,10 +91,10 @@ def test_a_fraction_of_tta_is_for_the_least_confident_images(trained, least, bat
 
 
 def test_passes_of_an_evaluation():
-    assert passes(1000, "mirror", 0.25) == [(1000, "none"), (250, "mirror")]
-    assert passes(1000, "mirror", 1e-4) == [(1000, "none"), (1, "mirror")]
-    assert passes(1000, "mirror", 1.0) == [(1000, "mirror")]
-    assert passes(1000, "none", 0.25) == [(1000, "none")]
+    assert evaluation_passes(1000, "mirror", 0.25) == [(1000, "none"), (250, "mirror")]
+    assert evaluation_passes(1000, "mirror", 1e-4) == [(1000, "none"), (1, "mirror")]
+    assert evaluation_passes(1000, "mirror", 1.0) == [(1000, "mirror")]
+    assert evaluation_passes(1000, "none", 0.25) == [(1000, "none")]
 
 
 def test_a_fraction_that_rounds_to_all_images_needs_one_pass(trained):
@@ -115,7 +115,7 @@ def test_only_the_views_of_the_chosen_images_are_computed(trained, monkeypatch):
     evaluator(trained, tta="mirror_translate", tta_fraction=0.4, batch_size=71)(trained[1])
     jax.effects_barrier()
     assert sum(counted) == 355 + 6 * 142
-    of_passes = passes(COUNT, "mirror_translate", 0.4)
+    of_passes = evaluation_passes(COUNT, "mirror_translate", 0.4)
     assert sum(count * len(VIEWS[tta]) for count, tta in of_passes) == sum(counted)
 
 

@@ -53,7 +53,7 @@ class Evaluator:
         processes.require_agreement(data=arrays.digest())  # else they might run different numbers of batches
         self._task, self._arrays, self._examples = task, arrays, examples
         self._layout = task.layout
-        self._passes = passes(len(examples), tta, tta_fraction)
+        self._passes = evaluation_passes(len(examples), tta, tta_fraction)
         self._batch_sizes = batch_sizes(self._passes, batch_size, self._layout)
         # If the split is in device memory, the compiled step gathers the batches from it.
         self._resident = (arrays.images, arrays.labels) if isinstance(arrays.images, jax.Array) else ()
@@ -143,7 +143,7 @@ class Evaluator:
             yield indices if self._resident else gather(self._arrays.images, self._arrays.labels, indices)
 
 
-def passes(num_images: int, tta: str, fraction: float) -> list[tuple[int, str]]:
+def evaluation_passes(num_images: int, tta: str, fraction: float) -> list[tuple[int, str]]:
     """Return, for each pass of an evaluation with this `fraction` of TTA, its number of images and its TTA.
 
     The TTA is a key of `VIEWS`, so a pass evaluates its number of images times `len(VIEWS[tta])` TTA views.
@@ -154,18 +154,18 @@ def passes(num_images: int, tta: str, fraction: float) -> list[tuple[int, str]]:
     return [(num_images, "none"), (size, tta)]
 
 
-def batch_sizes(found: list[tuple[int, str]], batch_size: int, layout: Layout) -> list[int]:
-    """Return the batch size of each of the `passes` of an evaluation in batches of at most `batch_size` images."""
-    sizes = [min(batch_size, found[0][0])]
-    for count, _ in found[1:]:  # batches of equal size, because padding would cost TTA views
+def batch_sizes(passes: list[tuple[int, str]], batch_size: int, layout: Layout) -> list[int]:
+    """Return the batch size of each of the `evaluation_passes`, in batches of at most `batch_size` images."""
+    sizes = [min(batch_size, passes[0][0])]
+    for count, _ in passes[1:]:  # batches of equal size, because padding would cost TTA views
         sizes.append(math.ceil(count / math.ceil(count / batch_size)))
     return [layout.round_up(size) for size in sizes]
 
 
-def pass_steps(task: steps.Task, found: list[tuple[int, str]]) -> list[Callable[..., Any]]:
-    """Return the function that each of the `passes` of an evaluation compiles, as `on_inputs` returns it."""
-    step = steps.eval_step if len(found) == 1 else steps.logits_step
-    return [on_inputs(task, functools.partial(step, task, tta=tta)) for _, tta in found]
+def pass_steps(task: steps.Task, passes: list[tuple[int, str]]) -> list[Callable[..., Any]]:
+    """Return the function that each of the `evaluation_passes` compiles, as `on_inputs` returns it."""
+    step = steps.eval_step if len(passes) == 1 else steps.logits_step
+    return [on_inputs(task, functools.partial(step, task, tta=tta)) for _, tta in passes]
 
 
 def _from_logits(
