@@ -104,7 +104,7 @@ def test_a_fraction_that_rounds_to_all_images_needs_one_pass(trained):
 
 
 def test_only_the_views_of_the_chosen_images_are_computed(trained, monkeypatch):
-    """Count the images that the network gets: 355 and, in equal batches without padding, six TTA views of 142."""
+    """Count the images that the network gets: 355 and, in two batches of 50, six TTA views of 100."""
     counted, images = [], steps.normalize
 
     def counting(image, mean, std):
@@ -112,10 +112,10 @@ def test_only_the_views_of_the_chosen_images_are_computed(trained, monkeypatch):
         return images(image, mean, std)
 
     monkeypatch.setattr(steps, "normalize", counting)
-    evaluator(trained, tta="mirror_translate", tta_fraction=0.4, batch_size=71)(trained[1])
+    evaluator(trained, tta="mirror_translate", tta_fraction=100 / COUNT, batch_size=71)(trained[1])
     jax.effects_barrier()
-    assert sum(counted) == 355 + 6 * 142
-    of_passes = evaluation_passes(COUNT, "mirror_translate", 0.4)
+    assert sum(counted) == 355 + 6 * 100
+    of_passes = evaluation_passes(COUNT, "mirror_translate", 100 / COUNT)
     assert sum(count * len(VIEWS[tta]) for count, tta in of_passes) == sum(counted)
 
 
