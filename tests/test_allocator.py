@@ -106,13 +106,19 @@ def test_a_program_from_standard_input_runs(arguments):
         ({"GLIBC_TUNABLES": ""}, False),
         ({"PYTHONPATH": "plugins"}, False),
         ({"PYTHONPATH": "plugins", "JAX_PLATFORMS": "cpu"}, True),
+        ({"PYTHONPATH": "uninstalled"}, True),
     ],
 )
 def test_when_the_process_restarts(tmp_path, environment, restarts):
-    (tmp_path / "jax_plugins").mkdir()  # JAX's GPU plugins install this package
-    variables = {name: value.replace("plugins", str(tmp_path)) for name, value in environment.items()}
+    # JAX's GPU plugins install such a package. After they are uninstalled, an empty folder may remain.
+    (tmp_path / "plugins" / "jax_plugins" / "xla_cuda13").mkdir(parents=True)
+    (tmp_path / "plugins" / "jax_plugins" / "xla_cuda13" / "__init__.py").touch()
+    (tmp_path / "uninstalled" / "jax_plugins" / "__pycache__").mkdir(parents=True)
+    environment = {
+        name: str(tmp_path / value) if name == "PYTHONPATH" else value for name, value in environment.items()
+    }
     printed = run(
-        "import os; print('started', flush=True)\n" + KEEP + "print(os.environ.get('GLIBC_TUNABLES'))", **variables
+        "import os; print('started', flush=True)\n" + KEEP + "print(os.environ.get('GLIBC_TUNABLES'))", **environment
     )
     assert printed.count("started") == 1 + restarts
     expected = SETTINGS | environment if restarts else environment

@@ -6,6 +6,7 @@ glibc reads its settings when a process starts, so they take effect only after t
 import contextlib
 import importlib.util
 import os
+import pkgutil
 import sys
 
 
@@ -66,7 +67,10 @@ def keep_freed_memory() -> None:
 
 
 def _may_use_accelerator() -> bool:
-    installed = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    plugins = importlib.util.find_spec("jax_plugins")
+    places = plugins.submodule_search_locations if plugins else None
+    # The folder of a plugin that was uninstalled may remain, but it is empty.
+    installed = any(pkgutil.iter_modules(places or ())) or importlib.util.find_spec("libtpu") is not None
     return installed and os.environ.get("JAX_PLATFORMS") != "cpu"
 
 
