@@ -22,7 +22,8 @@ from cifar_flax.models.flops import matrix_flops
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 # To trace the programs of a config takes up to six seconds under the type checks of the tests.
 LONG = pytest.mark.slow
-AIRBENCH = ["airbench94", *(pytest.param(name, marks=LONG) for name in ("airbench94_muon", "airbench95", "airbench96"))]
+SLOW_AIRBENCH = ("airbench94_muon", "airbench95", "airbench96", "laptop")
+AIRBENCH = ["airbench94", *(pytest.param(name, marks=LONG) for name in SLOW_AIRBENCH)]
 CIFAR10 = [*AIRBENCH, "default", *(pytest.param(name, marks=LONG) for name in ("notebook", "resnet18"))]
 
 
@@ -144,6 +145,7 @@ PHASES = {
     "airbench94_muon": ((64, 256, 256), 2, 2000, [(75, 32, True), (125, 32, False)]),
     "airbench95": ((128, 384, 384), 2, 1024, [(144, 32, True), (576, 32, False)]),
     "airbench96": ((128, 384, 512), 3, 1024, [(144, 32, True), (1632, 32, False)]),
+    "laptop": ((40, 160, 160), 2, 500, [(25, 20, True), (675, 20, False), (250, 32, False)]),
 }
 # The images of the final evaluation, each with its number of TTA views.
 EVALUATED = {
@@ -151,6 +153,7 @@ EVALUATED = {
     "airbench94_muon": [(10_000, 6)],
     "airbench95": [(10_000, 6)],
     "airbench96": [(10_000, 6)],
+    "laptop": [(10_000, 1), (2_500, 6)],
 }
 
 
