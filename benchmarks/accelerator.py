@@ -188,7 +188,7 @@ def run_campaign(args: argparse.Namespace, begin: float) -> dict[str, str]:
     if args.rehearse:
         name, out = "cpu", args.out or Path(tempfile.mkdtemp(prefix="rehearsal_"), "campaign_rehearsal.json")
     else:
-        cache, peers = data_cache(args.data), scripts_of(args.peer, "airbench94")
+        cache, peers = data_cache(args.data), scripts_of(args.peer, "airbench94_wide")
         name = device_name()
         if name == "cpu":
             raise UserError("JAX finds no GPU or TPU; --rehearse runs every stage on the CPU")

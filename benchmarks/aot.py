@@ -1,6 +1,6 @@
 """Compile the programs of configs for TPUs and GPUs that this machine does not have, and show what they do there.
 
-    python -m benchmarks.aot --target h100:1 v5e:1x1 --config configs/airbench94.py
+    python -m benchmarks.aot --target h100:1 v5e:1x1 --config configs/airbench94_wide.py
 
 Nothing runs. The compilers are the real ones; times are their estimates or lower bounds. `benchmarks/README.md`
 describes the columns.
@@ -23,7 +23,7 @@ from cifar_flax.errors import UserError, one_line
 if TYPE_CHECKING:
     from benchmarks.programs import Program
 
-CONFIGS = ("default", "notebook", "airbench94", "airbench94_muon", "airbench95", "airbench96", "resnet18")
+CONFIGS = ("default", "notebook", "airbench94_wide", "airbench94_muon", "airbench95", "airbench96", "resnet18")
 RESULTS = Path(__file__).parent / "results"
 LARGEST = 10  # source lines that are listed, if they take at least 1 % of the time
 # XLA's estimates for a GPU are in its program only with this option.

@@ -17,7 +17,7 @@ _PHASES = ("train.resolutions=((0,24),(1,28),(2,32))", "optim.whitening.frozen_f
 _CNN = ("model.width=4", "model.hidden=16")
 # Config -> overrides.
 OVERRIDES = {
-    "airbench94": (*_RUN, *_AIRBENCH, *_MUON, *_PHASES),
+    "airbench94_wide": (*_RUN, *_AIRBENCH, *_MUON, *_PHASES),
     "airbench94_muon": (*_RUN, *_AIRBENCH, *_MUON),
     "airbench95": (*_RUN, *_AIRBENCH),
     "airbench96": (*_RUN, *_AIRBENCH),

@@ -87,7 +87,7 @@ def page(results: Result) -> Iterator[str]:
     if profile:
         side = profile.get("side", 32)  # missing in results of earlier versions
         step = f"{profile['step_ms']:.2f} ms, {profile['kernels_per_step']:.0f} operations"
-        yield f"\nStep of airbench94 on images of {side}x{side} pixels: {step}.\n"
+        yield f"\nStep on images of {side}x{side} pixels: {step}.\n"
         yield "| operation | source | ms |"
         yield "|---|---|---|"
         for row in profile["operations"][:OPERATIONS]:

@@ -31,7 +31,7 @@ from cifar_flax.runtime import allocator
 from cifar_flax.training import steps
 from cifar_flax.training.setup import setup
 
-CONFIGS = ("default", "airbench94", "airbench96", "resnet18")
+CONFIGS = ("default", "airbench94_muon", "airbench96", "resnet18")
 DEVICES = (1, 8, 64, 512)
 HOSTS = (1, 2, 4)
 UTILISATION = 0.4  # assumed fraction of the chip's peak during a step

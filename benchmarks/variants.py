@@ -1,4 +1,4 @@
-"""Variants of airbench94: changes whose effect on the speed only a measurement on the device shows."""
+"""Variants of airbench94_wide: changes whose effect on the speed only a measurement on the device shows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ Accuracy: 92.26 % (mean of n=3; standard deviation 0.08)
 Operations: 0.0687 PFLOP
 Time:     9 min 47 s by airbench's clock (mean of n=3; the speed of the processor varied)
 
-Sources: network, optimizer and TTA are those of `airbench94.py`. Widths, batch size and image sizes were chosen on
+Sources: network, optimizer and TTA are those of `airbench94_wide.py`. Widths, batch size and image sizes were chosen on
 5,000 held-out training images (docs/records.md, "Experiments"). Muon's learning rate is about 0.2255 sqrt(BATCH /
 1536). The originals sum the loss over the batch, whereas this project averages it: SGD's learning rates are multiplied
 by the batch size, and its weight decays are divided by it.

@@ -70,7 +70,7 @@ PARITY = {
     ("airbench", "bfloat16"): (0.02, 0.2),
     ("resnet18", "bfloat16"): (0.02, 0.4),
 }
-MEMORY = 3 * 2**30  # bytes for a step of configs/airbench94.py
+MEMORY = 3 * 2**30  # bytes for a step of configs/airbench94_wide.py
 REHEARSED_MEMORY = 300 * 2**20  # for its step on 64 images, in float32 on a CPU
 
 
@@ -108,7 +108,7 @@ def prepare_test(accelerator, optimizations, record_property):
 # First in the file, since the peak is that of the whole process.
 def test_memory_of_a_step_is_bounded(accelerator):
     config = parse(
-        ["--config", str(REPOSITORY / "configs" / "airbench94.py"), "--config.train.steps_per_call=1"]
+        ["--config", str(REPOSITORY / "configs" / "airbench94_wide.py"), "--config.train.steps_per_call=1"]
     ).config
     bound, size = (REHEARSED_MEMORY, 64) if REHEARSAL else (MEMORY, config.train.batch_size)
     config.train.batch_size = size

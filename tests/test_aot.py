@@ -111,9 +111,9 @@ def test_programs_are_those_of_a_run(monkeypatch, log_every, tta_fraction, final
 
 
 def test_each_size_and_set_of_frozen_groups_has_a_program(monkeypatch):
-    """A program is named after its phase; airbench94 has four phases."""
+    """A program is named after its phase; airbench94_wide has four phases."""
     monkeypatch.setattr(Layout, "parallelize", lambda self, step, **settings: jax.jit(lambda *inputs: 0))
-    config = arguments.parse(["--config", str(REPOSITORY / "configs" / "airbench94.py")]).config
+    config = arguments.parse(["--config", str(REPOSITORY / "configs" / "airbench94_wide.py")]).config
     names = [program.name for program in programs.programs(config, jax.devices()[:1], {})]
     assert names == ["train_24", "frozen_24", "frozen_28", "frozen_32", "eval", "final", "final_2"]
 

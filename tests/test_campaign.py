@@ -113,11 +113,11 @@ def make_results(**seconds_and_accuracy):
     ],
 )
 def test_the_winner_is_the_fastest_variant_that_is_as_accurate(variants, best):
-    assert stages.best_variant(make_results(airbench94=(2.0, 0.94), **variants)) == best
+    assert stages.best_variant(make_results(airbench94_wide=(2.0, 0.94), **variants)) == best
 
 
 @pytest.mark.parametrize(
-    "names", [(), ("airbench94",), ("variant_float16",), ("airbench94", "variant_float16")], ids="+".join
+    "names", [(), ("airbench94_wide",), ("variant_float16",), ("airbench94_wide", "variant_float16")], ids="+".join
 )
 def test_the_winner_needs_finished_measurements(names):
     results = make_results(**dict.fromkeys(names, (1.0, 0.94)))
@@ -152,7 +152,7 @@ def test_time_inside_another_operation_counts_once():
 def test_report_shows_the_measured_figures():
     results = campaign.read(RESULTS)
     text = report.text(results)
-    ours = results["stages"]["airbench94"]["result"]["ours"]
+    ours = results["stages"]["airbench94_muon"]["result"]["ours"]
     assert f"Accuracy: {100 * ours['accuracy']['mean']:.2f} % (mean of n={len(ours['trials'])}" in text
     assert f"| {ours['seconds']['mean']:.2f} s |" in text
     assert "Operations: 0.298 PFLOP" in text
@@ -215,7 +215,7 @@ def test_a_campaign_killed_in_every_stage_measures_everything(tmp_path, request)
     """The first fake peer fails in its second counted run; the results of the others are whole."""
     out, names = tmp_path / "results.json", list(STAGES)
     if request.config.getoption("--reduced"):
-        names = ["machine", "airbench94", "profile"]
+        names = ["machine", "airbench94_wide", "profile"]
     left = set(names)
     while left:
         before = read_stages(out)
@@ -234,11 +234,11 @@ def test_a_campaign_killed_in_every_stage_measures_everything(tmp_path, request)
     assert process.wait() == 0, out.with_suffix(".txt").read_text()[-3000:]
     found = read_stages(out)
     assert {name: stage["status"] for name, stage in found.items()} == dict.fromkeys(names, "done")
-    peers = found["airbench94"]["result"]["peers"]
+    peers = found["airbench94_wide"]["result"]["peers"]
     assert "out of memory" in out.with_suffix(".log").read_text()
     assert (len(peers["failing_peer.py"]["trials"]), "error" in peers["failing_peer.py"]) == (1, True)
     assert (len(peers["fake_peer.py"]["trials"]), "error" in peers["fake_peer.py"]) == (rehearsal.TRIALS, False)
-    assert len(found["airbench94"]["result"]["ours"]["trials"]) == rehearsal.TRIALS
+    assert len(found["airbench94_wide"]["result"]["ours"]["trials"]) == rehearsal.TRIALS
     assert found["profile"]["result"]["operations"]
     if "correctness" in found:
         assert set(found["correctness"]["result"]["tests"].values()) <= {"passed", "skipped"}

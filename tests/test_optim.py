@@ -222,14 +222,22 @@ def triangle(rate, steps, total, warm, final):
     return [rate * fraction for fraction in fractions]
 
 
-AIRBENCH_STEPS = {"airbench94.py": 296, "airbench94_muon.py": 200, "airbench95.py": 720, "airbench96.py": 1776}
-
-
-# Muon updates the convolutions of airbench94 and airbench94_muon; tests/test_muon.py covers it.
+AIRBENCH_STEPS = {
+    "airbench94.py": 1800,
+    "airbench94_wide.py": 296,
+    "airbench94_muon.py": 200,
+    "airbench95.py": 720,
+    "airbench96.py": 1776,
+    "laptop.py": 950,
+}
+# Configs with the constants of later records -> the steps in which the whitening bias is trained, and the last steps,
+# which have the final learning rate.
+LATER_RECORDS = {"airbench94.py": (25, 80), "airbench94_wide.py": (8, 26), "laptop.py": (25, 50)}
+MUON = (*LATER_RECORDS, "airbench94_muon.py")  # tests/test_muon.py covers the update of their convolutions
 GROUPS_BY_SGD = [
     (file, group)
     for file, group in itertools.product(AIRBENCH_STEPS, ("head", "norm", "whitening", "conv"))
-    if group != "conv" or not file.startswith("airbench94")
+    if group != "conv" or file not in MUON
 ]
 
 
@@ -239,11 +247,12 @@ def test_airbench_configs_use_the_constants_of_the_originals(file, group):
     config, total = recipe(file), AIRBENCH_STEPS[file]
     batch, per_epoch = config.train.batch_size, total / config.train.epochs
     momentum = 0.85
-    if file == "airbench94.py":
+    if file in LATER_RECORDS:
+        trained, final = LATER_RECORDS[file]
         rate, momentum = {"head": 0.5415, "norm": 0.0573, "whitening": 0.0573}[group], 0.825
-        # To 0 while the whitening bias is trained; otherwise to 5 % in all but the last 26 steps.
-        rates = linear_decay(rate, 4, 8 if group == "whitening" else (296 - 26) / 0.95)
-        decay = 1.0418e-6 * 1536 / rate
+        # To 0 while the whitening bias is trained; otherwise to 5 % in all but the last steps.
+        rates = linear_decay(rate, 4, trained if group == "whitening" else (total - final) / 0.95)
+        decay = 1.0418e-6 * batch / rate
     elif file == "airbench94_muon.py":
         rate = {"head": 0.67, "norm": 0.053, "whitening": 0.053}[group]
         rates = linear_decay(rate, 4, 75 if group == "whitening" else 200)

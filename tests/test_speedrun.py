@@ -277,7 +277,7 @@ def torch_is_installed(monkeypatch):
     ("argument", "field", "keyword"),
     [
         ("--peer=nowhere.py", "--peer='nowhere.py'", "no such file"),
-        ("--peer=.", "--peer='.'", "airbench94, airbench94_muon, airbench95, airbench96"),
+        ("--peer=.", "--peer='.'", "airbench94, airbench94_muon, airbench94_wide, airbench95, airbench96"),
         ("--config.seed=x", "seed='x'", "must be"),
         ("--config.seed=4294967290", "--trials=10", "4294967295"),
         ("--out=/", "--out='/'", "folder"),

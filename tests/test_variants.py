@@ -1,4 +1,4 @@
-"""Test the variants of airbench94: their settings, and that their patches change what they are meant to change."""
+"""Test the variants of airbench94_wide: their settings, and that their patches change what they are meant to change."""
 
 from unittest import mock
 
@@ -18,7 +18,7 @@ from cifar_flax.training.timetable import Timetable
 @pytest.mark.parametrize("overrides", sorted({one.overrides for one in VARIANTS.values()}), ids=str)
 def test_all_calls_of_a_variant_have_the_same_length(overrides):
     """Otherwise, a GPU waits for the host in each iteration, and the variant would measure this, too."""
-    config = Settings(end=0).config("airbench94", *overrides)
+    config = Settings(end=0).config("airbench94_wide", *overrides)
     task, _ = setup(config, DATASET)
     timetable = Timetable(config, DATASET.num_examples, task, "resident")
     assert timetable.lengths() == {config.train.steps_per_call}
