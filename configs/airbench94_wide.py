@@ -1,4 +1,4 @@
-"""Airbench's network and Muon in 296 wide steps, for a GPU: on images of 24, 28 and then 32 pixels.
+"""Airbench's network and Muon in 296 wide steps, meant for GPUs: on images of 24, 28 and then 32 pixels.
 
 Command:  python main.py --config configs/airbench94_wide.py
 Hardware: two cores of an Intel Xeon (Emerald Rapids), no GPU; Python 3.13, jax 0.12; float32
