@@ -13,9 +13,8 @@ from PIL import Image
 from stops import assert_stops_change_no_bit
 
 from cifar_flax.config import AirbenchConfig, AugmentConfig, CNNConfig
-from cifar_flax.data import resident
 from cifar_flax.data.augment import normalize, resize
-from cifar_flax.data.batches import Indices
+from cifar_flax.data.batches import Batch
 from cifar_flax.errors import ConfigError
 from cifar_flax.training import steps
 from cifar_flax.training.setup import require_resolutions
@@ -55,9 +54,10 @@ def test_a_step_trains_on_the_resized_images_and_takes_fewer_operations(config):
     """The loss of a step is that of the network on images that were resized before."""
     trainer = Trainer(config)
     task, state = trainer.task, trainer.initial_state
+    # Not the digits: their three channels are equal, so the whitening layer would amplify rounding errors.
+    images = np.random.default_rng(0).integers(0, 256, (64, *task.image_shape), np.uint8)
     index = np.arange(64, dtype=np.int32)
-    indices = Indices(index, 0 * index, index >= 0)
-    batch = resident.gather(trainer.arrays.images, trainer.arrays.labels, indices, task.image_shape)
+    batch = jax.device_put(Batch(images, index % 10, index, 0 * index, index >= 0))
     (_, small), _, (_, whole) = steps.phases(task)
     small, whole = (jax.jit(functools.partial(steps.train_step, one)).lower(state, batch) for one in (small, whole))
 
