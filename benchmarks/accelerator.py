@@ -28,7 +28,7 @@ from benchmarks import campaign, rehearsal, sheets
 from benchmarks.arguments import at_least_one
 from benchmarks.campaign import REPOSITORY, Settings
 from benchmarks.speedrun import scripts_of
-from benchmarks.stages import STAGES
+from benchmarks.stages import RACED, STAGES
 from cifar_flax import files
 from cifar_flax.data import cache, sources
 from cifar_flax.data.sources import DataConfig
@@ -188,7 +188,7 @@ def run_campaign(args: argparse.Namespace, begin: float) -> dict[str, str]:
     if args.rehearse:
         name, out = "cpu", args.out or Path(tempfile.mkdtemp(prefix="rehearsal_"), "campaign_rehearsal.json")
     else:
-        cache, peers = data_cache(args.data), scripts_of(args.peer, "airbench94_wide")
+        cache, peers = data_cache(args.data), scripts_of(args.peer, RACED)
         name = device_name()
         if name == "cpu":
             raise UserError("JAX finds no GPU or TPU; --rehearse runs every stage on the CPU")

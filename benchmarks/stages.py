@@ -29,6 +29,7 @@ from cifar_flax.errors import UserError
 from cifar_flax.files import read_json
 from cifar_flax.runtime import compilation
 
+RACED = "airbench94_wide"  # the config whose seconds are compared with the peers: its few, wide steps suit a GPU
 VARIANT_TRIALS = 10
 MAX_ACCURACY_LOSS = 0.0015  # of a variant that may win
 _WORKERS = 4  # processes that run the tests
@@ -83,22 +84,22 @@ def _measure(
 
 
 def race(settings: Settings, save: Save) -> None:
-    """Measure airbench94_wide alone and alternating with the peers."""
-    _measure(settings, save, "airbench94_wide", 20, peers=settings.peers)
+    """Measure `RACED` alone and alternating with the peers."""
+    _measure(settings, save, RACED, 20, peers=settings.peers)
 
 
 def more_runs(settings: Settings, save: Save) -> None:
-    """Measure airbench94_wide again, over as many seeds as the time allows."""
-    _measure(settings, save, "airbench94_wide", 200, time_compilation=False)
+    """Measure `RACED` again, over as many seeds as the time allows."""
+    _measure(settings, save, RACED, 200, time_compilation=False)
 
 
 def variant(name: str) -> Callable[[Settings, Save], None]:
-    """Return a stage that measures a variant of airbench94_wide."""
+    """Return a stage that measures a variant of `RACED`."""
 
     def stage(settings: Settings, save: Save) -> None:
         chosen = VARIANTS[name]
         chosen.patch()
-        _measure(settings, save, "airbench94_wide", VARIANT_TRIALS, chosen.overrides, time_compilation=False)
+        _measure(settings, save, RACED, VARIANT_TRIALS, chosen.overrides, time_compilation=False)
 
     return stage
 
@@ -116,7 +117,7 @@ def winner(settings: Settings, save: Save) -> None:
     def keep(result: dict[str, Any]) -> None:
         save(result | {"variant": name})
 
-    _measure(settings, keep, "airbench94_wide", 20, chosen.overrides, settings.peers, time_compilation=False)
+    _measure(settings, keep, RACED, 20, chosen.overrides, settings.peers, time_compilation=False)
 
 
 def best_variant(results: dict[str, Any]) -> str | None:
@@ -127,9 +128,9 @@ def best_variant(results: dict[str, Any]) -> str | None:
     """
     done = {name: stage["result"]["ours"] for name, stage in results.items() if is_measured(stage)}
     variants = {name: done[f"variant_{name}"] for name in VARIANTS if f"variant_{name}" in done}
-    if "airbench94_wide" not in done or not variants:
-        raise UserError("the stages airbench94_wide and variant_... come first")
-    base, good = done["airbench94_wide"], {}
+    if RACED not in done or not variants:
+        raise UserError(f"the stages {RACED} and variant_... come first")
+    base, good = done[RACED], {}
     for name, ours in variants.items():
         is_accurate = ours["accuracy"]["mean"] >= base["accuracy"]["mean"] - MAX_ACCURACY_LOSS
         if is_accurate and bounds(ours["seconds"])[1] < bounds(base["seconds"])[0]:
@@ -153,7 +154,7 @@ def process(settings: Settings, save: Save) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("cold", "warm"):
             workdir = Path(folder, cache)
-            command = [sys.executable, "main.py", *settings.command_line("airbench94_wide"), f"--workdir={workdir}"]
+            command = [sys.executable, "main.py", *settings.command_line(RACED), f"--workdir={workdir}"]
             start = time.perf_counter()
             done = subprocess.run(
                 command,
@@ -173,7 +174,7 @@ def process(settings: Settings, save: Save) -> None:
 
 def profiled(settings: Settings, save: Save) -> None:
     """List the slowest operations of a step, without CUDA graphs, which hide the names of their kernels."""
-    result = profile(settings.config("airbench94_wide"))
+    result = profile(settings.config(RACED))
     peak = hardware.PEAKS.get(jax.devices()[0].device_kind)
     rate = result["flops_per_step"] / (result["step_ms"] / 1e3)
     save(result | {"fraction_of_peak": rate / peak if peak else None})
@@ -218,7 +219,7 @@ def several_devices(settings: Settings, save: Save) -> None:
         print("skipped: there is one device")
         return
     result = []
-    for name in rehearsal.SEVERAL_DEVICES if settings.rehearse else ("airbench94_wide", "resnet18"):
+    for name in rehearsal.SEVERAL_DEVICES if settings.rehearse else (RACED, "resnet18"):
         for number in (2**power for power in range(count.bit_length()) if 2**power <= count):
             for backend in ("jit", "shard_map", "pmap") if number > 1 else ("jit",):
                 config = settings.config(name, f"parallel.backend={backend}")
@@ -249,8 +250,8 @@ _SINGLE = "run `python -m benchmarks.speedrun --config configs/{}.py --trials 1`
 # In order of value.
 STAGES = {
     "machine": Stage(machine, 60, 10, "check that `python -c 'import jax; print(jax.devices())'` lists the devices"),
-    "airbench94_wide": Stage(race, 300, 60, _SINGLE.format("airbench94_wide"), has_peers=True),
-    "process": Stage(process, 120, 40, "run main.py with configs/airbench94_wide.py to see the error alone"),
+    RACED: Stage(race, 300, 60, _SINGLE.format(RACED), has_peers=True),
+    "process": Stage(process, 120, 40, f"run `python main.py --config configs/{RACED}.py` to see the error alone"),
     **{
         f"variant_{name}": Stage(variant(name), 60, 40, f"the other variants still count; {_RERUN}", one.xla_flags)
         for name, one in VARIANTS.items()
