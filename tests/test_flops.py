@@ -141,7 +141,7 @@ ORIGINALS = {
 # Of the configs: name -> widths, depth, images per step, and the steps, the image's side and the whitening bias of each
 # phase.
 PHASES = {
-    "airbench94": ((48, 192, 192), 2, 500, [(25, 20, True), (975, 20, False), (800, 32, False)]),
+    "airbench94": ((40, 160, 160), 3, 250, [(50, 20, True), (2750, 20, False), (1300, 32, False)]),
     "airbench94_wide": ((64, 256, 256), 2, 1536, [(8, 24, True), (88, 24, False), (96, 28, False), (104, 32, False)]),
     "airbench94_muon": ((64, 256, 256), 2, 2000, [(75, 32, True), (125, 32, False)]),
     "airbench95": ((128, 384, 384), 2, 1024, [(144, 32, True), (576, 32, False)]),
@@ -192,10 +192,11 @@ def test_operations_of_the_programs_of_airbench(name):
     widths, depth, batch, phases = PHASES[name]
     optimizer = 0
     if config_of(name).optim.name == "muon":
-        # Three steps X -> (a + b X X' + c (X X')²) X for all kernels of a short side at once: two of the filters of the
-        # first block and four of the others, padded to their longest.
+        # Three steps X -> (a + b X X' + c (X X')²) X for all kernels of a short side at once, padded to their longest:
+        # those of the first block, and those of the others.
         assert widths[1] == widths[2]
-        optimizer = 3 * sum(n * (2 * rows**2 * 9 * rows + rows**3) for n, rows in ((2, widths[0]), (4, widths[1])))
+        kernels = ((depth, widths[0]), (2 * depth, widths[1]))
+        optimizer = 3 * sum(number * (2 * rows**2 * 9 * rows + rows**3) for number, rows in kernels)
     expected = [5000 * 31**2 * 12**2]  # covariance of the patches of 2x2 pixels with 3 channels
     for steps, side, is_trained in phases:
         forward, by_input, by_kernel = airbench(widths, depth, side).T

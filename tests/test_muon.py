@@ -62,7 +62,7 @@ def test_muon_equals_the_recipe_in_numpy(monkeypatch):
         np.testing.assert_allclose(ours[name]["kernel"], weights, atol=1e-4)
 
 
-AIRBENCH94 = [(3, 3, 24, 64), (3, 3, 64, 64), (3, 3, 64, 256), *[(3, 3, 256, 256)] * 3]
+AIRBENCH94_WIDE = [(3, 3, 24, 64), (3, 3, 64, 64), (3, 3, 64, 256), *[(3, 3, 256, 256)] * 3]
 
 
 def test_stacks_are_padded_with_zeros_at_the_end():
@@ -79,8 +79,8 @@ def test_zeros_change_neither_singular_values_nor_other_elements():
 
 
 def test_kernels_with_shorter_sides_of_the_same_length_are_one_batch():
-    """Padding only the longer sides keeps the matrix products small: two batches of the six kernels of airbench94."""
-    kernels = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in AIRBENCH94]
+    """Padding only the longer sides keeps the matrix products small: two batches of airbench94_wide's six kernels."""
+    kernels = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in AIRBENCH94_WIDE]
     program = jax.make_jaxpr(orthogonal_kernels)(kernels)
     products = [equation.outvars[0].aval.shape for equation in program.eqns if equation.primitive.name == "dot_general"]
     expected = [(2, 64, 64), (2, 64, 64), (2, 64, 576), (4, 256, 256), (4, 256, 256), (4, 256, 2304)]

@@ -223,7 +223,7 @@ def triangle(rate, steps, total, warm, final):
 
 
 AIRBENCH_STEPS = {
-    "airbench94.py": 1800,
+    "airbench94.py": 4100,
     "airbench94_wide.py": 296,
     "airbench94_muon.py": 200,
     "airbench95.py": 720,
@@ -232,7 +232,7 @@ AIRBENCH_STEPS = {
 }
 # Configs with the constants of later records -> the steps in which the whitening bias is trained, and the last steps,
 # which have the final learning rate.
-LATER_RECORDS = {"airbench94.py": (25, 80), "airbench94_wide.py": (8, 26), "laptop.py": (25, 50)}
+LATER_RECORDS = {"airbench94.py": (50, 160), "airbench94_wide.py": (8, 26), "laptop.py": (25, 50)}
 MUON = (*LATER_RECORDS, "airbench94_muon.py")  # tests/test_muon.py covers the update of their convolutions
 GROUPS_BY_SGD = [
     (file, group)
