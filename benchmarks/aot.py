@@ -23,7 +23,7 @@ from cifar_flax.errors import UserError, one_line
 if TYPE_CHECKING:
     from benchmarks.programs import Program
 
-CONFIGS = ("default", "notebook", "airbench94_wide", "airbench94_muon", "airbench95", "airbench96", "resnet18")
+CONFIGS = ("default", "notebook", "airbench94_wide", "airbench94_muon", "airbench96", "resnet18")
 RESULTS = Path(__file__).parent / "results"
 LARGEST = 10  # source lines that are listed, if they take at least 1 % of the time
 # XLA's estimates for a GPU are in its program only with this option.

@@ -11,7 +11,7 @@ _BATCH = 32
 _SPLITS = {"train": 2 * _BATCH, "test": _BATCH}  # images
 _RUN = (f"train.batch_size={_BATCH}", "train.epochs=4", f"eval.batch_size={_BATCH}")
 _AIRBENCH = ("model.widths=(4,4,4)", "train.steps_per_call=2", "train.log_every=2")
-# The learning rates of the configs are for batches of 1,536 or 2,000 images.
+# The learning rates of the configs are for batches of 250 to 2,000 images.
 _MUON = ("optim.dense.learning_rate=1.", "optim.biases.learning_rate=1.")
 _PHASES = ("train.resolutions=((0,24),(1,28),(2,32))", "optim.whitening.frozen_from=1")  # of one call or more each
 _CNN = ("model.width=4", "model.hidden=16")
@@ -19,7 +19,7 @@ _CNN = ("model.width=4", "model.hidden=16")
 OVERRIDES = {
     "airbench94_wide": (*_RUN, *_AIRBENCH, *_MUON, *_PHASES),
     "airbench94_muon": (*_RUN, *_AIRBENCH, *_MUON),
-    "airbench95": (*_RUN, *_AIRBENCH),
+    "airbench95": (*_RUN, *_AIRBENCH, *_MUON, *_PHASES),
     "airbench96": (*_RUN, *_AIRBENCH),
     "resnet18": (*_RUN, "model.width=2"),
     "default": (*_RUN, *_CNN),

@@ -49,7 +49,7 @@ from cifar_flax.training.loop import run_calls
 from cifar_flax.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
-# config -> script in a checkout of airbench; airbench94 and airbench94_wide are other recipes for the same accuracy
+# config -> script in a checkout of airbench for the same accuracy, not always with the same recipe
 ORIGINALS = {
     "airbench94": "airbench94_muon.py",
     "airbench94_muon": "airbench94_muon.py",

@@ -221,7 +221,6 @@ def test_airbench_on_one_device(target, compile_for, small, pytestconfig):
 ON_FOUR_DEVICES = [
     ("default", "", 3),
     ("airbench94_muon", "widths = (32, 64, 64)", 13),
-    ("airbench95", "widths = (32, 64, 64)", 13),
     ("airbench96", "widths = (32, 64, 64)", 19),
     ("resnet18", "width = 16", 35),
 ]
