@@ -19,7 +19,7 @@ _CNN = ("model.width=4", "model.hidden=16")
 OVERRIDES = {
     "airbench94_wide": (*_RUN, *_AIRBENCH, *_MUON, *_PHASES),
     "airbench94_muon": (*_RUN, *_AIRBENCH, *_MUON),
-    "airbench95": (*_RUN, *_AIRBENCH, *_MUON, *_PHASES),
+    "airbench95": (*_RUN, *_AIRBENCH, *_MUON, "train.resolutions=((0,20),(2,32))", "optim.whitening.frozen_from=1"),
     "airbench96": (*_RUN, *_AIRBENCH),
     "resnet18": (*_RUN, "model.width=2"),
     "default": (*_RUN, *_CNN),

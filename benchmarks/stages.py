@@ -257,7 +257,7 @@ STAGES = {
         for name, one in VARIANTS.items()
     },
     "winner": Stage(winner, 200, 60, _RERUN, has_peers=True),
-    "airbench95": Stage(run_config("airbench95", 5), 90, 50, _SINGLE.format("airbench95")),
+    "airbench95": Stage(run_config("airbench95", 3), 150, 90, _SINGLE.format("airbench95")),
     "airbench96": Stage(run_config("airbench96", 3), 120, 60, _SINGLE.format("airbench96")),
     "resnet18_16_epochs": Stage(run_config("resnet18", 2, "train.epochs=16"), 90, 50, _SINGLE.format("resnet18")),
     "default": Stage(run_config("default", 3), 60, 30, _SINGLE.format("default")),

@@ -63,6 +63,16 @@ def test_airbench_configs_have_the_settings_of_the_originals(column):
     assert {path: found[path] for path in recipe} == recipe
 
 
+def test_airbench95_differs_from_airbench94_as_its_header_states():
+    found = []
+    for name in ("airbench94", "airbench95"):
+        config = runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]()
+        found.append({path: value for path, value, _ in configs._fields(config)})
+    changed = {path for path in found[0] if found[0][path] != found[1][path]}
+    assert changed == {"model.widths", "train.epochs", "train.resolutions", "averaging.decay"}
+    assert [fields["train.resolutions"][1][0] for fields in found] == [14, 18]
+
+
 def changed(config, **values):
     """Set fields of `config`, named by paths with two underscores in place of each dot, and return it."""
     for path, value in values.items():

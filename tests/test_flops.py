@@ -132,7 +132,8 @@ def airbench(widths, depth, side=32, pooled=pooled):
     return np.array([*layers, full(1, 1, c_in, 10)])
 
 
-# Of the originals: name -> widths, depth, epochs, images per step, published PFLOP.
+# Of airbench's own recipes, of which the config airbench95 is not one: name -> widths, depth, epochs, images per step,
+# published PFLOP.
 ORIGINALS = {
     "airbench94_muon": ((64, 256, 256), 2, 8, 2000, 0.298),
     "airbench95": ((128, 384, 384), 2, 15, 1024, 1.37),
