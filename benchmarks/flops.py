@@ -6,65 +6,19 @@ python -m benchmarks.flops --config configs/airbench94.py
 import argparse
 import dataclasses
 import functools
-import itertools
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-import jax
+from collections.abc import Iterator
 
 from benchmarks.programs import DATASET, TEST_EXAMPLES
-from cifar_flax import arguments, models
+from cifar_flax import arguments
 from cifar_flax.config import AirbenchConfig, Config
 from cifar_flax.data import order
 from cifar_flax.data.augment import VIEWS
-from cifar_flax.data.batches import empty_batch
 from cifar_flax.data.config import require_splits
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import ConfigError, require
-from cifar_flax.models.flops import matrix_flops
-from cifar_flax.runtime.devices import ParallelConfig
-from cifar_flax.training import steps
 from cifar_flax.training.evaluator import evaluation_passes
-from cifar_flax.training.setup import Init, setup
-from cifar_flax.training.steps import Task
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A part of a run."""
-
-    name: str
-    number: int  # of the units
-    unit: str  # steps | images
-    flops: int  # of all units together
-
-
-def parts(config: Config, info: DatasetInfo, num_test: int) -> list[Part]:
-    """Return the operations of initialization, of each training phase, and of the evaluation of `num_test` images.
-
-    The network's kernels are those for a TPU, where each convolution is one operation, whatever the device. Operations
-    that several devices repeat, such as those of an optimizer, count once; the padding of the last evaluation batch and
-    evaluations between epochs do not count.
-    """
-    task, init = _on_one_device(config, info)
-    sample_size = min(models.network_class(config.model).sample_size, info.num_examples)
-    sample = jax.ShapeDtypeStruct((sample_size, *info.image_shape), "uint8") if sample_size else None
-    found = [Part("initialization", sample_size, "images", _count(functools.partial(init, 0), sample))]
-    state, batch = jax.eval_shape(lambda: init(0, None)), empty_batch(config.train.batch_size, info.image_shape)
-    for first, count, phase in _phases(task):
-        each = _count(functools.partial(steps.train_step, phase), state, batch)
-        found.append(Part(f"training from step {first}", count, "steps", count * each))
-    weights, image = state.evaluated(task.averaging), empty_batch(1, info.image_shape)
-    for count, tta in evaluation_passes(num_test, config.eval.tta, config.eval.tta_fraction):
-        each = _count(functools.partial(steps.eval_step, task, tta=tta), weights, image)
-        found.append(Part(f"final evaluation, TTA {tta}", count, "images", count * each))
-    return found
-
-
-def run_flops(config: Config, info: DatasetInfo, num_test: int) -> int:
-    """Return the operations of all `parts` together."""
-    return sum(part.flops for part in parts(config, info, num_test))
+from cifar_flax.training.operations import on_one_device, parts, phases
 
 
 def published_flops(config: Config, info: DatasetInfo, num_test: int) -> int:
@@ -73,10 +27,10 @@ def published_flops(config: Config, info: DatasetInfo, num_test: int) -> int:
     They are three forward passes per training image and one per TTA view, in which convolutions compute all outputs,
     also those that the pooling drops. Whitening and optimizer do not count.
     """
-    task, _ = _on_one_device(config, info)
+    task, _ = on_one_device(config, info)
     forward = functools.partial(_airbench_forward, config.model, num_classes=len(info.class_names))
     images = [
-        (3 * config.train.batch_size * count, phase.side or info.image_shape[0]) for _, count, phase in _phases(task)
+        (3 * config.train.batch_size * count, phase.side or info.image_shape[0]) for _, count, phase in phases(task)
     ]
     of_test = evaluation_passes(num_test, config.eval.tta, config.eval.tta_fraction)
     images += [(len(VIEWS[tta]) * count, info.image_shape[0]) for count, tta in of_test]
@@ -94,23 +48,6 @@ def _airbench_forward(model: AirbenchConfig, image_shape: tuple[int, int, int], 
     return total + 2 * inputs * num_classes
 
 
-def _on_one_device(config: Config, info: DatasetInfo) -> tuple[Task, Init]:
-    config = dataclasses.replace(config, parallel=ParallelConfig(), deterministic=False)
-    return setup(config, info, jax.local_devices()[:1], platform="tpu")
-
-
-def _phases(task: Task) -> Iterator[tuple[int, int, Task]]:
-    """Yield the first step, the number of steps and the task of each phase of a run."""
-    phases = steps.phases(task)
-    ends = itertools.chain((first for first, _ in phases[1:]), [task.total_steps])
-    for (first, phase), end in zip(phases, ends, strict=True):
-        yield first, end - first, phase
-
-
-def _count(function: Callable[..., object], *inputs: object) -> int:
-    return matrix_flops(jax.make_jaxpr(function)(*inputs))
-
-
 def cifar10(config: Config) -> tuple[DatasetInfo, int]:
     """Return the training data of a run of `config` on CIFAR-10 and the number of its evaluation images.
 
@@ -125,11 +62,6 @@ def cifar10(config: Config) -> tuple[DatasetInfo, int]:
     side = data.image_size or DATASET.image_shape[0]
     info = dataclasses.replace(DATASET, image_shape=(side, side, 3), num_examples=len(examples))
     return info, sizes[data.eval_split]
-
-
-def pflop(flops: float) -> str:
-    """Return a number of operations in PFLOP, with three digits."""
-    return f"{f'{flops / 1e15:#.3g}'.rstrip('.')} PFLOP"
 
 
 def table(config: Config) -> Iterator[str]:

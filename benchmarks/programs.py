@@ -1,6 +1,5 @@
 """Compile the training and evaluation programs of a config, for devices that may be absent."""
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,12 +72,12 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
 
     size, timetable = config.train.batch_size, Timetable(config, DATASET.num_examples, task, pipeline)
     lengths = timetable.lengths()
-    step, inputs, batch_axis = steps.train_step, empty_batch(size, shape), 0
-    shared = split(DATASET.num_examples)
+    step, inputs, batch_axis, settings = steps.train_step, empty_batch(size, shape), 0, {}
+    shared = jax.ShapeDtypeStruct(task.rates.shape, "float32"), *split(DATASET.num_examples)
     if resident:
         step, inputs, batch_axis = steps.train_steps, empty_indices(timetable.steps_per_call, size), 1
         if len(lengths) == 1:
-            step = functools.partial(step, count=max(lengths))
+            settings = {"count": max(lengths)}
         else:
             shared = (*shared, jax.ShapeDtypeStruct((), "int32"))
     names: list[str] = []
@@ -86,8 +85,8 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
         name = ("frozen" if phase.frozen else "train") + (f"_{phase.side}" if phase.side else "")
         names.append(f"{name}_from_{first}" if name in names else name)
         arguments = state, inputs, *shared
-        step_of_phase = functools.partial(step, phase)
-        yield build(names[-1], max(lengths), step_of_phase, *arguments, batch_axis=batch_axis, donate=True)
+        program = steps.training_program(step, phase, **settings)
+        yield build(names[-1], max(lengths), program, *arguments, batch_axis=batch_axis, donate=True)
     weights = state.evaluated(task.averaging)
     evaluations = {"eval": [(TEST_EXAMPLES, "none")]}
     if config.eval.tta != "none":

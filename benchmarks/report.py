@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import campaign
-from benchmarks.flops import pflop
 from benchmarks.runs import CLOCKS, compilation
 from cifar_flax.errors import UserError
+from cifar_flax.training.operations import pflop
 
 OPERATIONS = 15  # rows of the profile
 

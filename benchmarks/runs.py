@@ -12,10 +12,10 @@ import numpy as np
 import scipy.stats
 from jax.extend import backend
 
-from benchmarks.flops import pflop
 from benchmarks.hardware import PEAKS, machine, measure_speed
 from cifar_flax import config as configs
 from cifar_flax.config import Config
+from cifar_flax.training.operations import pflop
 
 TIMED = "initial weights and whitening, shuffling, training with augmentation, final evaluation"
 NOT_TIMED = (

@@ -35,7 +35,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from benchmarks import runs
 from benchmarks.arguments import at_least_one
 from benchmarks.baselines import original
-from benchmarks.flops import run_flops
 from benchmarks.runs import Measurement
 from cifar_flax import arguments
 from cifar_flax.config import Config
@@ -46,6 +45,7 @@ from cifar_flax.packages import has_module
 from cifar_flax.runtime import compilation
 from cifar_flax.training.evaluator import final_evaluator
 from cifar_flax.training.loop import run_calls
+from cifar_flax.training.operations import run_flops
 from cifar_flax.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
@@ -71,6 +71,7 @@ class Speedrun:
         """Compile initialization, training and evaluation."""
         trainer = self._trainer
         state = trainer.init(self._config.seed)
+        trainer.programs.clear()
         self._train_call = trainer.compile(state)
         self._evaluator = final_evaluator(self._config, trainer.task, trainer.eval_arrays)
         self._evaluator.compile(state)

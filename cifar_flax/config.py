@@ -19,7 +19,7 @@ from cifar_flax.errors import ConfigError, require
 from cifar_flax.models import AirbenchConfig, CNNConfig, ModelConfig, ResNetConfig  # noqa: F401
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.training.averaging import AveragingConfig
-from cifar_flax.training.optimizers import SCHEDULES, GroupConfig, OptimConfig
+from cifar_flax.training.optimizers import GROUPS, SCHEDULES, GroupConfig, OptimConfig
 from cifar_flax.training.profiling import ProfileConfig
 
 
@@ -149,6 +149,23 @@ def shared(config: Config) -> dict[str, Any]:
     }
 
 
+# Settings that the compiled programs take as arguments.
+_ARGUMENTS = {
+    "seed",
+    *(f"optim.{name}" for name in ("learning_rate", "schedule", "warmup_epochs", "warmup_start")),
+    *(f"optim.{name}" for name in ("final_share", "final_epochs")),
+    *(f"optim.{group}.{name}" for group in GROUPS for name in ("learning_rate", "own_decay")),
+}
+
+
+def program_settings(config: Config) -> tuple[tuple[str, Any], ...]:
+    """Return path and value of the settings that the compiled programs depend on.
+
+    Runs for which they are equal can share programs: see `Trainer.again`.
+    """
+    return tuple((path, value) for path, value, _ in _fields(config) if path not in _ARGUMENTS)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Return `config` as nested dicts of JSON types."""
     return dataclasses.asdict(config)
@@ -266,6 +283,11 @@ def _type_name(kind: Any) -> str:
 
 def describe_field(config: Config, path: str, value: str) -> str:
     """Return the type of the field `path` in words; raise `ConfigError` with a suggestion if there is no such field."""
+    return _type_name(field_type(config, path, value))
+
+
+def field_type(config: Config, path: str, value: str) -> Any:
+    """Return the declared type of the field `path`; raise `ConfigError` as `describe_field` does."""
     kinds = {name: kind for name, _, kind in _fields(config)}
     if path not in kinds:
         group = path.split(".")[0]
@@ -274,4 +296,4 @@ def describe_field(config: Config, path: str, value: str) -> str:
         close = difflib.get_close_matches(path, kinds, n=1, cutoff=0.8)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(inside or groups)}"
         raise ConfigError(f"{path}={value!r}: no such field; {hint}")
-    return _type_name(kinds[path])
+    return kinds[path]

@@ -17,6 +17,10 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class DivergedError(UserError):
+    """Raised if training has diverged: the loss, the gradient or the weights are not finite."""
+
+
 def one_line(error: Exception) -> str:
     """Return type and text of `error` on one line, shortened if it is long; of a `UserError`, the text alone."""
     if isinstance(error, UserError):

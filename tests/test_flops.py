@@ -18,6 +18,7 @@ from benchmarks.programs import DATASET
 from cifar_flax import arguments
 from cifar_flax.config import AirbenchConfig, Config, DataConfig, EvalConfig, TrainConfig
 from cifar_flax.models.flops import matrix_flops
+from cifar_flax.training import operations
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 # To trace the programs of a config takes up to six seconds under the type checks of the tests.
@@ -231,7 +232,7 @@ def lines(name, field):
 @pytest.mark.parametrize("name", CIFAR10)
 def test_headers_state_the_operations_of_the_programs(name):
     found = parts(name)
-    assert set(lines(name, "Operations")) == {flops.pflop(sum(part.flops for part in found))}
+    assert set(lines(name, "Operations")) == {operations.pflop(sum(part.flops for part in found))}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -245,7 +246,13 @@ def test_headers_state_accuracies_in_one_format(name):
 
 def test_numbers_of_operations_have_three_digits():
     values = (0.29219e15, 0.02152e15, 1.3e15, 33.66e15, 133.9e15)
-    assert list(map(flops.pflop, values)) == ["0.292 PFLOP", "0.0215 PFLOP", "1.30 PFLOP", "33.7 PFLOP", "134 PFLOP"]
+    assert list(map(operations.pflop, values)) == [
+        "0.292 PFLOP",
+        "0.0215 PFLOP",
+        "1.30 PFLOP",
+        "33.7 PFLOP",
+        "134 PFLOP",
+    ]
 
 
 def start(monkeypatch, *options):
@@ -273,7 +280,7 @@ def test_the_command_is_for_cifar10(monkeypatch, capsys):
 
 
 def test_phases_cover_the_run():
-    task, _ = flops._on_one_device(config_of("airbench94_wide"), DATASET)
-    firsts, counts, _ = zip(*flops._phases(task), strict=True)
+    task, _ = operations.on_one_device(config_of("airbench94_wide"), DATASET)
+    firsts, counts, _ = zip(*operations.phases(task), strict=True)
     assert list(firsts) == [0, *itertools.accumulate(counts)][:-1]
     assert sum(counts) == task.total_steps

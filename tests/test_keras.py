@@ -32,12 +32,14 @@ def test_training_steps_equal_keras():
     config = optimizers.OptimConfig(name="adam", learning_rate=1e-3, eps=EPS)
     network = CNNConfig(conv_dropout=0.0, hidden_dropout=0.0)
     model = state.create_model(network, (32, 32, 3), 10, platform="cpu")
-    optimizer = optimizers.make_optimizer(config, 100, 10, model.param_groups)
+    rates = optimizers.learning_rates(config, 100, 10)
+    optimizer = optimizers.make_optimizer(config, rates, model.param_groups)
     train_state = state.init(model, optimizer, AveragingConfig(), jnp.uint32(0), None)
     task = steps.Task(
         graphdef=model.graphdef,
-        optimizer=optimizer,
-        schedule=optimizers.make_schedule(config, 100, 10),
+        optim=config,
+        rates=rates,
+        param_groups=model.param_groups,
         image_shape=(32, 32, 3),
         mean=(0.0,) * 3,
         std=(255.0,) * 3,

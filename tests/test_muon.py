@@ -8,7 +8,7 @@ import pytest
 
 from cifar_flax.training import muon
 from cifar_flax.training.muon import orthogonal_kernels, orthogonalize
-from cifar_flax.training.optimizers import GROUPS, GroupConfig, OptimConfig, make_optimizer
+from cifar_flax.training.optimizers import GROUPS, GroupConfig, OptimConfig, learning_rates, make_optimizer
 
 
 def composed_quintic(x, steps):
@@ -44,7 +44,7 @@ def test_muon_equals_the_recipe_in_numpy(monkeypatch):
     gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in range(3)]
     groups = {group: GroupConfig(learning_rate=1.0) for group in GROUPS}
     config = OptimConfig(name="muon", learning_rate=0.24, momentum=0.6, **groups)
-    optimizer = make_optimizer(config, 100, 10, jax.tree.map(lambda _: "convolutions", params))
+    optimizer = make_optimizer(config, learning_rates(config, 100, 10), jax.tree.map(lambda _: "convolutions", params))
     ours = jax.tree.map(jnp.asarray, params)
     state = optimizer.init(ours)
     with jax.default_matmul_precision("highest"):

@@ -15,6 +15,7 @@ from cifar_flax.errors import ConfigError
 from cifar_flax.training.optimizers import (
     GroupConfig,
     OptimConfig,
+    learning_rates,
     make_optimizer,
     make_schedule,
 )
@@ -30,7 +31,7 @@ def gradient(seed, scale=1.0):
 def run(config, gradients, learning_rate=0.1, params=PARAMS, param_groups=PARAM_GROUPS):
     """Return the parameters after one step for each of `gradients`."""
     config = dataclasses.replace(config, learning_rate=learning_rate)
-    optimizer = make_optimizer(config, total_steps=100, steps_per_epoch=10, param_groups=param_groups)
+    optimizer = make_optimizer(config, learning_rates(config, 100, 10), param_groups)
     state = optimizer.init(params)
     for grads in gradients:
         updates, state = optimizer.update(grads, state, params)
@@ -120,7 +121,7 @@ def test_gradient_accumulation_equals_one_step_with_the_mean_gradient():
 def test_gradient_accumulation_keeps_the_schedule_in_steps():
     config = OptimConfig(name="sgd", learning_rate=10.0, warmup_epochs=1, accumulate_steps=2)
     # During the warm-up, the learning rate of step n is n.
-    optimizer = make_optimizer(config, total_steps=100, steps_per_epoch=10, param_groups=PARAM_GROUPS)
+    optimizer = make_optimizer(config, learning_rates(config, 100, 10), PARAM_GROUPS)
     state, ones = optimizer.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
     moves = []
     for _ in range(6):
@@ -143,7 +144,7 @@ NETWORK_GROUPS = {
 
 def moves(config, steps, total_steps=100):
     """Return the update of each parameter of `NETWORK` in each step; all gradients are 1."""
-    optimizer = make_optimizer(config, total_steps=total_steps, steps_per_epoch=10, param_groups=NETWORK_GROUPS)
+    optimizer = make_optimizer(config, learning_rates(config, total_steps, 10), NETWORK_GROUPS)
     state, grads = optimizer.init(NETWORK), jax.tree.map(jnp.ones_like, NETWORK)
     out = []
     for _ in range(steps):
@@ -272,7 +273,7 @@ def test_airbench_configs_use_the_constants_of_the_originals(file, group):
     start, gradients = rng.normal(size=shape), [rng.normal(size=shape) / 1000 for _ in range(4)]
     name = "whitening" if group == "whitening" else "layer"
     label = {"head": "dense", "norm": "biases", "conv": "convolutions"}.get(group, group)
-    optimizer = make_optimizer(config.optim, total, per_epoch, {name: {"tensor": label}})
+    optimizer = make_optimizer(config.optim, learning_rates(config.optim, total, per_epoch), {name: {"tensor": label}})
     params = {name: {"tensor": jnp.asarray(start, jnp.float32)}}
     state = optimizer.init(params)
     for g in gradients:

@@ -27,7 +27,7 @@ from cifar_flax.checkpoints.metadata import (
     write_metadata,
 )
 from cifar_flax.checkpoints.storage import Storage, describe
-from cifar_flax.errors import UserError, one_line, require
+from cifar_flax.errors import DivergedError, UserError, one_line, require
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.trees import all_finite, named_leaves
 
@@ -95,12 +95,12 @@ class Checkpoints:
         is a newer one and does not count towards `keep`, so that the resumed run ends with the checkpoints of an
         uninterrupted run.
 
-        Raise `UserError` if the state is not finite or if the previous save failed.
+        Raise `DivergedError` if the state is not finite, `UserError` if the previous save failed.
         """
         self.wait()
         step = int(jax.device_get(state.step))
         if not jax.device_get(_is_finite(state)):
-            raise UserError(f"the state after step {step} is not finite and is not saved: training has diverged")
+            raise DivergedError(f"the state after step {step} is not finite and is not saved: training has diverged")
         arrays = named_leaves(state)
         metadata = {"step": step, "accuracy": accuracy, "is_extra": is_extra, "arrays": describe(arrays), **content}
         with self._errors(step):

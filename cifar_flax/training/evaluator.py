@@ -17,7 +17,7 @@ from cifar_flax.config import Config
 from cifar_flax.data import resident
 from cifar_flax.data.batches import Batch, Indices, InputTimer, evaluation_indices, gather, to_device
 from cifar_flax.data.cache import Arrays
-from cifar_flax.errors import UserError
+from cifar_flax.errors import DivergedError
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.devices import Layout
 from cifar_flax.training import metrics, steps
@@ -77,7 +77,7 @@ class Evaluator:
     def __call__(self, state: TrainState, stopping: Callable[[], int] = lambda: 0) -> Evaluation | None:
         """Return the evaluation of `state`, or None if `stopping` returned a nonzero number before a batch.
 
-        Raise `UserError` if the loss is not finite.
+        Raise `DivergedError` if the loss is not finite.
         """
         if not self._compiled:
             self.compile(state)
@@ -122,7 +122,7 @@ class Evaluator:
         """Return only the accuracy of `state`, for benchmarks, after `compile`.
 
         If all images get the same TTA, only the sums of the loss and the confusion matrices are read from the devices.
-        Raise `UserError` if the loss is not finite.
+        Raise `DivergedError` if the loss is not finite.
         """
         if len(self._passes) > 1:
             evaluation = self(state)
@@ -177,7 +177,7 @@ def _from_logits(
 
 def _require_finite(loss: float, state: TrainState) -> None:
     if not math.isfinite(loss):
-        raise UserError(f"the evaluation loss at step {state.step} is {loss}: training has diverged")
+        raise DivergedError(f"the evaluation loss at step {state.step} is {loss}: training has diverged")
 
 
 def on_inputs(task: steps.Task, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,8 +197,10 @@ def all_examples(arrays: Arrays) -> Int32[np.ndarray, " n"]:
     return np.arange(len(arrays.labels), dtype=np.int32)
 
 
-def final_evaluator(config: Config, task: steps.Task, arrays: Arrays) -> Evaluator:
-    """Return the evaluator for the final evaluation, with the test-time augmentation of `config.eval`."""
+def final_evaluator(
+    config: Config, task: steps.Task, arrays: Arrays, examples: Int32[np.ndarray, " n"] | None = None
+) -> Evaluator:
+    """Return the evaluator for the final evaluation of `examples` (default: all), with the TTA of `config.eval`."""
     settings = config.eval
-    examples = all_examples(arrays)
+    examples = all_examples(arrays) if examples is None else examples
     return Evaluator(task, arrays, examples, settings.batch_size, tta=settings.tta, tta_fraction=settings.tta_fraction)

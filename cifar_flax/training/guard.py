@@ -2,7 +2,7 @@
 
 import math
 
-from cifar_flax.errors import UserError
+from cifar_flax.errors import DivergedError
 from cifar_flax.training.metrics import StepMetrics
 
 
@@ -14,7 +14,7 @@ class NonFiniteGuard:
         self._max_skipped, self.loss, self.skipped = max_skipped, loss, skipped
 
     def check(self, first_step: int, values: StepMetrics) -> None:
-        """Raise `UserError` if one of the steps from `first_step` on, whose metrics are `values`, ends the run."""
+        """Raise `DivergedError` if one of the steps from `first_step` on, whose metrics are `values`, ends the run."""
         for step, loss in enumerate(values["loss"].tolist(), start=first_step):
             if values["finite"][step - first_step]:
                 self.loss, self.skipped = loss, 0
@@ -30,4 +30,4 @@ class NonFiniteGuard:
                 many = f" after {self.skipped} consecutive skipped steps" if self._max_skipped else ""
                 skip = "" if self._max_skipped else ", or use on_nonfinite=skip"
                 advice = f"Lower optim.learning_rate (now {rate:g}) or set optim.clip_norm{skip}, in a new --workdir."
-                raise UserError(f"step {step}: {reason}{last}{many}. {advice}")
+                raise DivergedError(f"step {step}: {reason}{last}{many}. {advice}")

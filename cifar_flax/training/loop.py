@@ -69,8 +69,12 @@ def run_calls(
     return state
 
 
-def run(trainer: Trainer, folder: Path) -> None:
-    """Train from the newest checkpoint in `folder`, or from the initial state, to the last step and its checkpoint."""
+def run(trainer: Trainer, folder: Path, has_to_stop: Callable[[Metrics], bool] = lambda metrics: False) -> bool:
+    """Train from the newest checkpoint in `folder`, or from the initial state, to the last step and its checkpoint.
+
+    After each evaluation, `has_to_stop` is called with its line of metrics.jsonl. If it returns True, save and return
+    False; the same call resumes the run. Otherwise, return True at the end.
+    """
     with Checkpoints(folder / CHECKPOINTS, trainer.config.checkpoint) as checkpoints:
         for step in reversed(checkpoints.steps()):
             with suppress(DamagedError):  # reported when it is restored
@@ -82,13 +86,13 @@ def run(trainer: Trainer, folder: Path) -> None:
         if (start >= total or _early_stopping(trainer, metadata).is_due) and metadata["evaluated"]:
             early = "" if start >= total else f", stopped early (train.patience={trainer.config.train.patience})"
             processes.log(f"{folder} is finished: {start} steps of {total}{early}; evaluating its checkpoint")
-            return
+            return True
         steps = f"resuming from step {start} of {total}" if start else f"{total} steps"
         images = f"{trainer.info.num_examples} images ({trainer.pipeline})"
         processes.log(f"{trainer.info.name}: {images}, {steps}, on {trainer.layout}")
         if trainer.no_tensorflow:
             processes.log(trainer.no_tensorflow)
-        TrainingLoop(trainer, folder, checkpoints, state, metadata).run()
+        return TrainingLoop(trainer, folder, checkpoints, state, metadata, has_to_stop).run()
 
 
 def _early_stopping(trainer: Trainer, metadata: Metadata) -> EarlyStopping:
@@ -98,7 +102,16 @@ def _early_stopping(trainer: Trainer, metadata: Metadata) -> EarlyStopping:
 class TrainingLoop:
     """Train from the initial state, or from the state and the `metadata` of a checkpoint."""
 
-    def __init__(self, trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: TrainState, metadata: Metadata):
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        metadata: Metadata,
+        has_to_stop: Callable[[Metrics], bool] = lambda metrics: False,
+    ):
+        self._has_to_stop, self._is_stopped = has_to_stop, False
         self._trainer, self._config, self._folder = trainer, trainer.config, folder
         self._checkpoints, self._state = checkpoints, state
         self._step = self._saved = metadata.get("step", 0)
@@ -118,14 +131,13 @@ class TrainingLoop:
         self._lag = read_lag(trainer.layout.platform, trainer.timetable.steps_per_call)
         self._agreement, self._asked = processes.Agreement(trainer.layout, self._lag), 0
 
-    def run(self) -> None:
-        """Train to the end. On a signal, save and raise `signals.Stopped`."""
+    def run(self) -> bool:
+        """Train to the end; return False if `has_to_stop` ends the run. On a signal, save and raise `Stopped`."""
         trainer = self._trainer
         begin = time.perf_counter()
         train_call: TrainCall = trainer.compile(self._state, self._step)
         # Compile everything before the loop, since a signal has to wait for a compilation.
         trainer.evaluator.compile(self._state)
-        self._learning_rate = jax.jit(trainer.task.schedule).lower(0).compile()
         processes.log(f"compiled training and evaluation in {time.perf_counter() - begin:.1f} s")
         with ExitStack() as stack:
             writer = MetricsWriter(self._folder, self._step, self._mark, configs.shared(self._config))
@@ -145,9 +157,9 @@ class TrainingLoop:
                 )
                 if self._step == stop:
                     self._evaluate_and_save()
-                if self._asked or self._early_stopping.is_due:
+                if self._asked or self._is_stopped or self._early_stopping.is_due:
                     break
-            if self._asked and self._step != self._saved:
+            if (self._asked or self._is_stopped) and self._step != self._saved:
                 self._save()
             self._checkpoints.wait()
             if self._asked:
@@ -155,6 +167,7 @@ class TrainingLoop:
                     saved = f"saved step {self._saved} of {trainer.total_steps}"
                     processes.log(f"{saved}; run the same command to resume")
                 raise signals.Stopped(self._asked)
+        return not self._is_stopped
 
     def _stopping(self) -> int:
         """Return the number of the signal that any process has received, or 0."""
@@ -182,11 +195,13 @@ class TrainingLoop:
             if evaluation is None:
                 return
             metrics = scalars(evaluation.summary) | {
-                "learning_rate": float(jax.device_get(self._learning_rate(self._step))),
+                "learning_rate": float(trainer.task.rates[0, self._step]),
                 "images_per_second": evaluation.images_per_second,
                 "input_wait_fraction": evaluation.input_wait_fraction,
             }
-            self._progress.show_evaluation(self._log(trainer.monitored_split, metrics))
+            line = self._log(trainer.monitored_split, metrics)
+            self._progress.show_evaluation(line)
+            self._is_stopped = self._step < trainer.total_steps and self._has_to_stop(line)
             if trainer.has_validation:
                 accuracy = metrics["accuracy"]
                 self._early_stopping.update(accuracy)

@@ -7,10 +7,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 
 from cifar_flax.errors import require
 from cifar_flax.models.network import FROZEN
@@ -87,6 +90,7 @@ class OptimConfig:
 
 
 GROUPS = ("dense", "biases", "whitening")
+_RATES = ("convolutions", *GROUPS)  # rows of the table of learning rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,30 +202,48 @@ def frozen_steps(config: OptimConfig, steps_per_epoch: float) -> dict[str, int]:
     return {name: math.ceil(step / every) * every for name, step in steps.items()}
 
 
-def make_optimizer(
-    config: OptimConfig, total_steps: int, steps_per_epoch: float, param_groups: PyTree[str]
-) -> optax.GradientTransformation:
-    """Return the optimizer that `config` describes: gradient accumulation, clipping, and an update for each group.
+def learning_rates(config: OptimConfig, total_steps: int, steps_per_epoch: float) -> Float[np.ndarray, "groups steps"]:
+    """Return the learning rate of each group, in the order of `_RATES`, at the steps 0 to `total_steps`.
 
-    `param_groups` has the name of each parameter's group (`models.network.param_groups`).
+    The compiled steps look it up in this table, an argument, so that another learning rate or schedule needs no other
+    program. Raise `ConfigError` if the warm-up is not shorter than the run.
     """
-    every = config.accumulate_steps
+    schedules = [make_schedule(config, total_steps, steps_per_epoch)]
+    for name, own in _group_configs(config).items():
+        schedules.append(_group_schedule(getattr(config, name), own, total_steps, steps_per_epoch))
+    counts = jnp.arange(total_steps + 1)
+    return np.stack([np.asarray(jax.vmap(schedule)(counts), np.float32) for schedule in schedules])
 
-    def of(name: str, config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-        # optax passes the number of updates; the schedule expects the number of steps.
-        return OPTIMIZERS[name].make(config, lambda update: schedule(update * every))
 
-    groups = {"convolutions": of(config.name, config, make_schedule(config, total_steps, steps_per_epoch))}
+def _group_configs(config: OptimConfig) -> dict[str, OptimConfig]:
+    """Return the settings of each of `GROUPS`, in which those of the group replace those that it shares."""
     bases = {"dense": config, "biases": dataclasses.replace(config, weight_decay=0.0)}
     for name in GROUPS:
         group = getattr(config, name)
         settings = {field: getattr(group, field) for field in ("learning_rate", "weight_decay", "momentum")}
         # Settings that the last group, whitening, leaves None are those of the biases.
         base = bases.get(name, bases["biases"])
-        own = dataclasses.replace(base, **{key: value for key, value in settings.items() if value is not None})
-        bases[name] = own
-        optimizer_name = OPTIMIZERS[config.name].for_groups or config.name
-        groups[name] = of(optimizer_name, own, _group_schedule(group, own, total_steps, steps_per_epoch))
+        bases[name] = dataclasses.replace(base, **{key: value for key, value in settings.items() if value is not None})
+    return bases
+
+
+def make_optimizer(
+    config: OptimConfig, rates: Float[Any, "groups steps"], param_groups: PyTree[str]
+) -> optax.GradientTransformation:
+    """Return the optimizer that `config` describes: gradient accumulation, clipping, and an update for each group.
+
+    `rates` is the table of `learning_rates`, which replaces the schedules in `config`; in a compiled step, it may be
+    traced. `param_groups` has the name of each parameter's group (`models.network.param_groups`).
+    """
+    every = config.accumulate_steps
+
+    def of(group: str, name: str, config: OptimConfig) -> optax.GradientTransformation:
+        # optax passes the number of updates; the table has an entry for each step.
+        return OPTIMIZERS[name].make(config, lambda update: rate_at(rates, update * every, group))
+
+    groups = {"convolutions": of("convolutions", config.name, config)}
+    for name, own in _group_configs(config).items():
+        groups[name] = of(name, OPTIMIZERS[config.name].for_groups or config.name, own)
     groups[FROZEN] = optax.set_to_zero()
     optimizer = optax.partition(groups, param_groups)
     if config.clip_norm:
@@ -230,3 +252,9 @@ def make_optimizer(
         multi = optax.MultiSteps(optimizer, every_k_schedule=every)
         optimizer = optax.GradientTransformation(multi.init, multi.update)
     return optimizer
+
+
+def rate_at(rates: Float[Any, "groups steps"], step: Any, group: str = "convolutions") -> Float[jax.Array, ""]:
+    """Return the learning rate of `group` at `step` in the table of `learning_rates`; after its end, the last one."""
+    place = jnp.int32(_RATES.index(group)), jnp.asarray(step, jnp.int32)
+    return jax.lax.dynamic_slice(jnp.asarray(rates), place, (1, 1))[0, 0]

@@ -23,9 +23,10 @@ from cifar_flax.errors import UserError
 from cifar_flax.models.network import FROZEN
 from cifar_flax.runtime.devices import Layout
 from cifar_flax.runtime.trees import all_finite
-from cifar_flax.training import averaging, metrics
+from cifar_flax.training import averaging, metrics, optimizers
 from cifar_flax.training.averaging import AveragingConfig
 from cifar_flax.training.metrics import StepMetrics
+from cifar_flax.training.optimizers import OptimConfig
 from cifar_flax.training.state import TrainState, root_keys
 
 
@@ -47,8 +48,8 @@ class Task:
     """The constants that the compiled steps use: everything about a run that is neither state nor data."""
 
     graphdef: nnx.GraphDef
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    optim: OptimConfig
+    rates: Float[Any, "groups steps"]  # learning rates, see `optimizers.learning_rates`; an argument of the programs
     image_shape: tuple[int, int, int]  # height, width, channels
     mean: tuple[float, ...]  # per channel, in units of the stored bytes
     std: tuple[float, ...]
@@ -59,14 +60,18 @@ class Task:
     total_steps: int
     layout: Layout
     sync_batchnorm: bool  # whether BatchNorm statistics are over the batch of all devices
+    param_groups: PyTree[str]  # the optimizer group of each parameter
     loss_scale: float = 1.0  # factor of the loss in the backward pass only; a power of two, so that it is exact
     skip_nonfinite: bool = False  # whether to skip the update if the loss, the gradient or the new state is not finite
-    param_groups: PyTree[str] = ()  # the optimizer group of each parameter
     frozen_from: Mapping[str, int] = field(default_factory=dict)  # group -> number of steps after which it is frozen
     class_weights: tuple[float, ...] = ()  # factor of the loss of the examples of each class; (): 1
     sides: tuple[tuple[int, int], ...] = ()  # (finished steps, side of the images in pixels from there on)
     frozen: frozenset[str] = frozenset()  # groups that have no gradient; `phases` sets them
     side: int | None = None  # side that the images are resized to; `phases` sets it
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optimizers.make_optimizer(self.optim, self.rates, self.param_groups)
 
     @property
     def phase_starts(self) -> set[int]:
@@ -161,11 +166,10 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     if task.skip_nonfinite:
         finite &= all_finite(new_state)
         new_state = _unless_skipped(finite, new_state, state._replace(step=step))
-    learning_rate = jnp.asarray(task.schedule(state.step), jnp.float32)
     return new_state, {
         "loss": loss,
         "accuracy": accuracy,
-        "learning_rate": learning_rate,
+        "learning_rate": optimizers.rate_at(task.rates, state.step),
         "finite": finite,
     }
 
@@ -215,6 +219,20 @@ def train_steps(
     _, shapes = jax.eval_shape(step, state, jnp.int32(0))
     columns = {name: jnp.zeros((rows, *one.shape), one.dtype) for name, one in shapes.items()}
     return jax.lax.fori_loop(0, rows if count is None else count, body, (state, columns))
+
+
+def training_program(step: Callable[..., Any], task: Task, **settings: Any) -> Callable[..., Any]:
+    """Return `step` of `task` as a function (state, inputs, learning rates, *split) -> (state, metrics).
+
+    `step` is `train_step` or `train_steps`, `settings` are keyword arguments of it. The learning rates, a table as
+    `Task.rates`, are an argument: runs that differ only in their schedules share a compiled program.
+    """
+
+    def run(state: TrainState, inputs: Any, rates: Any, *split: Any) -> tuple[TrainState, StepMetrics]:
+        return step(dataclasses.replace(task, rates=rates), state, inputs, *split, **settings)
+
+    run.__name__ = step.__name__  # which profiles show
+    return run
 
 
 def _keys(state: TrainState, batch: Batch, epoch: Int32[Array, " batch"]) -> tuple[Key[Array, " batch"], ...]:

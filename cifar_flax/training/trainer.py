@@ -1,5 +1,6 @@
 """Load the data, build the network, and provide the inputs and the compiled calls of the training loop."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -13,6 +14,7 @@ from cifar_flax import models
 from cifar_flax.config import Config
 from cifar_flax.data import order, pipelines, resident, sources, streaming
 from cifar_flax.data.batches import GROUP, empty_batch, empty_indices, to_device
+from cifar_flax.data.cache import Arrays
 from cifar_flax.data.config import PUBLIC
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError, require
@@ -20,7 +22,7 @@ from cifar_flax.runtime import processes
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.evaluator import Evaluator
 from cifar_flax.training.metrics import StepMetrics
-from cifar_flax.training.setup import checked_layout, require_resolutions, setup
+from cifar_flax.training.setup import checked_layout, rates_of, require_resolutions, setup
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Call
 from cifar_flax.training.timetable import Timetable
@@ -34,17 +36,22 @@ def require_startable(config: Config, devices: Sequence[jax.Device] | None = Non
 class Trainer:
     """Everything that the training loop needs for a config: its data, network, initial state and evaluator."""
 
-    def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
-        """Train on `devices` (default: all).
+    def __init__(
+        self,
+        config: Config,
+        devices: Sequence[jax.Device] | None = None,
+        splits: Sequence[Arrays] | None = None,
+    ):
+        """Train on `devices` (default: all) and `splits`, the return value of `sources.load_both` (default: load them).
 
         Raise `ConfigError` if the config does not fit the data, `UserError` if the data cannot be loaded.
         """
         self.config = config
         require_startable(config, devices)
-        self.arrays, eval_arrays = sources.load_both(config.data)
+        self.arrays, eval_arrays = splits or sources.load_both(config.data)
         fraction = config.data.validation_fraction
-        self.examples, held_out = order.split_validation(len(self.arrays.labels), fraction)
-        fits = len(self.examples) > 0 and (fraction == 0 or len(held_out) > 0)
+        self.examples, self.held_out = order.split_validation(len(self.arrays.labels), fraction)
+        fits = len(self.examples) > 0 and (fraction == 0 or len(self.held_out) > 0)
         allowed = "must leave at least one training and one validation example"
         require(fits, "data.validation_fraction", fraction, allowed)
         if self.arrays.dataset != eval_arrays.dataset:
@@ -79,16 +86,31 @@ class Trainer:
         if self.pipeline == "resident":
             self.arrays, eval_arrays = (resident.put(arrays, self.layout) for arrays in (self.arrays, eval_arrays))
         self.eval_arrays = eval_arrays
-        self.initial_state = self.init(config.seed)
+        self.programs: dict[Any, jax.stages.Compiled] = {}  # the compiled calls, by phase
         self.total_steps = self.task.total_steps
         self.timetable = Timetable(config, len(self.examples), self.task, self.pipeline)
         # Evaluate on the validation split during training. Without one, evaluate on eval_split, for the curves only.
-        self.has_validation = len(held_out) > 0
-        self.monitored_split, monitored = "validation", (self.arrays, held_out)
+        self.has_validation = len(self.held_out) > 0
+        self.monitored_split, monitored = "validation", (self.arrays, self.held_out)
         if not self.has_validation:  # the log uses "train" for the training metrics
             self.monitored_split = config.data.eval_split if config.data.eval_split != "train" else "evaluation"
             monitored = eval_arrays, evaluator.all_examples(eval_arrays)
         self.evaluator = Evaluator(self.task, *monitored, config.eval.batch_size)
+
+    @functools.cached_property
+    def initial_state(self) -> TrainState:
+        return self.init(self.config.seed)
+
+    def again(self, config: Config) -> "Trainer":
+        """Return the trainer for `config`, whose `config.program_settings` are equal; it shares data and programs.
+
+        Raise `ConfigError` if its schedule does not fit the run.
+        """
+        other = copy.copy(self)
+        other.config = config
+        other.task = dataclasses.replace(self.task, optim=config.optim, rates=rates_of(config, self.info.num_examples))
+        other.__dict__.pop("initial_state", None)
+        return other
 
     def require_same_data(self, saved: dict[str, Any]) -> None:
         """Raise `UserError` unless `saved`, the metadata of a checkpoint, describes the same data."""
@@ -139,27 +161,31 @@ class Trainer:
         return to_device(on_host, put, GROUP if per_call == 1 else 1)  # a call of many steps is a group in itself
 
     def compile(self, state: TrainState, start: int = 0) -> "TrainCalls":
-        """Compile the calls from step `start` on, for states of the shapes of `state`."""
+        """Compile the calls from step `start` on that are not in `programs`, for states of the shapes of `state`."""
         rows = self.layout.local_slice(self.config.train.batch_size)
         local_size, lengths = rows.stop - rows.start, self.timetable.lengths(start)
         step: Callable[..., Any] = steps.train_step
         inputs: Any = empty_batch(local_size, self.info.image_shape)
-        split: tuple[Any, ...] = ()
+        settings: dict[str, Any] = {}
+        shared: tuple[Any, ...] = (self.layout.replicate(self.task.rates),)
         counts: dict[int, tuple[Any, ...]] = dict.fromkeys(lengths, ())
         batch_axis = 0
         if self.pipeline == "resident":
             step, inputs, batch_axis = steps.train_steps, empty_indices(self.timetable.steps_per_call, local_size), 1
-            split = self.arrays.images, self.arrays.labels
+            shared = *shared, self.arrays.images, self.arrays.labels
             if len(lengths) == 1:
-                step = functools.partial(step, count=max(lengths))
+                settings = {"count": max(lengths)}
             else:
                 counts = {length: (self.layout.replicate(np.int32(length)),) for length in lengths}
-        arguments = state, self.layout.shard_batch(inputs, batch_axis), *split, *counts[max(lengths)]
-        programs = [
-            (first, self.layout.compile(functools.partial(step, task), *arguments, batch_axis=batch_axis, donate=True))
-            for first, task in steps.phases(self.task, start)
-        ]
-        return TrainCalls(programs, {length: (*split, *count) for length, count in counts.items()})
+        arguments = state, self.layout.shard_batch(inputs, batch_axis), *shared, *counts[max(lengths)]
+        found = []
+        for first, task in steps.phases(self.task, start):
+            key = task.frozen, task.side, *settings.values()
+            if key not in self.programs:
+                program = steps.training_program(step, task, **settings)
+                self.programs[key] = self.layout.compile(program, *arguments, batch_axis=batch_axis, donate=True)
+            found.append((first, self.programs[key]))
+        return TrainCalls(found, {length: (*shared, *count) for length, count in counts.items()})
 
 
 class TrainCalls:
