@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import copy
 import operator
 import os
 import re
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from cifar_flax.config import LOCATIONS, PATHS, Config, describe_field, may_over
 from cifar_flax.errors import ConfigError, one_line, require
 from cifar_flax.paths import local_path
 from cifar_flax.restore import saved_config
+from cifar_flax.study.space import Range, Search, Space, search_of, seeds_of, values_of, with_validation
 
 _DESCRIPTION = """
 Train, evaluate and use small-image classifiers.
@@ -28,7 +30,8 @@ modes:
   train     train a model, or resume from its newest checkpoint; needs --config (default mode)
   eval      evaluate a trained model again and write eval.json and report.html; needs --workdir
   predict   classify image files and folders of images, listed as PATH; needs --workdir
-  compare   write one page that compares the runs in the folders listed as PATH
+  study     train with several seeds and settings, and compare them; needs --config and --workdir
+  compare   write one page that compares the runs, or the study, in the folders listed as PATH
   export    write the model as safetensors and StableHLO for other programs; needs --workdir and --output
   doctor    check whether a run can start on this machine
 """
@@ -37,6 +40,7 @@ examples:
   %(prog)s --config default --config.train.epochs=30 --workdir=runs/longer
   %(prog)s --mode=eval --workdir=runs/longer
   %(prog)s --mode=predict --workdir=runs/longer holiday/ cat.jpg
+  %(prog)s --mode=study --config default --config.optim.learning_rate=5e-4,1e-3 --seeds=5 --workdir=studies/rates
 """
 
 
@@ -56,7 +60,11 @@ MODES = {
     "train": _Mode(takes=("--config", "--workdir", "--summary"), needs=("--config",)),
     "eval": _Mode(takes=("--workdir",), needs=("--workdir",)),
     "predict": _Mode(takes=("--workdir", "--output"), needs=("--workdir",), paths=1),
-    "compare": _Mode(takes=("--output",), paths=2),
+    "study": _Mode(
+        takes=("--config", "--workdir", "--seeds", "--trials", "--search", "--on-test", "--yes"),
+        needs=("--config", "--workdir"),
+    ),
+    "compare": _Mode(takes=("--output", "--on-test"), paths=1),
     "export": _Mode(takes=("--workdir", "--output"), needs=("--workdir", "--output")),
     "doctor": _Mode(takes=("--config", "--workdir", "--online")),
 }
@@ -67,7 +75,7 @@ _NEEDED_OPTIONS = {
     "--workdir": "the folder of a run: --workdir=DIR",
     "--output": "a folder to write to: --output=DIR",
 }
-_NEEDED_PATHS = {"predict": "image files or folders", "compare": "the folders of two or more runs"}
+_NEEDED_PATHS = {"predict": "image files or folders", "compare": "the folders of two or more runs, or of a study"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +89,10 @@ class Command:
     output: Path | None
     summary: bool
     online: bool
+    is_large: bool  # run more than 1,000 trials
+    on_test: bool  # compare on the evaluation split, not on the validation split
+    space: Space | None = None  # the settings of --mode=study
+    search: Search | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,26 +104,32 @@ def parse(argv: Sequence[str]) -> Command:
     """Parse `argv`, without the program name. Raise `ConfigError` for the first argument that is not allowed."""
     arguments, rest = _parser().parse_known_args(argv)
     name, mode = arguments.mode, MODES[arguments.mode]
-    options = {f"--{option}": value for option, value in vars(arguments).items() if option != "mode"}
-    uses_run = "--workdir" in mode.needs
+    options = {f"--{option.replace('_', '-')}": value for option, value in vars(arguments).items() if option != "mode"}
+    uses_run = "--workdir" in mode.needs and "--config" not in mode.takes
     saved = ", which uses the config saved with the checkpoint; pass --workdir instead" if uses_run else ""
     for option, value in options.items():
         instead = saved if option == "--config" else ""
-        require(not value or option in mode.takes, option, value, f"not used in {name}{instead}")
+        is_given = not (value is None or value is False or value == [])
+        require(not is_given or option in mode.takes, option, value, f"not used in {name}{instead}")
     for argument in rest:
         if re.match(r"--?[a-zA-Z]", argument) and not re.match(_OVERRIDE, argument):
             raise ConfigError(f"unknown argument {argument!r} (see --help)")
     for option in mode.needs:
         if not options[option]:
             raise ConfigError(f"{name} needs {_NEEDED_OPTIONS[option]} (see --help)")
-    workdir = local_path("--workdir", arguments.workdir or f"runs/{Path(arguments.config or name).stem}")
+    given, space, search = arguments.config, None, None
+    require(len(given) <= 1 or name == "study", "--config", " ".join(given), f"only one is used in {name}")
+    workdir = local_path("--workdir", arguments.workdir or f"runs/{Path(given[0] if given else name).stem}")
     output = local_path("--output", arguments.output) if arguments.output else None
-    if uses_run or (name == "doctor" and arguments.workdir and not arguments.config):
+    if uses_run or (name == "doctor" and arguments.workdir and not given):
         config = saved_config(workdir)
     else:
-        config = _load(arguments.config) if arguments.config else Config()
+        config = _load(given[0]) if given else Config()
+    if name == "study":
+        space, search, rest = _study(arguments, rest)
     config, changed, paths = _override(config, rest)
-    config.validate()
+    if space is None:  # otherwise, each setting of it is validated
+        config.validate()
     if not uses_run:  # eval, predict and export may not need the places that the saved config names
         for field in (*PATHS, "train.init_from"):
             local_path(field, operator.attrgetter(field)(config))
@@ -131,7 +149,52 @@ def parse(argv: Sequence[str]) -> Command:
         output=output,
         summary=arguments.summary,
         online=arguments.online,
+        is_large=arguments.yes,
+        on_test=arguments.on_test,
+        space=space,
+        search=search,
     )
+
+
+def _study(arguments: argparse.Namespace, rest: list[str]) -> tuple[Space, Search | None, list[str]]:
+    """Return the settings of a study, how to search them, and the arguments in `rest` that all settings share."""
+    loaded: dict[str, Config] = {}
+    for file in arguments.config:
+        allowed = f"another config is also named {Path(file).stem}; rename one"
+        require(Path(file).stem not in loaded, "--config", file, allowed)
+        loaded[Path(file).stem] = _load(file)
+    fixed: list[str] = []
+    choices: dict[str, list[str]] = {}
+    ranges: dict[str, Range] = {}
+    for argument in rest:
+        match, first = re.match(_OVERRIDE, argument), next(iter(loaded.values()))
+        values = values_of(first, match[1], match[2]) if match and "=" in argument else [argument]
+        require(
+            not match or match[1] not in (choices | ranges),
+            match[1] if match else "",
+            match and match[2],
+            "given twice",
+        )
+        if isinstance(values, Range) and match:
+            ranges[match[1]] = values
+        elif isinstance(values, list) and match and len(values) > 1:
+            choices[match[1]] = values
+        else:
+            fixed.append(argument)
+    shared = {name: _override(copy.deepcopy(config), fixed)[0] for name, config in loaded.items()}
+
+    def build(name: str, values: Mapping[str, str]) -> Config:
+        varied = [f"--config.{path}={value}" for path, value in values.items()]
+        config = _override(copy.deepcopy(shared[name]), varied)[0]
+        config = config if arguments.on_test else with_validation(config)
+        config.validate()
+        return config
+
+    seeds = seeds_of(choices.pop("seed", None), arguments.seeds, next(iter(shared.values())).seed)
+    require("seed" not in ranges, "seed", arguments.seeds, "must not be a range; use --seeds")
+    search = search_of(arguments.trials, arguments.search, has_ranges=bool(ranges))
+    space = Space(configs=tuple(shared), choices=choices, ranges=ranges, seeds=seeds, build=build)
+    return space, search, fixed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,10 +212,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--config",
         metavar="FILE",
-        help="train, doctor: config file, or name of a shipped config; --config.FIELD=VALUE sets a field",
+        action="append",
+        default=[],
+        help="train, study, doctor: config file, or name of a shipped config; --config.FIELD=VALUE sets a field",
     )
     run.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/<name of the config>)")
     run.add_argument("--online", action="store_true", help="doctor: also test the connection for the download of data")
+    study = parser.add_argument_group("study", "--config may be repeated; --config.FIELD=V1,V2 compares values")
+    study.add_argument(
+        "--seeds", metavar="N", type=int, help="runs of each setting, with seeds from config.seed on (5)"
+    )
+    study.add_argument("--trials", metavar="N", type=int, help="settings to try of the ranges --config.FIELD=LOW..HIGH")
+    study.add_argument("--search", metavar="METHOD", help="how to choose them: tpe (default) or random")
+    study.add_argument("--on-test", action="store_true", help="study, compare: compare on the test split")
+    study.add_argument("--yes", action="store_true", help="run more than 1,000 trials")
     results = parser.add_argument_group("output")
     results.add_argument("--summary", action="store_true", help="train: print the model's layers first")
     results.add_argument(

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cifar_flax import packages
@@ -109,10 +108,15 @@ def _run(command: "Command") -> None:
             from cifar_flax.modes.predict import predict
 
             predict(config, workdir, command.paths, command.output)
+        case "study":
+            from cifar_flax.modes.study import study
+
+            assert command.space is not None
+            study(command.space, workdir, on_test=command.on_test, is_large=command.is_large)
         case "compare":
             from cifar_flax.modes.compare import compare
 
-            compare(command.paths, command.output or Path("comparison.html"))
+            compare(command.paths, command.output, on_test=command.on_test)
         case "export":
             from cifar_flax.modes.export import export
 

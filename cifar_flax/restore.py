@@ -63,22 +63,25 @@ def saved_config(workdir: Path, field: str = "--workdir") -> Config:
     return dataclasses.replace(while_training(folder, read), parallel=ParallelConfig())
 
 
-def restore(config: Config, workdir: Path, field: str = "--workdir") -> RestoredRun:
+def restore(
+    config: Config, workdir: Path, field: str = "--workdir", known: tuple[Task, TrainState] | None = None
+) -> RestoredRun:
     """Restore the checkpoint in `workdir` that `config.eval.checkpoint` selects, on the devices of `config.parallel`.
 
     Of `config`, `data`, `eval` and `parallel` are used; the other settings are those saved with this checkpoint. If a
-    training run removes the checkpoint meanwhile, select again.
+    training run removes the checkpoint meanwhile, select again. `known` are the task of the run and a state of its
+    shapes, if the caller has them; otherwise, build them.
 
     Raise `UserError` if there is no such checkpoint or if it is damaged.
     """
     folder = workdir / CHECKPOINTS
     with Checkpoints(folder, config.checkpoint) as checkpoints:
-        read = functools.partial(_read, checkpoints, config, f"{field}={str(workdir)!r}")
+        read = functools.partial(_read, checkpoints, config, f"{field}={str(workdir)!r}", known)
         # Not in a multi-process run, whose processes may differ in whether they find the checkpoint.
         return read() if processes.label() else while_training(folder, read)
 
 
-def _read(checkpoints: Checkpoints, config: Config, where: str) -> RestoredRun:
+def _read(checkpoints: Checkpoints, config: Config, where: str, known: tuple[Task, TrainState] | None) -> RestoredRun:
     step = checkpoints.newest_step()
     if step is None:
         raise ConfigError(f"{where}: {_NO_CHECKPOINT}")
@@ -92,9 +95,11 @@ def _read(checkpoints: Checkpoints, config: Config, where: str) -> RestoredRun:
         processes.log(f"{was}: TTA is for all images, or for eval.tta_fraction of them")
     saved, info = configs.from_dict(metadata["config"]), DatasetInfo.from_dict(metadata["dataset"])
     config = dataclasses.replace(saved, data=config.data, eval=config.eval, parallel=config.parallel)
-    task, init = setup(config, info)
-    shapes = jax.eval_shape(lambda: init(config.seed, None))
-    template = jax.tree.map(lambda x: x.update(sharding=task.layout.replicated), shapes)
+    if known is None:
+        task, init = setup(config, info)
+        shapes = jax.eval_shape(lambda: init(config.seed, None))
+        known = task, jax.tree.map(lambda x: x.update(sharding=task.layout.replicated), shapes)
+    task, template = known
     state = checkpoints.restore(step, template)
     return RestoredRun(config=config, info=info, task=task, state=state, metadata=metadata)
 

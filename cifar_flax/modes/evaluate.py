@@ -10,12 +10,12 @@ from cifar_flax.errors import UserError, one_line
 from cifar_flax.files import write_json
 from cifar_flax.report import confusion
 from cifar_flax.report.run import write_report
-from cifar_flax.restore import restore
+from cifar_flax.restore import RestoredRun, restore
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.streams import show
 from cifar_flax.telemetry.console import evaluation_table
 from cifar_flax.telemetry.tensorboard import write_evaluation_events
-from cifar_flax.training.evaluator import final_evaluator
+from cifar_flax.training.evaluator import Evaluation, Evaluator, final_evaluator
 
 
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
@@ -28,22 +28,31 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
         processes.log(f"{changed}: other images, or another order")
     is_resident = pipelines.resolve(config.data.wanted_pipeline, run.task.layout, arrays.nbytes) == "resident"
     on_device = resident.put(arrays, run.task.layout) if is_resident else arrays
-    evaluation = final_evaluator(config, run.task, on_device)(run.state)
-    assert evaluation is not None
-    result = {"dataset": arrays.dataset, "split": config.data.eval_split, "step": run.step}
-    if config.eval.tta != "none":
-        result |= {"tta": config.eval.tta, "tta_fraction": config.eval.tta_fraction}
-    result |= evaluation.summary
+    evaluator, split = final_evaluator(config, run.task, on_device), config.data.eval_split
+    result, evaluation = evaluated(run, evaluator, dataset=arrays.dataset, split=split)
     if processes.is_main():
         show(evaluation_table(result))  # first, so that it is not lost if the disk is full
-        _write(workdir, result, run.metadata, arrays, evaluation.probabilities)
+        written, failed = write(workdir, result, run.metadata, arrays, evaluation.probabilities)
+        show(f"\nwritten: {', '.join(map(str, written))}")
+        if failed:
+            raise UserError("; ".join(failed))
     return result
 
 
-def _write(workdir: Path, result: dict[str, Any], *evaluated: Any) -> None:
-    """Write the files of an evaluation and print their paths. If one cannot be written, write the others.
+def evaluated(run: RestoredRun, evaluator: Evaluator, **data: str) -> tuple[dict[str, Any], Evaluation]:
+    """Return the evaluation of `run`, as the content of eval.json and as it is; `data` are its dataset and split."""
+    evaluation, settings = evaluator(run.state), run.config.eval
+    assert evaluation is not None
+    result: dict[str, Any] = {**data, "step": run.step}
+    if settings.tta != "none":
+        result |= {"tta": settings.tta, "tta_fraction": settings.tta_fraction}
+    return result | evaluation.summary, evaluation
 
-    Print the reason or, if it is an `OSError`, raise `UserError` at the end.
+
+def write(workdir: Path, result: dict[str, Any], *evaluated: Any) -> tuple[list[Path], list[str]]:
+    """Write the files of an evaluation. If one cannot be written, write the others.
+
+    Return the paths of those written, and the reasons for each `OSError`; print those of other errors.
     """
     plot, events = workdir / "confusion_matrix.png", workdir / "tensorboard" / "evaluation"
     written, failed = [], []
@@ -63,6 +72,4 @@ def _write(workdir: Path, result: dict[str, Any], *evaluated: Any) -> None:
             show(f"\n{path} is not written: {one_line(error)}")
         else:
             written.append(path)
-    show(f"\nwritten: {', '.join(map(str, written))}")
-    if failed:
-        raise UserError("; ".join(failed))
+    return written, failed

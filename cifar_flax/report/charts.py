@@ -27,10 +27,17 @@ class Line:
     x: Values
     y: Values
     style: int
+    half_width: Values | None = None  # of a band around the line; NaN: none
 
     @property
     def known(self) -> Values:
         return self.y[~np.isnan(self.y)]
+
+    @property
+    def band(self) -> Values:
+        """Return the lower and the upper end of the band: two rows, without band those of the line."""
+        half_width = np.zeros_like(self.y) if self.half_width is None else np.nan_to_num(self.half_width)
+        return np.stack([self.y - half_width, self.y + half_width])
 
 
 def number(value: float) -> str:
@@ -77,7 +84,7 @@ def line_chart(
     lines = [line for line in lines if len(line.known)]
     if not lines:
         return element("figure", element("figcaption", title), note("No values were logged."))
-    low, high = min(float(line.known.min()) for line in lines), max(float(line.known.max()) for line in lines)
+    low, high = min(float(np.nanmin(line.band)) for line in lines), max(float(np.nanmax(line.band)) for line in lines)
     logarithmic = may_be_logarithmic and low > 0 and high > 30 * low
     ticks = log_ticks(low, high) if logarithmic else linear_ticks(0.0 if from_zero else low, high)
     left = max(8 + _CHARACTER * max(len(show(tick)) for tick in ticks), _LEFT)
@@ -87,6 +94,7 @@ def line_chart(
     parts = [*axes(x, y), text("epoch", (x.start + x.end) / 2, _HEIGHT - 4, text_anchor="middle")]
     for line in skipped:
         parts += _skipped(line, x, y)
+    parts += [_band(line, x, y) for line in lines if line.half_width is not None]
     parts += [_drawn(line, x, y) for line in lines]
     caption: tuple[Content, ...] = (title, element("small", " · logarithmic")) if logarithmic else (title,)
     ranges = (f"{line.name} from {show(line.known[0])} to {show(line.known[-1])}" for line in lines)
@@ -198,6 +206,16 @@ def _drawn(line: Line, x: Scale, y: Scale) -> Markup:
             parts.append(_mark(at, float(y(line.y[i])), line.style, 3.0, title))
             next_mark = at + _MARKS
     return element("g", *parts, style=f"--color: var(--series-{line.style % _COLORS})")
+
+
+def _band(line: Line, x: Scale, y: Scale) -> Markup:
+    path = ""
+    for piece in np.ma.clump_unmasked(np.ma.masked_invalid(line.y)):
+        low, high = y(line.band[:, piece])
+        across = x(line.x[piece])
+        corners = zip([*across, *across[::-1]], [*low, *high[::-1]], strict=True)
+        path += f"M{'L'.join(f'{coordinate(at)} {coordinate(height)}' for at, height in corners)}z"
+    return element("path", d=path, class_="band", style=f"--color: var(--series-{line.style % _COLORS})")
 
 
 def _skipped(line: Line, x: Scale, y: Scale) -> list[Markup]:

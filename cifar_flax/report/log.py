@@ -12,8 +12,17 @@ import numpy as np
 # Columns of one split, sorted by epoch. Missing values and values that are not finite numbers are NaN.
 Lines = np.recarray
 
-_COLUMNS = ("epoch", "loss", "accuracy", "learning_rate", "images_per_second", "input_wait_fraction", "skipped_steps")
-_NOT_METRICS = {*_COLUMNS, "step", "checkpoint_blocked_seconds"}
+_COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "accuracy",
+    "learning_rate",
+    "images_per_second",
+    "input_wait_fraction",
+    "skipped_steps",
+)
+_NOT_METRICS = {*_COLUMNS, "checkpoint_blocked_seconds"}
 _LARGEST = float(np.finfo(np.float32).max)  # runs compute in float32
 
 

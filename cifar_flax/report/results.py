@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import traverse_util
 
 from cifar_flax import files
@@ -30,14 +31,21 @@ def read_result(folder: Path) -> Result | None:
         return None
     try:
         result = files.read_json(path)
+    except ValueError:
+        result = None
+    require(is_result(result), "PATH", str(folder), "its eval.json is damaged; run --mode=eval to write it again")
+    return result
+
+
+def is_result(result: Any) -> bool:
+    """Return whether `result` is an evaluation, as eval.json has it."""
+    try:
         values = [result[name] for name in _METRICS]
         values += [row[name] for row in result["per_class"].values() for name in ("recall", "f1")]
         fits = all(map(math.isfinite, values)) and 0 <= result["accuracy"] <= 1 and result["num_examples"] >= 1
-        fits = fits and isinstance(result["dataset"], str) and isinstance(result["split"], str)
+        return fits and isinstance(result["dataset"], str) and isinstance(result["split"], str)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        fits = False
-    require(fits, "PATH", str(folder), "its eval.json is damaged; run --mode=eval to write it again")
-    return result
+        return False
 
 
 def correct(result: Result) -> int:
@@ -89,6 +97,17 @@ def training_rate(log: Log) -> str:
     """Return the training throughput in images per second: the median over the log."""
     rate = log.training_median("images_per_second")
     return NOTHING if rate is None else f"{rate:,.0f}"
+
+
+def training_seconds(log: Log, batch_size: int) -> float | None:
+    """Return the seconds of the training steps of a run, without evaluations, or None if they are not logged.
+
+    A run that was interrupted counts like an uninterrupted one.
+    """
+    if log.train is None or not len(log.train):
+        return None
+    steps = np.diff(log.train.step, prepend=0.0)
+    return float(np.nansum(steps * batch_size / log.train.images_per_second))
 
 
 def settings(config: dict[str, Any]) -> dict[str, str]:

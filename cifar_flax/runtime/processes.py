@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -27,6 +27,7 @@ from cifar_flax.runtime.devices import Layout, ParallelConfig, all_devices
 _EXIT_SECONDS = 1.0
 _EXIT_SECONDS_OF_MAIN = 5.0
 
+_is_quiet = False  # whether `log` prints nothing
 _label = ""  # prefix of this process's log lines; "" in a single-process run
 
 
@@ -89,8 +90,19 @@ def label() -> str:
 
 def log(text: str) -> None:
     """Print `text` in the main process only. Ignore a closed pipe, so that it cannot end a run."""
-    if is_main():
+    if is_main() and not _is_quiet:
         streams.show(f"{_label}{text}")
+
+
+@contextlib.contextmanager
+def quiet(is_quiet: bool = True) -> Iterator[None]:
+    """If `is_quiet`, make `log` print nothing inside the block."""
+    global _is_quiet
+    before, _is_quiet = _is_quiet, is_quiet
+    try:
+        yield
+    finally:
+        _is_quiet = before
 
 
 def wait_for_all() -> None:

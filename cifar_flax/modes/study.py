@@ -1,0 +1,195 @@
+"""--mode=study: train with several seeds and settings, and compare them."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cifar_flax import config as configs
+from cifar_flax import restore, workdir
+from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
+from cifar_flax.config import Config
+from cifar_flax.data import sources
+from cifar_flax.data.cache import Arrays
+from cifar_flax.data.config import DataConfig
+from cifar_flax.errors import ConfigError, DivergedError, UserError
+from cifar_flax.modes import evaluate
+from cifar_flax.modes.compare import VALIDATION, compare
+from cifar_flax.runtime import processes, signals
+from cifar_flax.study import locks, record
+from cifar_flax.study.record import RUNS, Plan, Record
+from cifar_flax.study.space import Setting, Space, Trial
+from cifar_flax.telemetry.metrics_log import Metrics
+from cifar_flax.training import loop
+from cifar_flax.training.evaluator import Evaluator, final_evaluator
+from cifar_flax.training.operations import run_flops
+from cifar_flax.training.trainer import Trainer
+
+_POLL = 2.0  # seconds between two looks for trials that other processes have ended or given up
+
+
+def study(space: Space, folder: Path, *, on_test: bool = False, is_large: bool = False) -> None:
+    """Train all settings of `space` with all seeds, each in a folder of `folder/runs`, then compare them.
+
+    Trials that have ended are kept, and interrupted ones resume. Other processes may run the same study: each trial is
+    trained by one of them. Everything is checked before the first trial.
+
+    Raise `ConfigError` if the settings cannot be trained or compared, `UserError` if another process of this study
+    uses the same cores or accelerators, and `signals.Stopped` if a signal stops the study; its progress is saved.
+    """
+    settings = space.grid(is_large=is_large)
+    record.require_new(folder)
+    ordered = _by_program(settings)
+    trials = [setting.trial(seed) for setting in ordered for seed in space.seeds]
+    for trial in trials:
+        workdir.require_usable(folder / RUNS / trial.name, trial.config, may_be_in_use=True)
+    runner = Runner(folder, on_test=on_test)
+    for setting in ordered:
+        runner.prepare(setting)
+    split = trials[0].config.data.eval_split if on_test else VALIDATION
+    with locks.claimed(folder / ".processes"):
+        record.update_plan(folder, Plan.of(split, settings, space.seeds))
+        count = f"{len(settings)} settings" if len(settings) > 1 else "1 setting"
+        processes.log(f"{folder}: {count} x {len(space.seeds)} seeds, compared on the {split} split")
+        runner.run(trials)
+    compare([folder], None, on_test=on_test)
+
+
+def _by_program(settings: Sequence[Setting]) -> list[Setting]:
+    """Return `settings` ordered such that those that share programs follow each other."""
+    programs = list(dict.fromkeys(configs.program_settings(setting.config) for setting in settings))
+    return sorted(settings, key=lambda setting: programs.index(configs.program_settings(setting.config)))
+
+
+class Runner:
+    """Train trials one after the other. The data is loaded once, and successive trials share programs if they can."""
+
+    def __init__(self, folder: Path, *, on_test: bool):
+        self._folder, self._on_test = folder, on_test
+        self._loaded: tuple[DataConfig, Sequence[Arrays]] | None = None
+        self._shared: _Shared | None = None
+        self._seconds: list[float] = []  # that the trials of this process took
+
+    def prepare(self, setting: Setting | Trial) -> "_Shared":
+        """Load the data and build the network of a setting. Raise `UserError` if it cannot be trained."""
+        config = setting.config
+        programs = configs.program_settings(config)
+        try:
+            if self._shared is None or self._shared.programs != programs:
+                self._shared = None  # first, since its arrays and programs take memory
+                self._shared = _Shared(config, self._load(config.data))
+            self._shared.trainer.again(config)
+        except ConfigError as error:
+            raise ConfigError(f"{setting.name}: {error}") from error
+        return self._shared
+
+    def _load(self, data: DataConfig) -> Sequence[Arrays]:
+        """Return both splits, from memory if those of the last call are of equal settings."""
+        read = dataclasses.replace(data, pipeline="auto", sampling="shuffled", drop_last=False, validation_fraction=0.0)
+        if self._loaded is None or self._loaded[0] != read:
+            self._loaded = None
+            self._loaded = read, sources.load_both(data)
+        return self._loaded[1]
+
+    def run(self, trials: Sequence[Trial]) -> None:
+        """Run the trials that have not ended; wait for those that other processes run, or take them over."""
+        while left := [trial for trial in trials if self.record(trial) is None]:
+            ran = 0
+            for number, trial in enumerate(left):
+                ended = len(trials) - len(left) + number
+                try:
+                    found = self.run_one(trial)
+                except signals.Stopped:
+                    processes.log(f"{ended} of {len(trials)} trials have ended; run the same command to resume")
+                    raise
+                if found is not None:
+                    ran += 1
+                    self._show(f"[{ended + 1} of {len(trials)}]", trial, found, len(left) - number - 1)
+            if not ran:
+                time.sleep(_POLL)
+
+    def _show(self, number: str, trial: Trial, found: Record, left: int) -> None:
+        accuracy = f"{found.validation['accuracy']:.2%} on the validation split" if found.validation else ""
+        outcome = accuracy or " ".join((found.status, found.reason)).strip()
+        seconds = statistics.median(self._seconds or [0.0])
+        time_left = f", about {_duration(left * seconds)} left" if left and self._seconds else ""
+        processes.log(f"{number} {trial.name}: {outcome}{time_left}")
+
+    def record(self, trial: Trial) -> Record | None:
+        return record.read_record(self._folder / RUNS / trial.name)
+
+    def run_one(self, trial: Trial, has_to_stop: Callable[[Metrics], bool] = lambda metrics: False) -> Record | None:
+        """Train and evaluate a trial that has not ended, and return its record; None if another process runs it.
+
+        `has_to_stop` prunes it, see `loop.run`.
+        """
+        folder, begin = self._folder / RUNS / trial.name, time.perf_counter()
+        try:
+            with workdir.opened(folder, trial.config):
+                if (found := self.record(trial)) is None:  # otherwise, another process has just ended it
+                    shared = self.prepare(trial)
+                    with processes.quiet(shared.has_run):
+                        found = self._train(shared, trial.config, folder, has_to_stop)
+                    shared.has_run = True
+                    record.write_record(folder, found)
+                    self._seconds.append(time.perf_counter() - begin)
+                return found
+        except workdir.InUseError:
+            return None
+
+    def _train(self, shared: "_Shared", config: Config, folder: Path, has_to_stop: Callable[[Metrics], bool]) -> Record:
+        trainer = shared.trainer.again(config)
+        if config.train.init_from and not saved_steps(folder / CHECKPOINTS):
+            trainer.initial_state = restore.init_from(config, trainer.info, trainer.task, trainer.initial_state)
+        operations, validation = shared.operations(), None
+        try:
+            if not loop.run(trainer, folder, has_to_stop):
+                return Record(status=record.PRUNED, operations=operations)
+            run = restore.restore(config, folder, known=(trainer.task, trainer.initial_state))
+            arrays, split = shared.splits[1], config.data.eval_split
+            result, evaluation = evaluate.evaluated(run, shared.evaluator(split), dataset=arrays.dataset, split=split)
+            _, failed = evaluate.write(folder, result, run.metadata, arrays, evaluation.probabilities)
+            if failed:
+                raise UserError("; ".join(failed))
+            if not self._on_test:
+                validation, _ = evaluate.evaluated(
+                    run, shared.evaluator(VALIDATION), dataset=arrays.dataset, split=VALIDATION
+                )
+        except DivergedError as error:
+            return Record(status=record.DIVERGED, reason=str(error), operations=operations)
+        return Record(status=record.FINISHED, operations=operations, validation=validation)
+
+
+class _Shared:
+    """The data, programs and evaluators of trials with equal `config.program_settings`."""
+
+    def __init__(self, config: Config, splits: Sequence[Arrays]):
+        self.programs, self.splits = configs.program_settings(config), splits
+        self.trainer = Trainer(config, splits=splits)
+        self.has_run = False  # whether a trial has printed what all of them would print
+        self._evaluators: dict[str, Evaluator] = {}
+        self._operations: int | None = None
+
+    def evaluator(self, split: str) -> Evaluator:
+        """Return the evaluator for the final evaluation on the validation or the evaluation split."""
+        if split not in self._evaluators:
+            trainer = self.trainer
+            if split != VALIDATION:
+                found = final_evaluator(trainer.config, trainer.task, trainer.eval_arrays)
+            elif trainer.config.eval.tta == "none":
+                found = trainer.evaluator
+            else:
+                found = final_evaluator(trainer.config, trainer.task, trainer.arrays, trainer.held_out)
+            self._evaluators[split] = found
+        return self._evaluators[split]
+
+    def operations(self) -> int:
+        """Return the operations of a run."""
+        if self._operations is None:
+            self._operations = run_flops(self.trainer.config, self.trainer.info, len(self.splits[1].labels))
+        return self._operations
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

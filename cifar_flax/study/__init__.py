@@ -1,0 +1,1 @@
+"""Studies: runs over seeds and settings, which `report` compares."""
