@@ -21,7 +21,7 @@ from cifar_flax.config import LOCATIONS, PATHS, Config, describe_field, may_over
 from cifar_flax.errors import ConfigError, one_line, require
 from cifar_flax.paths import local_path
 from cifar_flax.restore import saved_config
-from cifar_flax.study.space import Range, Search, Space, search_of, seeds_of, values_of, with_validation
+from cifar_flax.study.space import Search, Space, search_of, seeds_of, vary, with_validation
 
 _DESCRIPTION = """
 Train, evaluate and use small-image classifiers.
@@ -109,7 +109,8 @@ def parse(argv: Sequence[str]) -> Command:
     saved = ", which uses the config saved with the checkpoint; pass --workdir instead" if uses_run else ""
     for option, value in options.items():
         instead = saved if option == "--config" else ""
-        is_given = not (value is None or value is False or value == [])
+        value = " ".join(value) if isinstance(value, list) else value
+        is_given = not (value is None or value is False or value == "")
         require(not is_given or option in mode.takes, option, value, f"not used in {name}{instead}")
     for argument in rest:
         if re.match(r"--?[a-zA-Z]", argument) and not re.match(_OVERRIDE, argument):
@@ -163,37 +164,24 @@ def _study(arguments: argparse.Namespace, rest: list[str]) -> tuple[Space, Searc
         allowed = f"another config is also named {Path(file).stem}; rename one"
         require(Path(file).stem not in loaded, "--config", file, allowed)
         loaded[Path(file).stem] = _load(file)
-    fixed: list[str] = []
-    choices: dict[str, list[str]] = {}
-    ranges: dict[str, Range] = {}
-    for argument in rest:
-        match, first = re.match(_OVERRIDE, argument), next(iter(loaded.values()))
-        values = values_of(first, match[1], match[2]) if match and "=" in argument else [argument]
-        require(
-            not match or match[1] not in (choices | ranges),
-            match[1] if match else "",
-            match and match[2],
-            "given twice",
-        )
-        if isinstance(values, Range) and match:
-            ranges[match[1]] = values
-        elif isinstance(values, list) and match and len(values) > 1:
-            choices[match[1]] = values
-        else:
-            fixed.append(argument)
+    texts = {argument: (match[1], match[2]) for argument in rest if (match := re.match(_OVERRIDE, argument))}
+    choices, ranges, varied = vary(next(iter(loaded.values())), texts)
+    fixed = [argument for argument in rest if argument not in varied]
     shared = {name: _override(copy.deepcopy(config), fixed)[0] for name, config in loaded.items()}
 
     def build(name: str, values: Mapping[str, str]) -> Config:
-        varied = [f"--config.{path}={value}" for path, value in values.items()]
-        config = _override(copy.deepcopy(shared[name]), varied)[0]
+        chosen = [f"--config.{path}={value}" for path, value in values.items()]
+        config = _override(copy.deepcopy(shared[name]), chosen)[0]
         config = config if arguments.on_test else with_validation(config)
         config.validate()
         return config
 
     seeds = seeds_of(choices.pop("seed", None), arguments.seeds, next(iter(shared.values())).seed)
-    require("seed" not in ranges, "seed", arguments.seeds, "must not be a range; use --seeds")
     search = search_of(arguments.trials, arguments.search, has_ranges=bool(ranges))
-    space = Space(configs=tuple(shared), choices=choices, ranges=ranges, seeds=seeds, build=build)
+    space = Space(
+        configs=tuple(shared), choices=choices, ranges=ranges, seeds=seeds, build=build,
+        adds_validation=any(config.data.validation_fraction == 0 for config in shared.values()),
+    )  # fmt: skip
     return space, search, fixed
 
 

@@ -112,7 +112,7 @@ def _run(command: "Command") -> None:
             from cifar_flax.modes.study import study
 
             assert command.space is not None
-            study(command.space, workdir, on_test=command.on_test, is_large=command.is_large)
+            study(command.space, command.search, workdir, on_test=command.on_test, is_large=command.is_large)
         case "compare":
             from cifar_flax.modes.compare import compare
 

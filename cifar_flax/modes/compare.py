@@ -1,7 +1,7 @@
 """--mode=compare: write an HTML page that compares several runs, means over their seeds, or the settings of a study."""
 
 import dataclasses
-import os
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ def compare(workdirs: Sequence[Path], output: Path | None, *, on_test: bool = Fa
     is_validation = len(plans) == len(workdirs) and not on_test
     is_validation = is_validation and all(plan.split == VALIDATION for plan in plans.values())
     folders = [folder for workdir in workdirs for folder in _trials(workdir, plans.get(workdir))]
-    compared = _grouped([_read(folder, is_validation) for folder in folders], is_sorted=len(plans) == len(workdirs))
+    compared = _grouped([_read(folder, is_validation) for folder in folders], are_studies=len(plans) == len(workdirs))
     pairs = groups.all_differences(compared) if groups.have_seeds(compared) else []
     count = sum(len(group.runs) for group in compared)
     title = f"Comparison of {count} runs"
@@ -104,8 +104,8 @@ def _settings(workdir: Path) -> dict[str, str]:
     return results.settings(config)
 
 
-def _grouped(runs: Sequence[Run], *, is_sorted: bool) -> list[Group]:
-    """Return `runs` in groups of equal settings and different seeds; if `is_sorted`, the most accurate first."""
+def _grouped(runs: Sequence[Run], *, are_studies: bool) -> list[Group]:
+    """Return `runs` in groups of equal settings and different seeds; those of studies with the most accurate first."""
     names = _names([run.folder.resolve() for run in runs])
     seen: Counter[Any] = Counter()
     found: dict[Any, list[Run]] = {}
@@ -114,7 +114,8 @@ def _grouped(runs: Sequence[Run], *, is_sorted: bool) -> list[Group]:
         seen[key, run.seed] += 1  # another run with the same seed is of another group
         found.setdefault((key, seen[key, run.seed]), []).append(dataclasses.replace(run, name=name))
     compared = [Group("", _common([run.name for run in members]), tuple(members)) for members in found.values()]
-    if is_sorted:
+    if are_studies:
+        compared = [dataclasses.replace(group, name=re.sub(r"_seed\d+$", "", group.name)) for group in compared]
         means = {id(group): mean.mean if (mean := group.metric("accuracy")) else -1.0 for group in compared}
         compared.sort(key=lambda group: means[id(group)], reverse=True)
     return groups.keyed(compared)
@@ -140,7 +141,9 @@ def _common(names: Sequence[str]) -> str:
     """Return the name of a group of runs: that of a single run, or what their names begin with, without the seed."""
     if len(names) == 1:
         return names[0]
-    return re.sub(r"[\W_]*(seed)?[\W_]*$", "", os.path.commonprefix(list(names))) or f"{names[0]}, ..."
+    shared = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    prefix = "".join(letters[0] for letters in shared)
+    return re.sub(r"[\W_]*(seed)?[\W_]*$", "", prefix) or f"{names[0]}, ..."
 
 
 def _lead(compared: Sequence[Group], is_validation: bool, is_study: bool) -> str:

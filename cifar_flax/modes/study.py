@@ -5,9 +5,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cifar_flax import config as configs
-from cifar_flax import restore, workdir
+from cifar_flax import packages, restore, workdir
 from cifar_flax.checkpoints.metadata import CHECKPOINTS, saved_steps
 from cifar_flax.config import Config
 from cifar_flax.data import sources
@@ -16,43 +17,59 @@ from cifar_flax.data.config import DataConfig
 from cifar_flax.errors import ConfigError, DivergedError, UserError
 from cifar_flax.modes import evaluate
 from cifar_flax.modes.compare import VALIDATION, compare
+from cifar_flax.report import results
 from cifar_flax.runtime import processes, signals
 from cifar_flax.study import locks, record
 from cifar_flax.study.record import RUNS, Plan, Record
-from cifar_flax.study.space import Setting, Space, Trial
+from cifar_flax.study.space import VALIDATION_FRACTION, Search, Setting, Space, Trial
 from cifar_flax.telemetry.metrics_log import Metrics
 from cifar_flax.training import loop
 from cifar_flax.training.evaluator import Evaluator, final_evaluator
 from cifar_flax.training.operations import run_flops
 from cifar_flax.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from cifar_flax.study.search import Candidate, Searcher
+
 _POLL = 2.0  # seconds between two looks for trials that other processes have ended or given up
 
 
-def study(space: Space, folder: Path, *, on_test: bool = False, is_large: bool = False) -> None:
-    """Train all settings of `space` with all seeds, each in a folder of `folder/runs`, then compare them.
+def study(space: Space, search: Search | None, folder: Path, *, on_test: bool = False, is_large: bool = False) -> None:
+    """Train settings of `space` with all seeds, each run in a folder of `folder/runs`, then compare them.
 
-    Trials that have ended are kept, and interrupted ones resume. Other processes may run the same study: each trial is
-    trained by one of them. Everything is checked before the first trial.
+    Train all settings or, with `search`, those that it chooses. Trials that have ended are kept, and interrupted ones
+    resume. Other processes may run the same study: each trial is trained by one of them. Everything is checked before
+    the first trial.
 
     Raise `ConfigError` if the settings cannot be trained or compared, `UserError` if another process of this study
     uses the same cores or accelerators, and `signals.Stopped` if a signal stops the study; its progress is saved.
     """
-    settings = space.grid(is_large=is_large)
+    if search is not None:
+        packages.require(["optuna"], packages.PACKAGES["optuna"].used_for)
+    settings = space.check(search, is_large=is_large) if search else space.grid(is_large=is_large)
     record.require_new(folder)
     ordered = _by_program(settings)
-    trials = [setting.trial(seed) for setting in ordered for seed in space.seeds]
+    trials = [setting.trial(seed) for setting in ordered for seed in space.seeds] if search is None else []
     for trial in trials:
         workdir.require_usable(folder / RUNS / trial.name, trial.config, may_be_in_use=True)
     runner = Runner(folder, on_test=on_test)
     for setting in ordered:
         runner.prepare(setting)
-    split = trials[0].config.data.eval_split if on_test else VALIDATION
+    split = settings[0].config.data.eval_split if on_test else VALIDATION
+    if not on_test and space.adds_validation:
+        fraction = f"data.validation_fraction is 0: {VALIDATION_FRACTION:g} is set"
+        processes.log(f"{fraction}, since settings are compared on the validation split (--on-test: on the test split)")
     with locks.claimed(folder / ".processes"):
-        record.update_plan(folder, Plan.of(split, settings, space.seeds))
-        count = f"{len(settings)} settings" if len(settings) > 1 else "1 setting"
+        number = search.trials if search else len(settings)
+        count = f"{number:,} settings" if number > 1 else "1 setting"
         processes.log(f"{folder}: {count} x {len(space.seeds)} seeds, compared on the {split} split")
-        runner.run(trials)
+        if search is None:
+            record.update_plan(folder, Plan.of(split, settings, space.seeds))
+            runner.run(trials)
+        else:
+            from cifar_flax.study.search import Searcher
+
+            runner.search(Searcher(space, search, folder), split, space.seeds)
     compare([folder], None, on_test=on_test)
 
 
@@ -60,6 +77,10 @@ def _by_program(settings: Sequence[Setting]) -> list[Setting]:
     """Return `settings` ordered such that those that share programs follow each other."""
     programs = list(dict.fromkeys(configs.program_settings(setting.config) for setting in settings))
     return sorted(settings, key=lambda setting: programs.index(configs.program_settings(setting.config)))
+
+
+def _never(metrics: Metrics) -> bool:
+    return False
 
 
 class Runner:
@@ -70,6 +91,7 @@ class Runner:
         self._loaded: tuple[DataConfig, Sequence[Arrays]] | None = None
         self._shared: _Shared | None = None
         self._seconds: list[float] = []  # that the trials of this process took
+        self._has_run = False  # whether a trial has printed what all of them would print
 
     def prepare(self, setting: Setting | Trial) -> "_Shared":
         """Load the data and build the network of a setting. Raise `UserError` if it cannot be trained."""
@@ -94,20 +116,51 @@ class Runner:
 
     def run(self, trials: Sequence[Trial]) -> None:
         """Run the trials that have not ended; wait for those that other processes run, or take them over."""
-        while left := [trial for trial in trials if self.record(trial) is None]:
-            ran = 0
-            for number, trial in enumerate(left):
-                ended = len(trials) - len(left) + number
+        count = len(trials)
+        while left := self._left(trials):
+            ran = False
+            for trial in left:
                 try:
                     found = self.run_one(trial)
                 except signals.Stopped:
-                    processes.log(f"{ended} of {len(trials)} trials have ended; run the same command to resume")
+                    ended = count - len(self._left(trials))
+                    processes.log(f"{ended} of {count} trials have ended; run the same command to resume")
                     raise
                 if found is not None:
-                    ran += 1
-                    self._show(f"[{ended + 1} of {len(trials)}]", trial, found, len(left) - number - 1)
+                    ran, waiting = True, len(self._left(trials))
+                    self._show(f"[{count - waiting} of {count}]", trial, found, waiting)
             if not ran:
                 time.sleep(_POLL)
+
+    def _left(self, trials: Sequence[Trial]) -> list[Trial]:
+        return [trial for trial in trials if self.record(trial) is None]
+
+    def search(self, searcher: "Searcher", split: str, seeds: Sequence[int]) -> None:
+        """Run the settings that `searcher` chooses, until it is over; wait for those that other processes run."""
+        while not searcher.is_over():
+            with searcher.next() as candidate:
+                if candidate is None:
+                    time.sleep(_POLL)
+                    continue
+                record.update_plan(self._folder, Plan.of(split, [candidate.setting], seeds))
+                candidate.end(self._accuracy(candidate, searcher, seeds))
+
+    def _accuracy(self, candidate: "Candidate", searcher: "Searcher", seeds: Sequence[int]) -> float | None:
+        """Return the mean accuracy of a setting, 0 for seeds that diverge, or None if its first seed is pruned."""
+        accuracies = []
+        for seed in seeds:
+            trial = candidate.setting.trial(seed)
+            watch = candidate.has_to_stop if seed == seeds[0] else _never
+            while (found := self.record(trial) or self.run_one(trial, watch)) is None:
+                time.sleep(_POLL)  # another process has chosen the same setting
+            self._show(f"[{searcher.progress}]", trial, found, 0)
+            if found.status == record.PRUNED:
+                return None
+            result = found.validation
+            if self._on_test and found.status == record.FINISHED:
+                result = results.read_result(self._folder / RUNS / trial.name)
+            accuracies.append(float(result["accuracy"]) if result else 0.0)
+        return statistics.fmean(accuracies)
 
     def _show(self, number: str, trial: Trial, found: Record, left: int) -> None:
         accuracy = f"{found.validation['accuracy']:.2%} on the validation split" if found.validation else ""
@@ -119,21 +172,22 @@ class Runner:
     def record(self, trial: Trial) -> Record | None:
         return record.read_record(self._folder / RUNS / trial.name)
 
-    def run_one(self, trial: Trial, has_to_stop: Callable[[Metrics], bool] = lambda metrics: False) -> Record | None:
-        """Train and evaluate a trial that has not ended, and return its record; None if another process runs it.
+    def run_one(self, trial: Trial, has_to_stop: Callable[[Metrics], bool] = _never) -> Record | None:
+        """Train and evaluate a trial, and return its record; None if another process runs it or has just ended it.
 
         `has_to_stop` prunes it, see `loop.run`.
         """
         folder, begin = self._folder / RUNS / trial.name, time.perf_counter()
         try:
             with workdir.opened(folder, trial.config):
-                if (found := self.record(trial)) is None:  # otherwise, another process has just ended it
-                    shared = self.prepare(trial)
-                    with processes.quiet(shared.has_run):
-                        found = self._train(shared, trial.config, folder, has_to_stop)
-                    shared.has_run = True
-                    record.write_record(folder, found)
-                    self._seconds.append(time.perf_counter() - begin)
+                if self.record(trial) is not None:
+                    return None
+                shared = self.prepare(trial)
+                with processes.quiet(self._has_run):
+                    found = self._train(shared, trial.config, folder, has_to_stop)
+                self._has_run = True
+                record.write_record(folder, found)
+                self._seconds.append(time.perf_counter() - begin)
                 return found
         except workdir.InUseError:
             return None
@@ -167,7 +221,6 @@ class _Shared:
     def __init__(self, config: Config, splits: Sequence[Arrays]):
         self.programs, self.splits = configs.program_settings(config), splits
         self.trainer = Trainer(config, splits=splits)
-        self.has_run = False  # whether a trial has printed what all of them would print
         self._evaluators: dict[str, Evaluator] = {}
         self._operations: int | None = None
 

@@ -34,7 +34,7 @@ class Line:
         return self.y[~np.isnan(self.y)]
 
     @property
-    def band(self) -> Values:
+    def band(self) -> Float[np.ndarray, "ends values"]:
         """Return the lower and the upper end of the band: two rows, without band those of the line."""
         half_width = np.zeros_like(self.y) if self.half_width is None else np.nan_to_num(self.half_width)
         return np.stack([self.y - half_width, self.y + half_width])

@@ -1,9 +1,11 @@
 """Means over seeds with confidence intervals, and the differences of settings."""
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
@@ -108,8 +110,13 @@ def _seeds(variances: Sequence[float], comparisons: int, count: int) -> int:
 
 def _quantile(freedom: float, comparisons: int) -> float:
     """Return the factor of the standard error that gives the half-width of an interval."""
-    return float(packages.load("scipy").stdtrit(freedom, 1 - (1 - LEVEL) / 2 / comparisons))
+    return float(_special().stdtrit(freedom, 1 - (1 - LEVEL) / 2 / comparisons))
 
 
 def _p(t: float, freedom: float) -> float:
-    return float(2 * packages.load("scipy").stdtr(freedom, -t))
+    return float(2 * _special().stdtr(freedom, -t))
+
+
+@functools.cache
+def _special() -> ModuleType:
+    return packages.load("scipy")

@@ -70,6 +70,7 @@ class Space:
     ranges: Mapping[str, Range] = field(default_factory=dict)  # field -> range to search
     seeds: Sequence[int]
     build: Callable[[str, Mapping[str, str]], Config]  # (name of a config file, field -> value as text) -> config
+    adds_validation: bool = False  # whether `build` adds a validation split to configs without one
 
     def setting(self, config_name: str, values: Mapping[str, str]) -> Setting:
         """Return a setting. Raise `ConfigError` if a value is not allowed."""
@@ -97,6 +98,30 @@ class Space:
         require_comparable([one.config for one in found])
         return found
 
+    def check(self, search: Search, *, is_large: bool = False) -> list[Setting]:
+        """Return settings that a search begins with: the first value of each field, and each other value once.
+
+        Raise `ConfigError` as `grid` does.
+        """
+        require_few(search.trials * len(self.seeds), is_large=is_large)
+        ends = {path: [repr(found.low), repr(found.high)] for path, found in self.ranges.items()}
+        values = {**self.choices, **ends}
+        first = {path: texts[0] for path, texts in values.items()}
+        found = [self.setting(name, first) for name in self.configs]
+        found += [
+            self.setting(self.configs[0], first | {path: text}) for path, texts in values.items() for text in texts[1:]
+        ]
+        require_comparable([one.config for one in found])
+        return found
+
+    def description(self) -> str:
+        """Return the configs, choices and ranges in one line."""
+        ranges = {
+            path: f"{'log:' * found.is_logarithmic}{found.low!r}..{found.high!r}" for path, found in self.ranges.items()
+        }
+        choices = {path: ",".join(texts) for path, texts in self.choices.items()}
+        return " ".join([*self.configs, *(f"{path}={text}" for path, text in (choices | ranges).items())])
+
 
 def require_few(count: int, *, is_large: bool) -> None:
     """Raise `ConfigError` if `count` trials are more than a study may have that is not `is_large`."""
@@ -120,6 +145,30 @@ def with_validation(config: Config) -> Config:
     if config.data.validation_fraction > 0:
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, validation_fraction=VALIDATION_FRACTION))
+
+
+def vary(
+    config: Config, texts: Mapping[str, tuple[str, str]]
+) -> tuple[dict[str, list[str]], dict[str, Range], set[str]]:
+    """Return the fields with several values, those with a range, and their arguments.
+
+    `texts` has (field, text) for each argument. Raise `ConfigError` as `values_of` does, or if a field varies twice.
+    """
+    choices: dict[str, list[str]] = {}
+    ranges: dict[str, Range] = {}
+    varied = set()
+    for argument, (path, text) in texts.items():
+        require(path not in (choices | ranges), path, text, "is given twice")
+        values = values_of(config, path, text) if "=" in argument else [text]
+        if isinstance(values, Range):
+            require(path != "seed", path, text, "must not be a range; use --seeds=N, or list values")
+            ranges[path] = values
+        elif len(values) > 1:
+            choices[path] = values
+        else:
+            continue
+        varied.add(argument)
+    return choices, ranges, varied
 
 
 def values_of(config: Config, path: str, text: str) -> list[str] | Range:

@@ -60,7 +60,9 @@ class Evaluator:
         self._compiled: list[Callable[..., Any]] = []
 
     def compile(self, state: TrainState) -> None:
-        """Compile for states of the shapes of `state`. Otherwise, the first evaluation compiles."""
+        """Compile once, for states of the shapes of `state`. Otherwise, the first evaluation compiles."""
+        if self._compiled:
+            return
         weights = state.evaluated(self._task.averaging)
         compiled: list[Callable[..., Any]] = []
         for step, batch_size in zip(pass_steps(self._task, self._passes), self._batch_sizes, strict=True):
@@ -79,8 +81,7 @@ class Evaluator:
 
         Raise `DivergedError` if the loss is not finite.
         """
-        if not self._compiled:
-            self.compile(state)
+        self.compile(state)
         weights, count = state.evaluated(self._task.averaging), len(self._examples)
         chosen = np.arange(count)
         rows = np.empty((count, len(self._arrays.class_names)), np.float32)

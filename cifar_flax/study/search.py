@@ -1,0 +1,139 @@
+"""Search the settings of a study with Optuna, which is optional. Only this module imports it."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cifar_flax import files, packages
+from cifar_flax.errors import ConfigError, one_line, require
+from cifar_flax.study.space import Range, Search, Setting, Space
+from cifar_flax.telemetry.metrics_log import Metrics
+
+_DATABASE = "optuna.db"
+_TIMEOUT = 60  # seconds to wait for another process that writes to the database
+_DIGITS = 4  # of the numbers that are tried
+
+
+class Candidate:
+    """A setting that Optuna has chosen; this process holds its lock."""
+
+    def __init__(self, optuna: Any, trial: Any, setting: Setting):
+        self._optuna, self._trial, self.setting = optuna, trial, setting
+
+    def has_to_stop(self, metrics: Metrics) -> bool:
+        """Report an evaluation, a line of metrics.jsonl; return whether the median of the others is better."""
+        self._trial.report(metrics["accuracy"], step=max(round(metrics["epoch"]), 1))
+        return bool(self._trial.should_prune())
+
+    def end(self, accuracy: float | None) -> None:
+        """Tell Optuna the mean accuracy of the seeds, or None if the setting was pruned."""
+        if accuracy is None:
+            self._trial.study.tell(self._trial, state=self._optuna.trial.TrialState.PRUNED)
+        else:
+            self._trial.study.tell(self._trial, accuracy)
+
+
+class Searcher:
+    """Settings of a space that random search or TPE chooses; median pruning ends those that learn slowly.
+
+    Source: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization" (TPE); Golovin et al. 2017, "Google
+    Vizier" (median stopping rule).
+    """
+
+    def __init__(self, space: Space, search: Search, folder: Path):
+        """Open or create the database in `folder`.
+
+        Raise `UserError` if Optuna is missing, `ConfigError` if the database is of a search of other values.
+        """
+        self._optuna = packages.load("optuna")
+        self._space, self._search, self._folder = space, search, folder
+        self._optuna.logging.set_verbosity(self._optuna.logging.ERROR)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._turn():
+            try:
+                storage = self._optuna.storages.RDBStorage(
+                    f"sqlite:///{(folder / _DATABASE).absolute()}",
+                    engine_kwargs={"connect_args": {"timeout": _TIMEOUT}},
+                )
+                self._study = self._optuna.create_study(
+                    storage=storage,
+                    study_name="cifar_flax",
+                    direction="maximize",
+                    pruner=self._optuna.pruners.MedianPruner(),
+                    load_if_exists=True,
+                )
+                before = self._study.user_attrs.get("space")
+            except Exception as error:  # any error of the database
+                raise ConfigError(
+                    f"--workdir={str(folder)!r}: its {_DATABASE} cannot be used ({one_line(error)})"
+                ) from error
+            now = space.description()
+            allowed = f"holds a search of other values ({before}); choose another folder"
+            require(before in (None, now), "--workdir", str(folder), allowed)
+            self._study.set_user_attr("space", now)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one process at a time ask for a setting."""
+        with files.locked(self._folder / ".search.lock", wait=True):
+            yield
+
+    @property
+    def progress(self) -> str:
+        """Return how many settings have been chosen, such as "3 of 20"."""
+        return f"{len(self._study.get_trials(deepcopy=False))} of {self._search.trials}"
+
+    def is_over(self) -> bool:
+        """Return whether all settings have ended."""
+        ended = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        return len(ended) >= self._search.trials
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[Candidate | None]:
+        """Yield a setting whose process has died or, if there is none, a new one; None if all have been chosen."""
+        with contextlib.ExitStack() as stack:
+            with self._turn():
+                candidate = self._claim(stack)
+            yield candidate
+
+    def _claim(self, stack: contextlib.ExitStack) -> Candidate | None:
+        trials = self._study.get_trials(deepcopy=False)
+        for trial in trials:
+            if not trial.state.is_finished():
+                with contextlib.suppress(BlockingIOError):  # another process runs it
+                    stack.enter_context(files.locked(self._lock(trial.number), wait=False))
+                    return self._candidate(self._optuna.trial.Trial(self._study, trial._trial_id))
+        if len(trials) >= self._search.trials:
+            return None
+        # The sampler is a function of the seed and of the number of the trial, so that a restart does not repeat it.
+        seed = (self._space.seeds[0] * 1_000_003 + len(trials)) % 2**32
+        samplers = self._optuna.samplers
+        random = self._search.method == "random"
+        self._study.sampler = samplers.RandomSampler(seed=seed) if random else samplers.TPESampler(seed=seed)
+        trial = self._study.ask()
+        stack.enter_context(files.locked(self._lock(trial.number), wait=False))
+        return self._candidate(trial)
+
+    def _lock(self, number: int) -> Path:
+        folder = self._folder / ".processes"
+        folder.mkdir(exist_ok=True)
+        return folder / f"setting{number}"
+
+    def _candidate(self, trial: Any) -> Candidate | None:
+        space = self._space
+        name = space.configs[0]
+        if len(space.configs) > 1:
+            name = trial.suggest_categorical("config", list(space.configs))
+        values = {path: trial.suggest_categorical(path, list(texts)) for path, texts in space.choices.items()}
+        values |= {path: _suggested(trial, path, found) for path, found in space.ranges.items()}
+        return Candidate(self._optuna, trial, space.setting(name, values))
+
+
+def _suggested(trial: Any, path: str, values: Range) -> str:
+    """Return a number in the range as text; a float is rounded, for short names of folders."""
+    if values.is_integer:
+        return str(trial.suggest_int(path, int(values.low), int(values.high), log=values.is_logarithmic))
+    number = trial.suggest_float(path, values.low, values.high, log=values.is_logarithmic)
+    rounded = float(f"{number:.{_DIGITS}g}")
+    return repr(rounded if values.low <= rounded <= values.high else number)
