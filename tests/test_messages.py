@@ -157,7 +157,7 @@ BAD_INPUT = [
     ("--mode=predict photo.png", 2, "predict needs the folder of a run"),
     ("--mode=predict --workdir={tmp}/nowhere photo.png", 2, "--workdir='{tmp}/nowhere': no such folder"),
     ("--mode=export --workdir={tmp}/run", 2, "export needs a folder to write to"),
-    ("--mode=compare {tmp}/run", 2, "compare needs the folders of two or more runs"),
+    ("--mode=compare {tmp}/run", 2, "must be a study, or at least two folders of runs"),
     ("--mode=compare {tmp}/run {tmp} --config.seed=1", 2, "seed=1: not used in compare"),
     ("--mode=compare {tmp}/run {tmp} --workdir=x", 2, "--workdir='x': not used in compare"),
     ("--mode=compare {tmp}/run {tmp}", 2, "{tmp}/run"),

@@ -60,9 +60,22 @@ def test_minimum_versions_equal_those_of_the_doctor():
     for requirement in read("requirements.txt"):
         name = "tensorflow" if requirement.name == "tensorflow-cpu" else requirement.name
         assert minimums.setdefault(name, oldest(requirement)) == oldest(requirement)
-    table = {name: package.oldest for name, package in PACKAGES.items()}
+    table = {name: package.oldest for name, package in PACKAGES.items() if not package.extra}
     assert {name: version for name, version in minimums.items() if name in table} == table
     assert minimums.keys() - table == {"pytest", "importlib_resources"}  # required by tests and by tensorflow-datasets
+
+
+def test_extras_require_the_packages_of_the_table():
+    optional = {name: package for name, package in PACKAGES.items() if package.extra}
+    assert {package.extra for package in optional.values()} == PROJECT["optional-dependencies"].keys() - {
+        "dev",
+        "gpu",
+        "tpu",
+    }
+    for name, package in optional.items():
+        (requirement,) = parsed(PROJECT["optional-dependencies"][package.extra])
+        assert (requirement.name, oldest(requirement)) == (name, package.oldest)
+        assert requirement in parsed(PROJECT["optional-dependencies"]["dev"])  # for its tests
 
 
 @pytest.mark.parametrize("extra", ["gpu", "tpu"])

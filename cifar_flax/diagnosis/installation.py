@@ -38,5 +38,7 @@ def optional_packages() -> Iterator[Finding]:
         if not name.startswith("tensorflow"):  # its import takes seconds; later checks import it if the run does
             with contextlib.suppress(UserError):
                 packages.load(name)
+        if packages.PACKAGES[name].extra and not packages.installed(name):
+            continue
         if reason := packages.fault(name):
             yield Finding(NOTE, f"{reason}, for {packages.PACKAGES[name].used_for}")

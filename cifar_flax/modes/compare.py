@@ -92,6 +92,7 @@ def _read(folder: Path, is_validation: bool) -> Run:
         status=record.status if record else (FINISHED if result else groups.UNFINISHED),
         seconds=results.training_seconds(log, int(batch_size)) if batch_size.isdecimal() else None,
         operations=record.operations if record else None,
+        is_trial=record is not None,
     )
 
 

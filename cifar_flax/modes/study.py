@@ -1,5 +1,6 @@
 """--mode=study: train with several seeds and settings, and compare them."""
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -14,7 +15,7 @@ from cifar_flax.config import Config
 from cifar_flax.data import sources
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.config import DataConfig
-from cifar_flax.errors import ConfigError, DivergedError, UserError
+from cifar_flax.errors import ConfigError, DivergedError, UserError, require
 from cifar_flax.modes import evaluate
 from cifar_flax.modes.compare import VALIDATION, compare
 from cifar_flax.report import results
@@ -48,6 +49,10 @@ def study(space: Space, search: Search | None, folder: Path, *, on_test: bool = 
         packages.require(["optuna"], packages.PACKAGES["optuna"].used_for)
     settings = space.check(search, is_large=is_large) if search else space.grid(is_large=is_large)
     record.require_new(folder)
+    for setting in settings:
+        parallel, allowed = setting.config.parallel, "not used in study, whose processes are independent of each other"
+        require(parallel.distributed != "on", "parallel.distributed", parallel.distributed, allowed)
+        require(not parallel.coordinator, "parallel.coordinator", parallel.coordinator, allowed)
     ordered = _by_program(settings)
     trials = [setting.trial(seed) for setting in ordered for seed in space.seeds] if search is None else []
     for trial in trials:
@@ -69,14 +74,17 @@ def study(space: Space, search: Search | None, folder: Path, *, on_test: bool = 
         else:
             from cifar_flax.study.search import Searcher
 
-            runner.search(Searcher(space, search, folder), split, space.seeds)
+            with contextlib.closing(Searcher(space, search, folder)) as searcher:
+                runner.search(searcher, split, space.seeds)
     compare([folder], None, on_test=on_test)
 
 
 def _by_program(settings: Sequence[Setting]) -> list[Setting]:
     """Return `settings` ordered such that those that share programs follow each other."""
-    programs = list(dict.fromkeys(configs.program_settings(setting.config) for setting in settings))
-    return sorted(settings, key=lambda setting: programs.index(configs.program_settings(setting.config)))
+    programs: dict[object, int] = {}
+    for setting in settings:
+        programs.setdefault(configs.program_settings(setting.config), len(programs))
+    return sorted(settings, key=lambda setting: programs[configs.program_settings(setting.config)])
 
 
 def _never(metrics: Metrics) -> bool:
@@ -88,7 +96,7 @@ class Runner:
 
     def __init__(self, folder: Path, *, on_test: bool):
         self._folder, self._on_test = folder, on_test
-        self._loaded: tuple[DataConfig, Sequence[Arrays]] | None = None
+        self._loaded: list[tuple[DataConfig, Sequence[Arrays]]] = []
         self._shared: _Shared | None = None
         self._seconds: list[float] = []  # that the trials of this process took
         self._has_run = False  # whether a trial has printed what all of them would print
@@ -107,12 +115,13 @@ class Runner:
         return self._shared
 
     def _load(self, data: DataConfig) -> Sequence[Arrays]:
-        """Return both splits, from memory if those of the last call are of equal settings."""
+        """Return both splits; load them once for all settings that read them in the same way."""
         read = dataclasses.replace(data, pipeline="auto", sampling="shuffled", drop_last=False, validation_fraction=0.0)
-        if self._loaded is None or self._loaded[0] != read:
-            self._loaded = None
-            self._loaded = read, sources.load_both(data)
-        return self._loaded[1]
+        for known, splits in self._loaded:
+            if known == read:
+                return splits
+        self._loaded.append((read, sources.load_both(data)))
+        return self._loaded[-1][1]
 
     def run(self, trials: Sequence[Trial]) -> None:
         """Run the trials that have not ended; wait for those that other processes run, or take them over."""

@@ -29,7 +29,7 @@ def sections(compared: Sequence[Group], pairs: Sequence[Difference], output: Pat
     found.append(Section("curves", "Curves", _curves(drawn, len(compared))))
     found.append(Section("classes", "Per-class metrics", _classes(drawn)))
     found.append(Section("config", "Config differences", _config(compared)))
-    if has_seeds:
+    if groups.have_trials(compared):
         found.append(Section("runs", "Runs", _runs(compared, output)))
     return found
 
@@ -126,13 +126,13 @@ def remarks(compared: Sequence[Group]) -> list[str]:
     """Return sentences on runs without result, and on those evaluated on other images."""
     sentences, first = [], compared[0].result
     unfinished = [group.key for group in compared if group.result is None]
-    has_seeds = groups.have_seeds(compared)
-    if unfinished and not has_seeds:
+    have_trials = groups.have_trials(compared)
+    if unfinished and not have_trials:
         sentences.append(f"Unfinished runs without eval.json: {', '.join(unfinished)}.")
     for status, word in (("diverged", "diverged"), ("pruned", "were pruned"), (groups.UNFINISHED, "are not finished")):
         counts = [(group.key, sum(run.status == status for run in group.runs)) for group in compared]
         found = [f"{count} of {key}" for key, count in counts if count]
-        if found and has_seeds:
+        if found and have_trials:
             sentences.append(f"Runs that {word}: {', '.join(found)}.")
     others = [group.key for group in compared if group.result and first and not results.comparable(group.result, first)]
     if others:

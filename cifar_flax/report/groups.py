@@ -26,6 +26,7 @@ class Run:
     status: str = ""  # of a trial: finished | diverged | pruned | unfinished
     seconds: float | None = None  # of training
     operations: int | None = None
+    is_trial: bool = False  # of a study
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,11 @@ class Group:
 def have_seeds(groups: Sequence[Group]) -> bool:
     """Return whether a group has several runs, so that means and their intervals are compared."""
     return any(len(group.runs) > 1 for group in groups)
+
+
+def have_trials(groups: Sequence[Group]) -> bool:
+    """Return whether a group has several runs or trials of a study, so that the page lists the runs."""
+    return have_seeds(groups) or any(run.is_trial for group in groups for run in group.runs)
 
 
 def all_differences(groups: Sequence[Group]) -> list[Difference]:

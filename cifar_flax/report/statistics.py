@@ -109,7 +109,7 @@ def _seeds(variances: Sequence[float], comparisons: int, count: int) -> int:
 
 
 def _quantile(freedom: float, comparisons: int) -> float:
-    """Return the factor of the standard error that gives the half-width of an interval."""
+    """Return the factor of the standard error that is the half-width of an interval."""
     return float(_special().stdtrit(freedom, 1 - (1 - LEVEL) / 2 / comparisons))
 
 

@@ -1,1 +1,1 @@
-"""Studies: runs over seeds and settings, which `report` compares."""
+"""Studies: which runs they have, and how processes share them."""

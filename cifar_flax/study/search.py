@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_flax import files, packages
-from cifar_flax.errors import ConfigError, one_line, require
+from cifar_flax.errors import ConfigError, one_line
 from cifar_flax.study.space import Range, Search, Setting, Space
 from cifar_flax.telemetry.metrics_log import Metrics
 
@@ -27,7 +27,7 @@ class Candidate:
         return bool(self._trial.should_prune())
 
     def end(self, accuracy: float | None) -> None:
-        """Tell Optuna the mean accuracy of the seeds, or None if the setting was pruned."""
+        """Report the mean accuracy of the seeds to Optuna, or None if the setting was pruned."""
         if accuracy is None:
             self._trial.study.tell(self._trial, state=self._optuna.trial.TrialState.PRUNED)
         else:
@@ -50,28 +50,41 @@ class Searcher:
         self._space, self._search, self._folder = space, search, folder
         self._optuna.logging.set_verbosity(self._optuna.logging.ERROR)
         folder.mkdir(parents=True, exist_ok=True)
-        with self._turn():
-            try:
-                storage = self._optuna.storages.RDBStorage(
-                    f"sqlite:///{(folder / _DATABASE).absolute()}",
-                    engine_kwargs={"connect_args": {"timeout": _TIMEOUT}},
-                )
-                self._study = self._optuna.create_study(
-                    storage=storage,
-                    study_name="cifar_flax",
-                    direction="maximize",
-                    pruner=self._optuna.pruners.MedianPruner(),
-                    load_if_exists=True,
-                )
-                before = self._study.user_attrs.get("space")
-            except Exception as error:  # any error of the database
-                raise ConfigError(
-                    f"--workdir={str(folder)!r}: its {_DATABASE} cannot be used ({one_line(error)})"
-                ) from error
-            now = space.description()
-            allowed = f"holds a search of other values ({before}); choose another folder"
-            require(before in (None, now), "--workdir", str(folder), allowed)
-            self._study.set_user_attr("space", now)
+        self._storage: Any = None
+        try:
+            with self._turn():
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        where = f"--workdir={str(self._folder)!r}"
+        try:
+            self._storage = self._optuna.storages.RDBStorage(
+                f"sqlite:///{(self._folder / _DATABASE).absolute()}",
+                engine_kwargs={"connect_args": {"timeout": _TIMEOUT}},
+            )
+            self._study = self._optuna.create_study(
+                storage=self._storage,
+                study_name="cifar_flax",
+                direction="maximize",
+                pruner=self._optuna.pruners.MedianPruner(),
+                load_if_exists=True,
+            )
+            before = self._study.user_attrs.get("space")
+        except Exception as error:  # any error of the database
+            raise ConfigError(f"{where}: its {_DATABASE} cannot be used ({one_line(error)})") from error
+        now = self._space.description()
+        if before not in (None, now):
+            raise ConfigError(f"{where}: holds a search of other values ({before}); choose another folder")
+        self._study.set_user_attr("space", now)
+
+    def close(self) -> None:
+        """Close the database."""
+        if self._storage is not None:
+            self._storage.remove_session()
+            self._storage.engine.dispose()
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

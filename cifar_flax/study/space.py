@@ -17,7 +17,7 @@ from cifar_flax.errors import ConfigError, require
 
 VALIDATION_FRACTION = 0.1  # of a study whose config has none
 METHODS = ("tpe", "random")
-_SEEDS = 5  # of each setting, unless the command line says otherwise
+_SEEDS = 5  # of each setting, unless the command line sets another number
 _MOST_TRIALS = 1000  # without --yes
 _LONGEST_NAME = 100  # characters
 _DATA = ("name", "data_dir", "folder", "archive", "source", "train_split", "eval_split", "test_fraction")
