@@ -137,13 +137,14 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
     require(config.train.freeze == "none" or not outside, "train.freeze", config.train.freeze, allowed)
     if not fits & named_leaves(state.params, ".").keys():
         raise UserError(f"{_FIELD}={str(folder)!r}: none of its weights matches this model ({first_of(unfit)})")
-    processes.log(f"initialized {len(fits)} of {len(ours)} weights from {folder}, step {run.step}")
+    processes.log(f"initialized {len(fits)} of {len(ours)} weights from {folder}, step {run.step}", is_routine=True)
     if run.info.class_names != info.class_names and len(run.info.class_names) == len(info.class_names):
-        processes.log(f"  that run has other classes: {', '.join(run.info.class_names)}")
+        processes.log(f"  that run has other classes: {', '.join(run.info.class_names)}", is_routine=True)
     if run.info.image_shape != info.image_shape:
-        processes.log(f"  that run has images of shape {run.info.image_shape}, this one {info.image_shape}")
+        shapes = f"images of shape {run.info.image_shape}, this one {info.image_shape}"
+        processes.log(f"  that run has {shapes}", is_routine=True)
     for line in unfit:
-        processes.log(f"  does not match: {line}")
+        processes.log(f"  does not match: {line}", is_routine=True)
     leaves = [theirs[name] if name in fits else array for name, array in ours.items()]
     params, batch_stats = jax.tree.unflatten(jax.tree.structure(own), leaves)
     opt_state, average = jax.jit(

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "wbr"}
 
 
 @dataclass

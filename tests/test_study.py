@@ -1,7 +1,9 @@
 """Run studies of the tiny config: what they share, what they write, how they resume and share trials."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -49,8 +51,9 @@ def run(folder, *options):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, compile_once):
-    """Return the folder of a finished study, two learning rates with two seeds, and the number of compiled programs."""
+    """Return the folder of a study of two learning rates and two seeds, what it compiled and loaded, and its output."""
     folder, counts = tmp_path_factory.mktemp("studies") / "rates", {"programs": 0, "loads": 0}
+    printed = io.StringIO()
     compile_, load = Layout.compile, sources.load_both
 
     def counted(self, *args, **settings):
@@ -61,16 +64,28 @@ def finished(tmp_path_factory, compile_once):
         counts["loads"] += 1
         return load(config)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(Layout, "compile", counted)
         patch.setattr(sources, "load_both", counted_load)
         run(folder, RATES, "--seeds=2")
-    return folder, counts
+    return folder, counts, printed.getvalue().splitlines()
 
 
 def test_data_is_loaded_and_each_program_compiled_once(finished):
     # The training step, and the evaluations on the validation split and on the test split.
     assert finished[1] == {"programs": 3, "loads": 1}
+
+
+def test_output(finished):
+    """The first trial prints the lines of a run, the others one line each; then the tables follow."""
+    lines = finished[2]
+    assert lines[0].startswith("data.validation_fraction is 0: 0.1 is set, since settings are compared on")
+    assert lines[1] == f"{finished[0]}: 2 settings x 2 seeds, compared on the validation split"
+    assert [line.split("/")[0] for line in lines if line.startswith("epoch")] == ["epoch 1.1", "epoch 2.1", "epoch 3.1"]
+    pattern = r"\[(\d) of 4\] tiny_learning_rate=0.0(\d)_seed(\d): \d+\.\d\d% on the validation split"
+    trials = [re.match(pattern, line).groups() for line in lines if line.startswith("[")]
+    assert trials == [("1", "1", "0"), ("2", "1", "1"), ("3", "2", "0"), ("4", "2", "1")]
+    assert {line.split()[0] for line in lines if re.match(r"[AB]  tiny_learning_rate", line)} == {"A", "B"}
 
 
 def test_a_trial_equals_a_run_of_its_own(finished, tmp_path):
@@ -152,7 +167,7 @@ def test_a_finished_study_runs_nothing_again(finished, monkeypatch, capsys):
 
 
 def test_a_changed_setting_needs_another_folder(finished, tmp_path):
-    (folder, _), (name, *_) = finished, ("tiny_learning_rate=0.01_seed0",)
+    folder, name = finished[0], "tiny_learning_rate=0.01_seed0"
     with pytest.raises(ConfigError, match=rf"{name}.*model\.hidden: 16 in the checkpoint, 8 in the config"):
         run(folder, RATES, "--seeds=2", "--config.model.hidden=8")
     with pytest.raises(ConfigError, match=r"--workdir=.*holds a run; choose another folder"):
@@ -220,11 +235,6 @@ def test_the_test_split_is_compared_on_request(tmp_path):
         assert saved_config(folder).data.validation_fraction == 0
     page = pages.read(tmp_path / "study" / "study.html")
     assert "test split: do not choose one by it" in page.one("p", class_="lead").text
-
-
-def test_an_added_validation_split_is_reported(tmp_path, capsys):
-    run(tmp_path / "study", "--seeds=1", "--config.train.epochs=1")
-    assert "data.validation_fraction is 0: 0.1 is set" in capsys.readouterr().out
 
 
 def test_diverged_trials_are_reported_and_not_run_again(tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from cifar_flax.report import charts, groups, page, results
 from cifar_flax.report.groups import Group, Run
 from cifar_flax.report.log import Log
 from cifar_flax.report.page import NOTHING, Content, Markup, Section, element, join, note, percent
-from cifar_flax.report.statistics import RESOLUTION, Difference, Mean
+from cifar_flax.report.statistics import MOST_SEEDS, RESOLUTION, Difference, Mean
 from cifar_flax.telemetry.scalars import is_fraction, other_scalars, title
 from cifar_flax.training.operations import pflop
 
@@ -35,7 +35,9 @@ def sections(compared: Sequence[Group], pairs: Sequence[Difference], output: Pat
 
 
 def titled(group: Group) -> Markup:
-    return join([element("b", group.key), f"\u2002{group.name}"])
+    """Return key and name of a group; narrow columns may break the name after "_"."""
+    pieces = [part for piece in group.name.split("_") for part in ("_", element("wbr"), piece)][2:]
+    return join([element("b", group.key), "\u2002", *pieces])
 
 
 def _metrics(compared: Sequence[Group]) -> Markup:
@@ -155,7 +157,8 @@ def difference_cells(pair: Difference) -> tuple[str, ...]:
         return names, _signed(pair.mean), NOTHING, NOTHING, NOTHING, NOTHING
     between = f"{_signed(pair.low)} to {_signed(pair.high)}"
     p = NOTHING if pair.p is None else "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}"
-    return names, _signed(pair.mean), between, p, pair.method, f"{pair.more_seeds:,}"
+    more = pair.more_seeds or 0
+    return names, _signed(pair.mean), between, p, pair.method, f"{'over ' * (more >= MOST_SEEDS)}{more:,}"
 
 
 def _signed(value: float) -> str:

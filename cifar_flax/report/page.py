@@ -8,7 +8,7 @@ from typing import NamedTuple
 from cifar_flax import files
 
 _STYLE = Path(__file__).with_name("page.css")
-_VOID = ("img", "meta")  # elements without content
+_VOID = ("img", "meta", "wbr")  # elements without content
 NOTHING = "\u2013"  # placeholder for a missing value
 # This policy makes browsers run no scripts and send no network requests.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -13,7 +13,7 @@ from cifar_flax import packages
 
 LEVEL = 0.95  # of all intervals
 RESOLUTION = 0.001  # difference of accuracies, as a fraction, that `Difference.more_seeds` settles
-_MOST_SEEDS = 10**6
+MOST_SEEDS = 10**6  # that `Difference.more_seeds` returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _difference(first: str, second: str, samples: Mapping[str, Mapping[int, floa
     error, freedom = _error(variances, counts)
     half = _quantile(freedom, comparisons) * error
     p = min(1.0, comparisons * _p(abs(mean) / error, freedom)) if error else None
-    more = _seeds(variances, comparisons, max(counts)) - max(counts)
+    more = min(_seeds(variances, comparisons, max(counts)) - max(counts), MOST_SEEDS)
     method = "paired" if is_paired else "Welch"
     return Difference(first, second, mean, mean - half, mean + half, p, method, more)
 
@@ -100,8 +100,10 @@ def _seeds(variances: Sequence[float], comparisons: int, count: int) -> int:
         return _quantile(freedom, comparisons) * error <= RESOLUTION
 
     low, high = count - 1, count
-    while not is_enough(high) and high < _MOST_SEEDS:
+    while not is_enough(high):
         low, high = high, 2 * high
+        if low > MOST_SEEDS:
+            return count + MOST_SEEDS
     while high - low > 1:  # is_enough(high), and not is_enough(low)
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)

@@ -27,7 +27,7 @@ from cifar_flax.runtime.devices import Layout, ParallelConfig, all_devices
 _EXIT_SECONDS = 1.0
 _EXIT_SECONDS_OF_MAIN = 5.0
 
-_is_quiet = False  # whether `log` prints nothing
+_is_quiet = False  # whether `log` omits routine lines
 _label = ""  # prefix of this process's log lines; "" in a single-process run
 
 
@@ -88,15 +88,18 @@ def label() -> str:
     return _label
 
 
-def log(text: str) -> None:
-    """Print `text` in the main process only. Ignore a closed pipe, so that it cannot end a run."""
-    if is_main() and not _is_quiet:
+def log(text: str, *, is_routine: bool = False) -> None:
+    """Print `text` in the main process only; in a block of `quiet`, not if every run prints it (`is_routine`).
+
+    Ignore a closed pipe, so that it cannot end a run.
+    """
+    if is_main() and not (_is_quiet and is_routine):
         streams.show(f"{_label}{text}")
 
 
 @contextlib.contextmanager
 def quiet(is_quiet: bool = True) -> Iterator[None]:
-    """If `is_quiet`, make `log` print nothing inside the block."""
+    """If `is_quiet`, make `log` omit routine lines inside the block."""
     global _is_quiet
     before, _is_quiet = _is_quiet, is_quiet
     try:

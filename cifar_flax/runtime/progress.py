@@ -30,4 +30,4 @@ class ProgressBar:
 
     def write(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
-        processes.log(text) if self.tqdm is None else self.tqdm.write(text)
+        processes.log(text, is_routine=True) if self.tqdm is None else self.tqdm.write(text)

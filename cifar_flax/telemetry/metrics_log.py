@@ -76,7 +76,7 @@ class MetricsWriter:
             if events is not None:
                 with contextlib.suppress(Exception):
                     events.close()
-            processes.log(f"no TensorBoard events are written: {one_line(error)}")
+            processes.log(f"no TensorBoard events are written: {one_line(error)}", is_routine=True)
 
     def mark(self) -> dict[str, Any] | None:
         """Flush metrics.jsonl to disk and return its size and checksum, to be saved in the checkpoint of this step."""

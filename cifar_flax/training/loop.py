@@ -89,9 +89,9 @@ def run(trainer: Trainer, folder: Path, has_to_stop: Callable[[Metrics], bool] =
             return True
         steps = f"resuming from step {start} of {total}" if start else f"{total} steps"
         images = f"{trainer.info.num_examples} images ({trainer.pipeline})"
-        processes.log(f"{trainer.info.name}: {images}, {steps}, on {trainer.layout}")
+        processes.log(f"{trainer.info.name}: {images}, {steps}, on {trainer.layout}", is_routine=not start)
         if trainer.no_tensorflow:
-            processes.log(trainer.no_tensorflow)
+            processes.log(trainer.no_tensorflow, is_routine=True)
         return TrainingLoop(trainer, folder, checkpoints, state, metadata, has_to_stop).run()
 
 
@@ -138,7 +138,7 @@ class TrainingLoop:
         train_call: TrainCall = trainer.compile(self._state, self._step)
         # Compile everything before the loop, since a signal has to wait for a compilation.
         trainer.evaluator.compile(self._state)
-        processes.log(f"compiled training and evaluation in {time.perf_counter() - begin:.1f} s")
+        processes.log(f"compiled training and evaluation in {time.perf_counter() - begin:.1f} s", is_routine=True)
         with ExitStack() as stack:
             writer = MetricsWriter(self._folder, self._step, self._mark, configs.shared(self._config))
             self._writer = stack.enter_context(closing(writer))
@@ -207,7 +207,7 @@ class TrainingLoop:
                 self._early_stopping.update(accuracy)
         if self._early_stopping.is_due and self._step < trainer.total_steps:
             steps = f"stopping early at step {self._step} of {trainer.total_steps}"
-            processes.log(f"{steps}: {self._early_stopping.reason}")
+            processes.log(f"{steps}: {self._early_stopping.reason}", is_routine=True)
         if self._early_stopping.is_due or trainer.timetable.is_due(self._step, self._config.checkpoint.every_epochs):
             self._save(accuracy)
 
