@@ -17,6 +17,7 @@ from cifar_flax.models.flops import matrix_flops
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.setup import setup
 from cifar_flax.training.timetable import Timetable
+from cifar_flax.training.trainer import training_program
 
 # CIFAR-10 without its images; the statistics are constants of the programs, whose values do not matter.
 DATASET = DatasetInfo(
@@ -85,7 +86,7 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
         name = ("frozen" if phase.frozen else "train") + (f"_{phase.side}" if phase.side else "")
         names.append(f"{name}_from_{first}" if name in names else name)
         arguments = state, inputs, *shared
-        program = steps.training_program(step, phase, **settings)
+        program = training_program(step, phase, **settings)
         yield build(names[-1], max(lengths), program, *arguments, batch_axis=batch_axis, donate=True)
     weights = state.evaluated(task.averaging)
     evaluations = {"eval": [(TEST_EXAMPLES, "none")]}

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
+from cifar_flax import config as configs
+from cifar_flax import files
 from cifar_flax.config import LOCATIONS, PATHS, Config, describe_field, may_override
 from cifar_flax.errors import ConfigError, one_line, require
 from cifar_flax.paths import local_path
@@ -61,7 +63,7 @@ MODES = {
     "eval": _Mode(takes=("--workdir",), needs=("--workdir",)),
     "predict": _Mode(takes=("--workdir", "--output"), needs=("--workdir",), paths=1),
     "study": _Mode(
-        takes=("--config", "--workdir", "--seeds", "--trials", "--search", "--on-test", "--yes"),
+        takes=("--config", "--workdir", "--seeds", "--settings", "--search", "--on-test", "--yes"),
         needs=("--config", "--workdir"),
     ),
     "compare": _Mode(takes=("--output", "--on-test"), paths=1),
@@ -177,10 +179,11 @@ def _study(arguments: argparse.Namespace, rest: list[str]) -> tuple[Space, Searc
         return config
 
     seeds = seeds_of(choices.pop("seed", None), arguments.seeds, next(iter(shared.values())).seed)
-    search = search_of(arguments.trials, arguments.search, has_ranges=bool(ranges))
+    search = search_of(arguments.settings, arguments.search, has_ranges=bool(ranges))
     space = Space(
         configs=tuple(shared), choices=choices, ranges=ranges, seeds=seeds, build=build,
         adds_validation=any(config.data.validation_fraction == 0 for config in shared.values()),
+        shared=files.json_checksum([{name: configs.shared(one) for name, one in shared.items()}, arguments.on_test]),
     )  # fmt: skip
     return space, search, fixed
 
@@ -210,7 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--seeds", metavar="N", type=int, help="runs of each setting, with seeds from config.seed on (5)"
     )
-    study.add_argument("--trials", metavar="N", type=int, help="settings to try of the ranges --config.FIELD=LOW..HIGH")
+    study.add_argument(
+        "--settings", metavar="N", type=int, help="settings to try of the ranges --config.FIELD=LOW..HIGH"
+    )
     study.add_argument("--search", metavar="METHOD", help="how to choose them: tpe (default) or random")
     study.add_argument("--on-test", action="store_true", help="study, compare: compare on the test split")
     study.add_argument("--yes", action="store_true", help="run more than 1,000 trials")

@@ -45,7 +45,7 @@ PACKAGES = {
     "tensorflow-datasets": Package("tensorflow_datasets", "4.9.10", "preparing TFDS datasets"),
     "scikit-learn": Package("sklearn.datasets", "1.6", "data.name=digits"),
     "scipy": Package("scipy.special", "1.14", "the intervals of --mode=compare and --mode=study"),
-    "optuna": Package("optuna", "4.0", "ranges and --trials of --mode=study", extra="study"),
+    "optuna": Package("optuna", "4.0", "ranges and --settings of --mode=study", extra="study"),
     "matplotlib": Package("matplotlib.figure", "3.9", "confusion_matrix.png"),
     "tensorboardX": Package("tensorboardX", "2.6.2", "TensorBoard events"),
     "tqdm": Package("tqdm", "4.66", "the progress bar"),

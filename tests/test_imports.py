@@ -25,7 +25,7 @@ RULES = {
     "training": {"runtime", "models", "data", "checkpoints", "telemetry", "config"},
     "report": {"runtime", "data", "training", "telemetry"},
     "export": {"runtime", "training", "config", "restore"},
-    "study": {"runtime", "telemetry", "config"},
+    "study": {"runtime", "telemetry", "config", "report"},
     "diagnosis": {"runtime", "data", "checkpoints", "training", "config", "workdir"},
 }
 # These may import any package except `modes`. Only the command line imports `modes`; nothing imports the command line.

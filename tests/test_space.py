@@ -90,7 +90,7 @@ def test_ranges():
         ("--config.seed=1,2 --seeds=2", "--seeds=2: must not be used with seed=1,2"),
         ("--config.seed=1,x", "seed='x': must be an integer"),
         ("--config.seed=4294967295 --seeds=2", "seed=4294967296: must be in"),
-        ("--config.seed=1..5 --trials=2", "seed='1..5': must not be a range; use --seeds"),
+        ("--config.seed=1..5 --settings=2", "seed='1..5': must not be a range; use --seeds"),
         ("--config.optim.learning_rate=", "optim.learning_rate='': must be a finite number"),
         ("--config.optim.learning_rate=1e-3,,1e-2", "optim.learning_rate='1e-3,,1e-2': one of its values is empty"),
         ("--config.optim.learning_rate=1e-3,-1", "optim.learning_rate=-1.0: must be at least 0"),
@@ -102,17 +102,21 @@ def test_ranges():
         ("--config.data.name=digits,cifar10", "data.name='cifar10': must be equal in all settings"),
         ("--config.data.validation_fraction=0.1,0.2", "data.validation_fraction=0.2: must be equal in all settings"),
         ("--config.model.name=cnn,airbench", "model.name='airbench': must match"),
-        ("--config.optim.learning_rate=1e-3..1e-2", "a range such as log:1e-4..1e-2 needs --trials=N"),
-        ("--config.optim.learning_rate=1..x --trials=2", "'1..x': must be a range of numbers such as"),
-        ("--config.optim.learning_rate=2..1 --trials=2", "'2..1': the range must end above its start"),
-        ("--config.optim.learning_rate=log:0..1 --trials=2", "a logarithmic range must start above 0"),
-        ("--config.optim.learning_rate=-1..1 --trials=2", "optim.learning_rate=-1.0: must be at least 0"),
-        ("--config.model.width=2..4.5 --trials=2", "must be a range of integers such as log:8..64"),
-        ("--config.model.width=2..4 --trials=0", "--trials=0: must be at least 1"),
-        ("--config.model.width=2..4 --trials=2 --search=grid", "--search='grid': must be tpe or random"),
-        ("--search=tpe", "--search='tpe': needs --trials=N"),
+        ("--config.optim.learning_rate=1e-3..1e-2", "a range such as log:1e-4..1e-2 needs --settings=N"),
+        ("--config.optim.learning_rate=1..x --settings=2", "'1..x': must be a range of numbers such as"),
+        ("--config.optim.learning_rate=2..1 --settings=2", "'2..1': the range must end above its start"),
+        ("--config.optim.learning_rate=log:0..1 --settings=2", "a logarithmic range must start above 0"),
+        ("--config.optim.learning_rate=-1..1 --settings=2", "optim.learning_rate=-1.0: must be at least 0"),
+        ("--config.model.width=2..4.5 --settings=2", "must be a range of integers such as log:8..64"),
+        ("--config.model.width=2..4 --settings=0", "--settings=0: must be at least 1"),
+        ("--config.model.width=2..4 --settings=2 --search=grid", "--search='grid': must be tpe or random"),
+        ("--search=tpe", "--search='tpe': needs --settings=N"),
         ("--seeds=1001", "1,001 trials are more than 1,000; add --yes"),
-        ("--seeds=400 --config.model.width=1..4 --trials=3", "1,200 trials are more than 1,000; add --yes"),
+        ("--seeds=400 --config.model.width=1..4 --settings=3", "1,200 trials are more than 1,000; add --yes"),
+        ("--seeds=1000000000", "1,000,000,000 trials are more than 1,000; add --yes"),
+        ("--seeds=5000000000", "seed=4999999999: must be in"),
+        ("--config.seed=01,1", "seed='01,1': lists a seed twice"),
+        ("--config.optim.warmup_epochs=1,9 --settings=2", "optim.warmup_epochs=9.0: must be shorter than the run"),
         ("--output=x", "--output='x': not used in study"),
         ("photo.jpg", "unknown argument 'photo.jpg'"),
     ],
@@ -135,6 +139,15 @@ def test_two_configs_of_one_name_or_of_other_data_are_refused(parse, tmp_path):
         parse("--config=default").space.grid()
 
 
+def test_values_of_a_search_may_need_others(parse):
+    """A search is refused only if a value is not allowed with any other one."""
+    command = parse("--config.train.epochs=1,4", "--config.optim.warmup_epochs=0.5,2", "--settings=3", "--seeds=1")
+    found = {(one.config.train.epochs, one.config.optim.warmup_epochs) for one in command.space.check(command.search)}
+    assert found == {(1, 0.5), (4, 0.5), (4, 2)}
+    with pytest.raises(ConfigError, match=r"optim\.warmup_epochs=2\.0: must be shorter than the run of 1 epochs"):
+        command.space.grid()
+
+
 def test_more_than_1000_trials_need_a_flag(parse):
     command = parse("--seeds=1001", "--yes")
     assert len(command.space.grid(is_large=command.is_large)) == 1
@@ -142,7 +155,7 @@ def test_more_than_1000_trials_need_a_flag(parse):
 
 @pytest.mark.parametrize("mode", ["train", "eval", "doctor"])
 def test_options_of_studies_are_refused_in_other_modes(mode, tmp_path):
-    for option in ("--seeds=0", "--trials=3", "--on-test", "--yes"):
+    for option in ("--seeds=0", "--settings=3", "--on-test", "--yes"):
         with pytest.raises(ConfigError, match=rf"{option.split('=')[0]}=.*: not used in {mode}"):
             arguments.parse([f"--mode={mode}", f"--workdir={tmp_path}", option])
     if mode == "train":

@@ -29,14 +29,23 @@ def test_settings_with_equal_seeds_are_compared_by_pairs():
         assert (pair.low, pair.high, pair.p) == pytest.approx((low, high, min(1, 3 * test.pvalue)))
 
 
-@pytest.mark.parametrize("seeds", [range(7), range(1, 6)])
-def test_settings_with_other_seeds_are_compared_by_welchs_test(seeds):
-    other = dict(zip(seeds, RNG.normal(0.9, 0.01, len(seeds)), strict=True))
+def test_settings_without_shared_seeds_are_compared_by_welchs_test():
+    other = {seed: RNG.normal(0.9, 0.01) for seed in (4, 5, 6, 7)}  # one shared seed is too few
     (pair,) = statistics.differences({"a": SAMPLES["a"], "other": other})
     test = scipy.stats.ttest_ind(list(SAMPLES["a"].values()), list(other.values()), equal_var=False)
     low, high = test.confidence_interval(0.95)
-    assert pair.method == "Welch"
+    assert (pair.method, pair.count) == ("Welch", None)
     assert (pair.low, pair.high, pair.p) == pytest.approx((low, high, test.pvalue))
+
+
+def test_seeds_that_one_setting_lacks_do_not_count_in_a_pair():
+    """Without the best seed of one setting, the difference stays what it is at the other seeds."""
+    ours = {0: 0.95, 1: 0.90, 2: 0.85, 3: 0.80}
+    theirs = {seed: value - 0.001 - seed / 10_000 for seed, value in ours.items() if seed}
+    (pair,) = statistics.differences({"a": ours, "b": theirs})
+    assert (pair.method, pair.count) == ("paired", 3)
+    assert pair.mean == pytest.approx(0.0012)
+    assert pair.low > 0
 
 
 def test_all_intervals_hold_together_in_95_of_100_studies():
@@ -50,26 +59,37 @@ def test_all_intervals_hold_together_in_95_of_100_studies():
     assert wrong_alone > 20
 
 
-@pytest.mark.parametrize("others", [dict(enumerate(RNG.normal(0.9, 0.004, 5))), {0: 0.9, 1: 0.91, 2: 0.905}])
+@pytest.mark.parametrize(
+    "others", [dict(enumerate(RNG.normal(0.9, 0.004, 5))), {7: 0.9, 8: 0.91, 9: 0.905}, {9: 0.9, 10: 0.91}]
+)
 def test_more_seeds_are_the_fewest_that_settle_a_difference(others):
     (pair,) = statistics.differences({"a": SAMPLES["a"], "b": others})
-    count = pair.more_seeds + max(len(SAMPLES["a"]), len(others))
 
-    def half_width(n):
+    def half_width(more):
         if pair.method == "paired":
+            n = len(others) + more
             std = np.std([SAMPLES["a"][seed] - others[seed] for seed in others], ddof=1)
             return scipy.stats.t.ppf(0.975, n - 1) * std / n**0.5
-        a, b = (np.var(list(values.values()), ddof=1) / n for values in (SAMPLES["a"], others))
-        freedom = (a + b) ** 2 / ((a**2 + b**2) / (n - 1))
+        n, m = len(SAMPLES["a"]) + more, len(others) + more
+        a, b = np.var(list(SAMPLES["a"].values()), ddof=1) / n, np.var(list(others.values()), ddof=1) / m
+        freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
         return scipy.stats.t.ppf(0.975, freedom) * (a + b) ** 0.5
 
     assert pair.more_seeds > 0
-    assert half_width(count) <= statistics.RESOLUTION < half_width(count - 1)
+    assert half_width(pair.more_seeds) <= statistics.RESOLUTION < half_width(pair.more_seeds - 1)
 
 
-def test_samples_without_spread_or_with_one_value():
+def test_the_number_of_seeds_is_limited():
+    (pair,) = statistics.differences({"a": {0: 0.1, 1: 0.9}, "b": {0: 0.9, 1: 0.1}})
+    assert pair.more_seeds == statistics.MOST_SEEDS
+
+
+def test_samples_without_spread_or_with_one_value_have_no_interval():
     (pair,) = statistics.differences({"a": {0: 0.9}, "b": {0: 0.8, 1: 0.7}})
     assert (pair.mean, pair.low, pair.p, pair.method) == (pytest.approx(0.15), None, None, "")
-    (pair,) = statistics.differences({"a": {0: 0.9, 1: 0.8}, "b": {0: 0.9, 1: 0.8}})
-    assert (pair.mean, pair.low, pair.high, pair.p, pair.more_seeds) == (0, 0, 0, None, 0)
+    equal = {seed: (wrong + 10) / 144 for seed, wrong in enumerate((109, 120))}
+    (pair,) = statistics.differences({"a": equal, "b": {seed: value - 1 / 144 for seed, value in equal.items()}})
+    assert (pair.mean, pair.low, pair.high, pair.p, pair.more_seeds) == (pytest.approx(1 / 144), *[None] * 4)
+    found = statistics.mean_of([0.9, 0.9, 0.9])
+    assert (found.std, found.low, found.high) == (0.0, None, None)
     assert statistics.differences({"a": {0: 0.9}}) == []

@@ -1,36 +1,29 @@
-"""Run studies of the tiny config: what they share, what they write, how they resume and share trials."""
+"""Run studies of the tiny config: what they share, write and compare."""
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
+from types import SimpleNamespace
 
+import made_up
 import numpy as np
 import pages
-import processes
 import pytest
-from conftest import REPOSITORY, assert_same_run, make_tiny_config, read_metrics
+from conftest import assert_same_run, make_tiny_config, read_metrics
 
 from cifar_flax import arguments
-from cifar_flax.config import from_dict, program_settings
-from cifar_flax.data import sources
-from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.files import lock_holder, locked
+from cifar_flax.data import datasets, sources
+from cifar_flax.errors import ConfigError
 from cifar_flax.modes.compare import compare
 from cifar_flax.modes.evaluate import evaluate
-from cifar_flax.modes.study import study
+from cifar_flax.modes.study import _Shared, study
 from cifar_flax.modes.train import train
 from cifar_flax.report import statistics
 from cifar_flax.restore import saved_config
 from cifar_flax.runtime.devices import Layout
-from cifar_flax.training.trainer import Trainer
+from cifar_flax.training.operations import Part
 
 CONFIG = "from conftest import make_tiny_config as get_config\n"
 RATES = "--config.optim.learning_rate=0.01,0.02"
@@ -44,6 +37,7 @@ def command(folder, *options):
 
 
 def run(folder, *options):
+    """Run a study in this process and return the content of study.json."""
     parsed = arguments.parse(command(folder, *options))
     study(parsed.space, parsed.search, parsed.workdir, on_test=parsed.on_test, is_large=parsed.is_large)
     return json.loads((folder / "study.json").read_text())
@@ -105,7 +99,7 @@ def test_a_trial_equals_a_run_of_its_own(finished, tmp_path):
 
 def test_study_json_has_all_numbers_with_their_splits(finished):
     found = json.loads((finished[0] / "study.json").read_text())
-    assert found["split"] == "validation"
+    assert found["on_test"] is False
     for setting, rate in zip(found["settings"], (0.01, 0.02), strict=True):
         assert setting["values"] == {"optim.learning_rate": rate}
         accuracies = [trial["accuracy"] for trial in setting["trials"]]
@@ -135,7 +129,7 @@ def test_the_page(finished, tmp_path, capsys):
     assert "PFLOP" in row["operations"]
     ((pair, *_, method, more),) = pages.table(page, "Differences of accuracy")[1:]
     assert pair == "A \u2212 B"
-    assert method == "paired"
+    assert method == "paired, 2 seeds"
     assert int(more.replace(",", "")) == found["differences"][0]["more_seeds"]
     links = [link.attributes["href"] for link in page.one("section", id="runs").all("a")]
     assert len(links) == 4
@@ -153,8 +147,16 @@ def test_curves_are_means_with_bands_of_one_std(finished):
     name = pages.table(page, "Metrics of the runs")[1][0].split("\u2002")[1]
     runs = [read_metrics(folder / "runs" / f"{name}_seed{seed}") for seed in (0, 1)]
     values = np.array([[line["loss"] for line in lines if line["split"] == "validation"] for lines in runs])
-    drawn = pages.curves(pages.figure(page, "Loss, validation"))
-    np.testing.assert_allclose(drawn[0][0][1], values.mean(axis=0), rtol=1e-2)
+    figure = pages.figure(page, "Loss, validation")
+    np.testing.assert_allclose(pages.curves(figure)[0][0][1], values.mean(axis=0), rtol=1e-2)
+    # The band's corners, in units of the chart: first the lower ends, then the upper ones backwards.
+    corners = re.findall(r"[ML]([\d.]+) ([\d.]+)", next(figure.all("path", class_="band")).attributes["d"])
+    low, high = np.array(corners, float)[:, 1].reshape(2, -1)
+    line = re.findall(r"[ML]([\d.]+) ([\d.]+)", next(figure.all("path", class_="line")).attributes["d"])
+    middle = np.array(line, float)[:, 1]
+    np.testing.assert_allclose((low + high[::-1]) / 2, middle, atol=0.02)
+    scale = (middle[0] - middle[-1]) / (values.mean(axis=0)[0] - values.mean(axis=0)[-1])
+    np.testing.assert_allclose(low - middle, -scale * values.std(axis=0, ddof=1), atol=0.05)
 
 
 def test_a_finished_study_runs_nothing_again(finished, monkeypatch, capsys):
@@ -170,71 +172,80 @@ def test_a_changed_setting_needs_another_folder(finished, tmp_path):
     folder, name = finished[0], "tiny_learning_rate=0.01_seed0"
     with pytest.raises(ConfigError, match=rf"{name}.*model\.hidden: 16 in the checkpoint, 8 in the config"):
         run(folder, RATES, "--seeds=2", "--config.model.hidden=8")
+    # A run may resume with these, but its seeds would then differ.
+    for change in ("train.log_every=5", "eval.tta=mirror"):
+        with pytest.raises(ConfigError, match=rf"{name}.*was started with another config \({change.split('=')[0]}: "):
+            run(folder, RATES, "--seeds=3", f"--config.{change}")
     with pytest.raises(ConfigError, match=r"--workdir=.*holds a run; choose another folder"):
         run(folder / "runs" / name)
 
 
-# Field -> another value of it. Programs take the first ones as arguments; the others change them.
-SCHEDULE = {
-    "optim.learning_rate": 0.5, "optim.schedule": "linear", "optim.final_share": 0.5, "optim.final_epochs": 1.0,
-    "optim.warmup_epochs": 1.0, "optim.warmup_start": 0.5, "optim.dense.learning_rate": 0.1,
-    "optim.biases.learning_rate": 0.1, "seed": 7,
-}  # fmt: skip
-COMPILED = {"optim.weight_decay": 0.5, "optim.b1": 0.5, "train.label_smoothing": 0.1, "train.epochs": 4.0}
+def test_the_folder_must_not_be_inside_the_data(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ConfigError, match=r"--workdir=.*must not be inside data\.folder"):
+        run(tmp_path / "photos" / "study", f"--config.data.folder={tmp_path / 'photos'}", "--config.data.name=folder")
 
 
-def changed(values):
-    """Return the tiny config with other values of fields."""
-    config = make_tiny_config()
-    for path, value in values.items():
-        *groups, name = path.split(".")
-        setattr(functools.reduce(getattr, groups, config), name, value)
-    config.validate()
-    return config
+def test_the_split_of_a_study_stays_what_it_is(tmp_path):
+    """Compare a study on the test split once; the next comparison is on the validation split again."""
+    folder, options = (
+        tmp_path / "study",
+        ("--seeds=1", "--config.train.epochs=1", "--config.data.validation_fraction=0.1"),
+    )
+    on_test = run(folder, *options, "--on-test")
+    assert on_test["settings"][0]["accuracy"]["split"] == "test"
+    found = run(folder, *options)  # the same runs
+    assert found["settings"][0]["accuracy"]["split"] == "validation"
+    compare([folder], None, on_test=True)
+    assert json.loads((folder / "study.json").read_text())["settings"][0]["accuracy"]["split"] == "test"
+    compare([folder], None)
+    assert json.loads((folder / "study.json").read_text())["settings"] == found["settings"]
 
 
-def program(config, monkeypatch):
-    """Return the text of the training program of `config`, before XLA's optimizations."""
-    lowered = []
-
-    def lower(self, step, state, inputs, *shared, batch_axis=0, donate=False):
-        function = self.parallelize(step, shared=len(shared), batch_axis=batch_axis)
-        lowered.append(function.lower(state, inputs, *shared))
-        raise NotImplementedError
-
-    trainer = Trainer(config)
-    with monkeypatch.context() as patch:
-        patch.setattr(Layout, "compile", lower)
-        with pytest.raises(NotImplementedError):
-            trainer.compile(trainer.initial_state)
-    return lowered[0].as_text()
-
-
-def test_schedules_and_seeds_share_a_program(monkeypatch):
-    base, other = make_tiny_config(), changed(SCHEDULE)
-    assert program_settings(other) == program_settings(base)
-    assert program(other, monkeypatch) == program(base, monkeypatch)
-    for path, value in COMPILED.items():
-        assert program_settings(changed({path: value})) != program_settings(base)
+def test_an_evaluation_split_named_validation(tmp_path, monkeypatch):
+    """The held-out part of the train split is called validation, too."""
+    digits = datasets.DATASETS["digits"]
+    other = dataclasses.replace(
+        digits,
+        read=lambda split, folder: digits.read({"validation": "test"}.get(split, split), folder),
+        splits=("train", "validation"),
+    )
+    monkeypatch.setitem(datasets.DATASETS, "digits", other)
+    run(tmp_path / "study", "--seeds=1", "--config.train.epochs=1", "--config.data.eval_split=validation")
+    trial = tmp_path / "study" / "runs" / "tiny_seed0"
+    assert json.loads((trial / "eval.json").read_text())["num_examples"] == 355
+    assert json.loads((trial / "trial.json").read_text())["validation"]["num_examples"] == 144
+    assert (trial / "report.html").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", COMPILED)
-def test_other_settings_change_the_program(path, monkeypatch):
-    """If one of these tests fails, `config._ARGUMENTS` may list one more field."""
-    assert program(changed({path: COMPILED[path]}), monkeypatch) != program(make_tiny_config(), monkeypatch)
+def test_operations_are_those_of_the_steps_that_were_trained():
+    rows = [("initialization", 5, "images", 7), ("first phase", 10, "steps", 100), ("second phase", 20, "steps", 400)]
+    shared = SimpleNamespace(_parts=[Part(*row) for row in (*rows, ("final evaluation", 9, "images", 50))])
+    assert _Shared.operations(shared, 30, is_evaluated=True) == 7 + 100 + 400 + 50
+    assert _Shared.operations(shared, 15, is_evaluated=True) == 7 + 100 + 100 + 50
+    assert _Shared.operations(shared, 4, is_evaluated=False) == 7 + 40
+
+
+def test_a_study_without_runs_is_reported_in_one_line(finished, tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_bytes((finished[0] / "study.json").read_bytes())
+    with pytest.raises(ConfigError, match=r"^PATH='.*': no trial of this study has started yet$"):
+        compare([tmp_path / "study"], None)
 
 
 def test_the_test_split_is_compared_on_request(tmp_path):
     found = run(tmp_path / "study", "--seeds=2", "--on-test", "--config.train.epochs=1")
-    assert found["split"] == "test"
+    assert found["on_test"] is True
+    assert found["settings"][0]["accuracy"]["split"] == "test"
     trials = found["settings"][0]["trials"]
     for trial in trials:
         folder = tmp_path / "study" / "runs" / trial["name"]
         assert trial["accuracy"] == json.loads((folder / "eval.json").read_text())["accuracy"]
         assert saved_config(folder).data.validation_fraction == 0
     page = pages.read(tmp_path / "study" / "study.html")
-    assert "test split: do not choose one by it" in page.one("p", class_="lead").text
+    assert (
+        "the split for the final evaluation (--on-test): do not choose one by it" in page.one("p", class_="lead").text
+    )
 
 
 def test_diverged_trials_are_reported_and_not_run_again(tmp_path, capsys, monkeypatch):
@@ -260,100 +271,6 @@ def test_augmented_evaluation_is_compared_too(tmp_path):
     assert trial["validation"]["tta"] == "mirror"
 
 
-def start(folder, *options, cores=None):
-    """Start a study in a process of its own, on `cores`."""
-    prefix = [] if cores is None else ["taskset", "-c", cores]
-    return subprocess.Popen(
-        [*prefix, sys.executable, "-m", "cifar_flax", *command(folder, *options)],
-        cwd=REPOSITORY,
-        env=processes.environment(PYTHONPATH=f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + processes.TIMEOUT
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-OPTIONS = ["--seeds=2", "--config.train.epochs=6"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_killed_study_goes_on(tmp_path, number):
-    """Kill a study in its second trial; the same command ends with the results of an uninterrupted one."""
-    folder = tmp_path / "study"
-    second = folder / "runs" / "tiny_seed1"
-    process = start(folder, *OPTIONS)
-    wait_for(lambda: list((second / "checkpoints").glob("[0-9]*[0-9]")), process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=processes.TIMEOUT)
-    assert process.returncode == (128 + number if number == signal.SIGTERM else -number)
-    if number == signal.SIGTERM:
-        assert "1 of 2 trials have ended; run the same command to resume" in output
-    first = folder / "runs" / "tiny_seed0" / "trial.json"
-    before = first.stat().st_mtime_ns
-    compare([folder], None)  # in the middle
-    assert json.loads((folder / "study.json").read_text())["settings"][0]["accuracy"]["count"] == 1
-    process = start(folder, *OPTIONS)
-    output, _ = process.communicate(timeout=processes.TIMEOUT)
-    assert process.returncode == 0, output
-    assert first.stat().st_mtime_ns == before
-    assert "tiny_seed0: " not in output
-    whole = tmp_path / "whole"
-    run(whole, *OPTIONS)
-    config = from_dict(json.loads((second / "config.json").read_text()))
-    for seed in range(2):
-        name = f"tiny_seed{seed}"
-        assert_same_run(config, whole / "runs" / name, folder / "runs" / name)
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_processes_share_the_trials(tmp_path):
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    options = ["--seeds=6", "--config.train.epochs=2"]
-    both = [start(tmp_path / "study", *options, cores=str(core)) for core in cores]
-    outputs = [process.communicate(timeout=processes.TIMEOUT)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    ran = [[seed for seed in range(6) if f"tiny_seed{seed}: " in output] for output in outputs]
-    assert sorted(ran[0] + ran[1]) == list(range(6))
-    found = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert found["settings"][0]["accuracy"]["count"] == 6
-
-
-def test_cores_of_a_study_are_used_by_one_process(finished):
-    folder = finished[0]
-    paths = sorted((folder / ".processes").iterdir())
-    assert len(paths) == len(os.sched_getaffinity(0))
-    with locked(paths[-1], wait=False), pytest.raises(UserError, match=r"already runs on core.* taskset -c CORES"):
-        run(folder, RATES, "--seeds=2")
-
-
-def test_a_trial_of_another_process_is_left_to_it(tmp_path, monkeypatch, capsys):
-    """Wait for a trial whose lock is held; when its process dies, take the trial over."""
-    folder = tmp_path / "study" / "runs" / "tiny_seed0"
-    folder.mkdir(parents=True)
-    slept = []
-    code = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); time.sleep(600)"
-    other = subprocess.Popen([sys.executable, "-c", code, folder / ".lock"])
-
-    def sleep(seconds):
-        slept.append(seconds)
-        other.kill()
-        other.wait()
-
-    wait_for(lambda: lock_holder(folder / ".lock") is not None, other)
-    monkeypatch.setattr("cifar_flax.modes.study.time.sleep", sleep)
-    found = run(tmp_path / "study", "--seeds=1", "--config.train.epochs=1")
-    assert len(slept) >= 1
-    assert found["settings"][0]["accuracy"]["count"] == 1
-
-
 def test_runs_of_one_config_are_averaged_over_seeds(finished, tmp_path, capsys):
     """Compare plain runs: those that differ only in the seed form one setting."""
     runs = [finished[0] / "runs" / f"tiny_learning_rate={rate}_seed{seed}" for rate in (0.01, 0.02) for seed in (0, 1)]
@@ -369,6 +286,21 @@ def test_runs_of_one_config_are_averaged_over_seeds(finished, tmp_path, capsys):
     assert "A - B" in capsys.readouterr().out
 
 
+def test_runs_on_other_data_are_neither_averaged_nor_compared_by_p_values(tmp_path, capsys):
+    results = [made_up.evaluation(seed=seed)[0] for seed in range(4)]
+    runs = []
+    for seed, (folder, result) in enumerate(zip(("cats", "cats", "cars", "cars"), results, strict=True)):
+        config = {"seed": seed % 2, "data": {"folder": folder}}
+        runs.append(made_up.run(tmp_path / f"{folder}{seed}", result | {"dataset": folder}, config=config))
+    compare(runs, tmp_path / "page.html")
+    page = pages.read(tmp_path / "page.html")
+    assert [row[1] for row in pages.table(page, "Metrics of the runs")[1:]] == ["2", "2"]
+    assert "only one setting with a finished run" in page.one("section", id="differences").text
+    assert "Not evaluated on the same images as A: B." in capsys.readouterr().out
+    compare([runs[0], runs[2]], tmp_path / "page.html")  # equal settings but for the data and the seed
+    assert page.one("h1").text == "Comparison of 2 settings, 4 runs"
+
+
 @pytest.mark.parametrize(
     ("name", "content"), [("study.json", "[1]"), ("study.json", "{"), ("trial.json", "{"), ("trial.json", '{"a": 1}')]
 )
@@ -378,9 +310,7 @@ def test_damaged_files_are_reported(tmp_path, name, content):
     trial.mkdir(parents=True)
     (trial / "config.json").write_text('{"seed": 0}')
     (folder / "study.json").write_text(
-        json.dumps(
-            {"split": "validation", "settings": [{"name": "tiny", "values": {}, "trials": [{"name": "tiny_seed0"}]}]}
-        )
+        json.dumps({"on_test": False, "settings": [{"name": "tiny", "values": {}, "trials": [{"name": "tiny_seed0"}]}]})
     )
     (folder / name if name == "study.json" else trial / name).write_text(content)
     with pytest.raises(ConfigError, match=rf"^PATH='.*': its {re.escape(name)} is damaged; remove"):

@@ -4,23 +4,24 @@ import dataclasses
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cifar_flax import files
-from cifar_flax.config import LOCATIONS
 from cifar_flax.errors import require
 from cifar_flax.report import comparison, groups, page, results
 from cifar_flax.report.groups import Group, Run
 from cifar_flax.report.log import read_log
 from cifar_flax.report.page import element, join
-from cifar_flax.report.statistics import LEVEL, Difference
+from cifar_flax.report.statistics import Difference
 from cifar_flax.runtime.streams import printable, show
-from cifar_flax.study.record import FINISHED, RUNS, STUDY, Plan, read_plan, read_record
+from cifar_flax.study import contents
+from cifar_flax.study.record import FINISHED, RUNS, STUDY, Plan, read_plan, read_record, write_results
 
+# Places of equal data. Runs with another data.folder or data.archive have other data.
+_PLACES = ("data.data_dir", "data.cache_dir", "data.source", "data.cache")
 _PRINTED = 10  # most pairs of settings that the terminal shows
-VALIDATION = "validation"
 
 
 def compare(workdirs: Sequence[Path], output: Path | None, *, on_test: bool = False) -> None:
@@ -45,38 +46,42 @@ def compare(workdirs: Sequence[Path], output: Path | None, *, on_test: bool = Fa
         require(resolved[i] not in resolved[:i], "PATH", str(workdir), "is listed twice")
         fits = workdir in plans or (workdir / "config.json").exists()
         require(fits, "PATH", str(workdir), "holds neither a run nor a study")
-    is_validation = len(plans) == len(workdirs) and not on_test
-    is_validation = is_validation and all(plan.split == VALIDATION for plan in plans.values())
-    folders = [folder for workdir in workdirs for folder in _trials(workdir, plans.get(workdir))]
-    compared = _grouped([_read(folder, is_validation) for folder in folders], are_studies=len(plans) == len(workdirs))
+    uses_validation = len(plans) == len(workdirs) and not (on_test or any(plan.on_test for plan in plans.values()))
+    found = [_read(*trial, uses_validation) for workdir in workdirs for trial in _trials(workdir, plans.get(workdir))]
+    require(bool(found), "PATH", listed, "no trial of this study has started yet")
+    compared = _grouped(found, are_studies=len(plans) == len(workdirs))
     pairs = groups.all_differences(compared) if groups.have_seeds(compared) else []
-    count = sum(len(group.runs) for group in compared)
-    title = f"Comparison of {count} runs"
+    title = f"Comparison of {len(found)} runs"
     if groups.have_seeds(compared):
-        title = f"Comparison of {len(compared)} settings, {count} runs"
-    head = join([element("h1", title), element("p", _lead(compared, is_validation, bool(plans)), class_="lead")])
+        title = f"Comparison of {len(compared)} settings, {len(found)} runs"
+    head = join([element("h1", title), element("p", _lead(compared, uses_validation, bool(plans)), class_="lead")])
     page.write(output, title, head, comparison.sections(compared, pairs, output))
     written = [str(output)]
     if len(workdirs) == 1:
-        plan = dataclasses.replace(plans[workdirs[0]], split=VALIDATION if is_validation else "test")
-        files.write_json(workdirs[0] / STUDY, _content(compared, pairs, plan))
+        write_results(workdirs[0], contents.study(compared, pairs, plans[workdirs[0]]))
         written.append(str(workdirs[0] / STUDY))
     show("\n".join([*_lines(compared, pairs), "", f"written: {printable(', '.join(written))}"]))
 
 
-def _trials(workdir: Path, plan: Plan | None) -> list[Path]:
-    """Return the folders of the runs in `workdir`: itself or, of a study, those of the trials that have begun."""
+def _trials(workdir: Path, plan: Plan | None) -> Iterator[tuple[Path, str]]:
+    """Yield the folders of the runs in `workdir`: itself or, of a study, those of the trials that have begun.
+
+    The setting of a trial is yielded with it, otherwise "".
+    """
     if plan is None:
-        return [workdir]
-    names = [name for names in plan.settings.values() for name in names]
-    return [folder for name in names if ((folder := workdir / RUNS / name) / "config.json").exists()]
+        yield workdir, ""
+        return
+    for setting, names in plan.settings.items():
+        for name in names:
+            if ((folder := workdir / RUNS / name) / "config.json").exists():
+                yield folder, setting
 
 
-def _read(folder: Path, is_validation: bool) -> Run:
+def _read(folder: Path, setting: str, uses_validation: bool) -> Run:
     settings, record = _settings(folder), read_record(folder)
     log = read_log(folder / "metrics.jsonl")
     result: results.Result | None
-    if is_validation:
+    if uses_validation:
         result = record.validation if record else None
         require(result is None or results.is_result(result), "PATH", str(folder), "its trial.json is damaged")
     else:
@@ -86,13 +91,13 @@ def _read(folder: Path, is_validation: bool) -> Run:
         name=folder.resolve().name,
         folder=folder,
         seed=settings.get("seed", ""),
+        setting=setting,
         settings=settings,
         log=log,
         result=result if record is None or record.status == FINISHED else None,
-        status=record.status if record else (FINISHED if result else groups.UNFINISHED),
+        status=record.status if record else (FINISHED if result and not setting else groups.UNFINISHED),
         seconds=results.training_seconds(log, int(batch_size)) if batch_size.isdecimal() else None,
         operations=record.operations if record else None,
-        is_trial=record is not None,
     )
 
 
@@ -111,12 +116,14 @@ def _grouped(runs: Sequence[Run], *, are_studies: bool) -> list[Group]:
     seen: Counter[Any] = Counter()
     found: dict[Any, list[Run]] = {}
     for run, name in zip(runs, names, strict=True):
-        key = frozenset((path, value) for path, value in run.settings.items() if _matters(path))
+        key: Any = (run.folder.parent, run.setting)
+        if not run.setting:
+            tta = run.result.get("tta", "none") if run.result else run.settings.get("eval.tta", "none")
+            key = tta, frozenset((path, value) for path, value in run.settings.items() if _matters(path))
         seen[key, run.seed] += 1  # another run with the same seed is of another group
         found.setdefault((key, seen[key, run.seed]), []).append(dataclasses.replace(run, name=name))
-    compared = [Group("", _common([run.name for run in members]), tuple(members)) for members in found.values()]
+    compared = [Group("", _group_name(members), tuple(members)) for members in found.values()]
     if are_studies:
-        compared = [dataclasses.replace(group, name=re.sub(r"_seed\d+$", "", group.name)) for group in compared]
         means = {id(group): mean.mean if (mean := group.metric("accuracy")) else -1.0 for group in compared}
         compared.sort(key=lambda group: means[id(group)], reverse=True)
     return groups.keyed(compared)
@@ -124,7 +131,7 @@ def _grouped(runs: Sequence[Run], *, are_studies: bool) -> list[Group]:
 
 def _matters(path: str) -> bool:
     """Return whether runs that differ in the setting `path` are of different groups."""
-    return path != "seed" and path not in LOCATIONS and not path.startswith("parallel.")
+    return path not in ("seed", *_PLACES) and not path.startswith("parallel.")
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -138,77 +145,28 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return found
 
 
-def _common(names: Sequence[str]) -> str:
-    """Return the name of a group of runs: that of a single run, or what their names begin with, without the seed."""
-    if len(names) == 1:
-        return names[0]
+def _group_name(members: Sequence[Run]) -> str:
+    """Return the setting of trials, the name of a single run, or how the names of runs begin, without the seed."""
+    names = [run.name for run in members]
+    if len(names) == 1 or members[0].setting:
+        return members[0].setting or names[0]
     shared = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     prefix = "".join(letters[0] for letters in shared)
     return re.sub(r"[\W_]*(seed)?[\W_]*$", "", prefix) or f"{names[0]}, ..."
 
 
-def _lead(compared: Sequence[Group], is_validation: bool, is_study: bool) -> str:
+def _lead(compared: Sequence[Group], uses_validation: bool, is_study: bool) -> str:
     found = [group.result for group in compared if group.result]
-    splits = dict.fromkeys(f"{result['dataset']}, {result['split']} split" for result in found)
-    sentences = [f"{'; '.join(splits)}." if splits else "No run is finished."]
-    if is_validation:
-        sentences.append(
-            "Settings are compared on the validation split, not on the test split, and may be chosen by it."
+    splits = "; ".join(dict.fromkeys(f"{result['dataset']}, {result['split']} split" for result in found))
+    if not is_study or not splits:
+        return splits or "No run is finished."
+    if uses_validation:
+        return (
+            f"{splits}. Settings are compared on the validation split, not on the test split, and may be chosen by it."
         )
-    elif is_study:
-        sentences.append("Settings are compared on the test split: do not choose one by it.")
-    return " ".join(sentences) if is_study else sentences[0].removesuffix("." if splits else "")
-
-
-def _content(compared: Sequence[Group], pairs: Sequence[Difference], plan: Plan) -> dict[str, Any]:
-    """Return the content of study.json: the plan, and all numbers of the page, each with its split."""
-    by_trial = {run.folder.name: (group, run) for group in compared for run in group.runs}
-    settings, names = [], {}
-    for name, trials in plan.settings.items():
-        group = next((by_trial[trial][0] for trial in trials if trial in by_trial), None)
-        content: dict[str, Any] = {"name": name, "values": plan.values[name]}
-        if group is not None and group.result is not None:
-            split = group.result["split"]
-            content |= {"key": group.key, "dataset": group.result["dataset"], "split": split}
-            for metric in ("accuracy", "loss", "expected_calibration_error"):
-                if mean := group.metric(metric):
-                    content[metric] = {"split": split, **dataclasses.asdict(mean)}
-            for field, values in (
-                ("operations", group.values(lambda run: run.operations)),
-                ("training_seconds", group.values(lambda run: run.seconds)),
-            ):
-                content[field] = sum(values) / len(values) if values else None
-        content["trials"] = [_trial(trial, by_trial.get(trial, (None, None))[1]) for trial in trials]
-        settings.append(content)
-        if group is not None:
-            names[group.key] = name
-    compared_pairs = [
-        dataclasses.asdict(pair) | {"first": names[pair.first], "second": names[pair.second], "split": plan.split}
-        for pair in pairs
-    ]
-    return {
-        "split": plan.split,
-        "confidence": LEVEL,
-        "correction": f"Bonferroni, {len(pairs)} comparisons",
-        "settings": settings,
-        "differences": compared_pairs,
-    }
-
-
-def _trial(name: str, run: Run | None) -> dict[str, Any]:
-    if run is None:
-        return {"name": name, "status": "not started"}
-    result: Mapping[str, Any] = run.result or {}
-    return {
-        "name": name,
-        "seed": int(run.seed),
-        "status": run.status,
-        "split": result.get("split"),
-        "accuracy": result.get("accuracy"),
-        "loss": result.get("loss"),
-        "operations": run.operations,
-        "training_seconds": run.seconds,
-    }
+    return (
+        f"{splits}. Settings are compared on the split for the final evaluation (--on-test): do not choose one by it."
+    )
 
 
 def _lines(compared: Sequence[Group], pairs: Sequence[Difference]) -> list[str]:
@@ -235,7 +193,8 @@ def _lines(compared: Sequence[Group], pairs: Sequence[Difference]) -> list[str]:
     if shown:
         header = ("", "settings", "points", "95 % interval", "p", "method", "more seeds for 0.1 points")
         lines += ["", *_table(header, [("", *comparison.difference_cells(pair)) for pair in shown])]
-        lines.append(f"  intervals and p-values are corrected for {len(pairs):,} comparisons (Bonferroni)")
+        if len(pairs) > 1:
+            lines.append(f"  intervals and p-values are corrected for {len(pairs):,} comparisons (Bonferroni)")
     return lines
 
 

@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import jax
 
 from cifar_flax import config as configs
 from cifar_flax import packages, restore, workdir
@@ -15,10 +18,11 @@ from cifar_flax.config import Config
 from cifar_flax.data import sources
 from cifar_flax.data.cache import Arrays
 from cifar_flax.data.config import DataConfig
-from cifar_flax.errors import ConfigError, DivergedError, UserError, require
+from cifar_flax.errors import ConfigError, DivergedError, UserError, one_line, require
 from cifar_flax.modes import evaluate
-from cifar_flax.modes.compare import VALIDATION, compare
+from cifar_flax.modes.compare import compare
 from cifar_flax.report import results
+from cifar_flax.report.log import read_log
 from cifar_flax.runtime import processes, signals
 from cifar_flax.study import locks, record
 from cifar_flax.study.record import RUNS, Plan, Record
@@ -26,12 +30,15 @@ from cifar_flax.study.space import VALIDATION_FRACTION, Search, Setting, Space, 
 from cifar_flax.telemetry.metrics_log import Metrics
 from cifar_flax.training import loop
 from cifar_flax.training.evaluator import Evaluator, final_evaluator
-from cifar_flax.training.operations import run_flops
+from cifar_flax.training.operations import Part, parts
+from cifar_flax.training.state import TrainState
 from cifar_flax.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from cifar_flax.study.search import Candidate, Searcher
 
+VALIDATION = "validation"  # the name of the split in the log of a run, and in the evaluations on it
+_PROCESSES = ".processes"  # folder of the locks of cores and accelerators
 _POLL = 2.0  # seconds between two looks for trials that other processes have ended or given up
 
 
@@ -48,7 +55,7 @@ def study(space: Space, search: Search | None, folder: Path, *, on_test: bool = 
     if search is not None:
         packages.require(["optuna"], packages.PACKAGES["optuna"].used_for)
     settings = space.check(search, is_large=is_large) if search else space.grid(is_large=is_large)
-    record.require_new(folder)
+    record.require_usable(folder, settings[0].config)
     for setting in settings:
         parallel, allowed = setting.config.parallel, "not used in study, whose processes are independent of each other"
         require(parallel.distributed != "on", "parallel.distributed", parallel.distributed, allowed)
@@ -57,26 +64,28 @@ def study(space: Space, search: Search | None, folder: Path, *, on_test: bool = 
     trials = [setting.trial(seed) for setting in ordered for seed in space.seeds] if search is None else []
     for trial in trials:
         workdir.require_usable(folder / RUNS / trial.name, trial.config, may_be_in_use=True)
+        record.require_same_config(folder / RUNS / trial.name, trial.config)
+    locks.require_free(folder / _PROCESSES)
     runner = Runner(folder, on_test=on_test)
     for setting in ordered:
         runner.prepare(setting)
-    split = settings[0].config.data.eval_split if on_test else VALIDATION
     if not on_test and space.adds_validation:
         fraction = f"data.validation_fraction is 0: {VALIDATION_FRACTION:g} is set"
         processes.log(f"{fraction}, since settings are compared on the validation split (--on-test: on the test split)")
-    with locks.claimed(folder / ".processes"):
-        number = search.trials if search else len(settings)
+    with locks.claimed(folder / _PROCESSES):
+        number = search.settings if search else len(settings)
         count = f"{number:,} settings" if number > 1 else "1 setting"
+        split = settings[0].config.data.eval_split if on_test else VALIDATION
         processes.log(f"{folder}: {count} x {len(space.seeds)} seeds, compared on the {split} split")
         if search is None:
-            record.update_plan(folder, Plan.of(split, settings, space.seeds))
+            record.update_plan(folder, Plan.of(settings, space.seeds, on_test=on_test))
             runner.run(trials)
         else:
             from cifar_flax.study.search import Searcher
 
             with contextlib.closing(Searcher(space, search, folder)) as searcher:
-                runner.search(searcher, split, space.seeds)
-    compare([folder], None, on_test=on_test)
+                runner.search(searcher, space.seeds)
+    compare([folder], None)
 
 
 def _by_program(settings: Sequence[Setting]) -> list[Setting]:
@@ -100,6 +109,7 @@ class Runner:
         self._shared: _Shared | None = None
         self._seconds: list[float] = []  # that the trials of this process took
         self._has_run = False  # whether a trial has printed what all of them would print
+        self._ended: dict[str, Record] = {}  # trial -> record, which does not change any more
 
     def prepare(self, setting: Setting | Trial) -> "_Shared":
         """Load the data and build the network of a setting. Raise `UserError` if it cannot be trained."""
@@ -144,15 +154,20 @@ class Runner:
     def _left(self, trials: Sequence[Trial]) -> list[Trial]:
         return [trial for trial in trials if self.record(trial) is None]
 
-    def search(self, searcher: "Searcher", split: str, seeds: Sequence[int]) -> None:
+    def search(self, searcher: "Searcher", seeds: Sequence[int]) -> None:
         """Run the settings that `searcher` chooses, until it is over; wait for those that other processes run."""
         while not searcher.is_over():
             with searcher.next() as candidate:
                 if candidate is None:
                     time.sleep(_POLL)
                     continue
-                record.update_plan(self._folder, Plan.of(split, [candidate.setting], seeds))
-                candidate.end(self._accuracy(candidate, searcher, seeds))
+                record.update_plan(self._folder, Plan.of([candidate.setting], seeds, on_test=self._on_test))
+                try:
+                    accuracy = self._accuracy(candidate, searcher, seeds)
+                except ConfigError as error:  # the values do not fit the data, or each other
+                    searcher.skip(candidate.trial, error)
+                else:
+                    candidate.end(accuracy)
 
     def _accuracy(self, candidate: "Candidate", searcher: "Searcher", seeds: Sequence[int]) -> float | None:
         """Return the mean accuracy of a setting, 0 for seeds that diverge, or None if its first seed is pruned."""
@@ -163,12 +178,13 @@ class Runner:
             while (found := self.record(trial) or self.run_one(trial, watch)) is None:
                 time.sleep(_POLL)  # another process has chosen the same setting
             self._show(f"[{searcher.progress}]", trial, found, 0)
-            if found.status == record.PRUNED:
+            if found.status in (record.PRUNED, record.FAILED):
                 return None
-            result = found.validation
-            if self._on_test and found.status == record.FINISHED:
+            result: results.Result | None = found.validation
+            if self._on_test:
                 result = results.read_result(self._folder / RUNS / trial.name)
-            accuracies.append(float(result["accuracy"]) if result else 0.0)
+            is_finished = result is not None and found.status == record.FINISHED
+            accuracies.append(float(result["accuracy"]) if result and is_finished else 0.0)
         return statistics.fmean(accuracies)
 
     def _show(self, number: str, trial: Trial, found: Record, left: int) -> None:
@@ -179,7 +195,10 @@ class Runner:
         processes.log(f"{number} {trial.name}: {outcome}{time_left}")
 
     def record(self, trial: Trial) -> Record | None:
-        return record.read_record(self._folder / RUNS / trial.name)
+        """Return the record of a trial, or None if it has not ended."""
+        if trial.name not in self._ended and (found := record.read_record(self._folder / RUNS / trial.name)):
+            self._ended[trial.name] = found
+        return self._ended.get(trial.name)
 
     def run_one(self, trial: Trial, has_to_stop: Callable[[Metrics], bool] = _never) -> Record | None:
         """Train and evaluate a trial, and return its record; None if another process runs it or has just ended it.
@@ -191,9 +210,8 @@ class Runner:
             with workdir.opened(folder, trial.config):
                 if self.record(trial) is not None:
                     return None
-                shared = self.prepare(trial)
                 with processes.quiet(self._has_run):
-                    found = self._train(shared, trial.config, folder, has_to_stop)
+                    found = self._train(trial, folder, has_to_stop)
                 self._has_run = True
                 record.write_record(folder, found)
                 self._seconds.append(time.perf_counter() - begin)
@@ -201,56 +219,82 @@ class Runner:
         except workdir.InUseError:
             return None
 
-    def _train(self, shared: "_Shared", config: Config, folder: Path, has_to_stop: Callable[[Metrics], bool]) -> Record:
+    def _train(self, trial: Trial, folder: Path, has_to_stop: Callable[[Metrics], bool]) -> Record:
+        status, reason, validation = record.FINISHED, "", None
+        shared = self.prepare(trial)
+        try:
+            if loop.run(self._trainer(shared, trial.config, folder), folder, has_to_stop):
+                validation = shared.evaluate(trial.config, folder)
+            else:
+                status = record.PRUNED
+        except DivergedError as error:
+            status, reason = record.DIVERGED, str(error)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            status, reason = record.FAILED, f"out of memory ({one_line(error)})"
+        log = read_log(folder / "metrics.jsonl")
+        steps = 0 if log.train is None else int(log.train.step[-1])
+        operations = shared.operations(steps, is_evaluated=status == record.FINISHED)
+        return Record(status=status, reason=reason, operations=operations, validation=validation)
+
+    def _trainer(self, shared: "_Shared", config: Config, folder: Path) -> Trainer:
         trainer = shared.trainer.again(config)
         if config.train.init_from and not saved_steps(folder / CHECKPOINTS):
             trainer.initial_state = restore.init_from(config, trainer.info, trainer.task, trainer.initial_state)
-        operations, validation = shared.operations(), None
-        try:
-            if not loop.run(trainer, folder, has_to_stop):
-                return Record(status=record.PRUNED, operations=operations)
-            run = restore.restore(config, folder, known=(trainer.task, trainer.initial_state))
-            arrays, split = shared.splits[1], config.data.eval_split
-            result, evaluation = evaluate.evaluated(run, shared.evaluator(split), dataset=arrays.dataset, split=split)
-            _, failed = evaluate.write(folder, result, run.metadata, arrays, evaluation.probabilities)
-            if failed:
-                raise UserError("; ".join(failed))
-            if not self._on_test:
-                validation, _ = evaluate.evaluated(
-                    run, shared.evaluator(VALIDATION), dataset=arrays.dataset, split=VALIDATION
-                )
-        except DivergedError as error:
-            return Record(status=record.DIVERGED, reason=str(error), operations=operations)
-        return Record(status=record.FINISHED, operations=operations, validation=validation)
+        return trainer
 
 
 class _Shared:
     """The data, programs and evaluators of trials with equal `config.program_settings`."""
 
     def __init__(self, config: Config, splits: Sequence[Arrays]):
-        self.programs, self.splits = configs.program_settings(config), splits
+        self.programs, self._splits = configs.program_settings(config), splits
         self.trainer = Trainer(config, splits=splits)
-        self._evaluators: dict[str, Evaluator] = {}
-        self._operations: int | None = None
 
-    def evaluator(self, split: str) -> Evaluator:
-        """Return the evaluator for the final evaluation on the validation or the evaluation split."""
-        if split not in self._evaluators:
-            trainer = self.trainer
-            if split != VALIDATION:
-                found = final_evaluator(trainer.config, trainer.task, trainer.eval_arrays)
-            elif trainer.config.eval.tta == "none":
-                found = trainer.evaluator
-            else:
-                found = final_evaluator(trainer.config, trainer.task, trainer.arrays, trainer.held_out)
-            self._evaluators[split] = found
-        return self._evaluators[split]
+    @functools.cached_property
+    def _template(self) -> TrainState:
+        shapes = jax.eval_shape(lambda: self.trainer.init(0))
+        return jax.tree.map(lambda x: x.update(sharding=self.trainer.layout.replicated), shapes)
 
-    def operations(self) -> int:
-        """Return the operations of a run."""
-        if self._operations is None:
-            self._operations = run_flops(self.trainer.config, self.trainer.info, len(self.splits[1].labels))
-        return self._operations
+    @functools.cached_property
+    def _final_evaluator(self) -> Evaluator:
+        return final_evaluator(self.trainer.config, self.trainer.task, self.trainer.eval_arrays)
+
+    @functools.cached_property
+    def _validation_evaluator(self) -> Evaluator:
+        """Return the evaluator of the validation split with TTA."""
+        trainer = self.trainer
+        if trainer.config.eval.tta == "none":
+            return trainer.evaluator
+        return final_evaluator(trainer.config, trainer.task, trainer.arrays, trainer.held_out)
+
+    @functools.cached_property
+    def _parts(self) -> list[Part]:
+        return parts(self.trainer.config, self.trainer.info, len(self._splits[1].labels))
+
+    def evaluate(self, config: Config, folder: Path) -> dict[str, Any] | None:
+        """Write the files of --mode=eval, and return the evaluation on the validation split, if there is one."""
+        run = restore.restore(config, folder, known=(self.trainer.task, self._template))
+        arrays, split = self._splits[1], config.data.eval_split
+        result, evaluation = evaluate.evaluated(run, self._final_evaluator, dataset=arrays.dataset, split=split)
+        _, failed = evaluate.write(folder, result, run.metadata, arrays, evaluation.probabilities)
+        if failed:
+            raise UserError("; ".join(failed))
+        if not self.trainer.has_validation:
+            return None
+        return evaluate.evaluated(run, self._validation_evaluator, dataset=arrays.dataset, split=VALIDATION)[0]
+
+    def operations(self, steps: int, *, is_evaluated: bool) -> int:
+        """Return the operations of a run of `steps` steps."""
+        total = 0
+        for part in self._parts:
+            if part.unit == "steps":
+                total += part.flops // part.number * min(part.number, max(steps, 0))
+                steps -= part.number
+            elif part.number and (is_evaluated or part.name == "initialization"):
+                total += part.flops
+        return total
 
 
 def _duration(seconds: float) -> str:

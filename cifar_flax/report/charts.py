@@ -211,7 +211,7 @@ def _drawn(line: Line, x: Scale, y: Scale) -> Markup:
 def _band(line: Line, x: Scale, y: Scale) -> Markup:
     path = ""
     for piece in np.ma.clump_unmasked(np.ma.masked_invalid(line.y)):
-        low, high = y(line.band[:, piece])
+        low, high = y(np.clip(line.band[:, piece], y.low, y.high))
         across = x(line.x[piece])
         corners = zip([*across, *across[::-1]], [*low, *high[::-1]], strict=True)
         path += f"M{'L'.join(f'{coordinate(at)} {coordinate(height)}' for at, height in corners)}z"

@@ -131,7 +131,12 @@ def remarks(compared: Sequence[Group]) -> list[str]:
     have_trials = groups.have_trials(compared)
     if unfinished and not have_trials:
         sentences.append(f"Unfinished runs without eval.json: {', '.join(unfinished)}.")
-    for status, word in (("diverged", "diverged"), ("pruned", "were pruned"), (groups.UNFINISHED, "are not finished")):
+    for status, word in (
+        ("diverged", "diverged"),
+        ("pruned", "were pruned"),
+        ("failed", "failed"),
+        (groups.UNFINISHED, "are not finished"),
+    ):
         counts = [(group.key, sum(run.status == status for run in group.runs)) for group in compared]
         found = [f"{count} of {key}" for key, count in counts if count]
         if found and have_trials:
@@ -144,9 +149,8 @@ def remarks(compared: Sequence[Group]) -> list[str]:
 
 def listed(compared: Sequence[Group], pairs: Sequence[Difference]) -> list[Difference]:
     """Return the pairs to list: all of few groups, otherwise those with the first group."""
-    few = {group.key for group in compared[:_PAIRED]}
     if len(compared) <= _PAIRED:
-        return [pair for pair in pairs if {pair.first, pair.second} <= few]
+        return list(pairs)
     return [pair for pair in pairs if compared[0].key in (pair.first, pair.second)]
 
 
@@ -158,7 +162,8 @@ def difference_cells(pair: Difference) -> tuple[str, ...]:
     between = f"{_signed(pair.low)} to {_signed(pair.high)}"
     p = NOTHING if pair.p is None else "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}"
     more = pair.more_seeds or 0
-    return names, _signed(pair.mean), between, p, pair.method, f"{'over ' * (more >= MOST_SEEDS)}{more:,}"
+    method = pair.method if pair.count is None else f"{pair.method}, {pair.count} seeds"
+    return names, _signed(pair.mean), between, p, method, f"{'over ' * (more >= MOST_SEEDS)}{more:,}"
 
 
 def _signed(value: float) -> str:
@@ -167,7 +172,7 @@ def _signed(value: float) -> str:
 
 
 def _between(low: float | None, high: float | None) -> str:
-    return NOTHING if low is None or high is None else f"{100 * low:.2f} to {percent(high)}"
+    return NOTHING if low is None or high is None else f"{100 * max(low, 0):.2f} to {percent(min(high, 1))}"
 
 
 def _differences(compared: Sequence[Group], pairs: Sequence[Difference]) -> Markup:
@@ -175,12 +180,14 @@ def _differences(compared: Sequence[Group], pairs: Sequence[Difference]) -> Mark
         return note("There is only one setting with a finished run.")
     header = ("settings", "points", "95\u202f% interval", "p", "method", "more seeds")
     table = page.table(header, map(difference_cells, listed(compared, pairs)), label="Differences of accuracy")
+    settle = f"{100 * RESOLUTION:g} points"
     about = (
-        "Points: the difference of the mean accuracies, in percentage points. Paired: Student's t-test of the "
-        "differences at equal seeds; Welch: Welch's t-test, if the seeds differ. Intervals and p-values are corrected "
-        f"for {len(pairs):,} comparisons (Bonferroni), so that all intervals hold together with a probability of 95 %. "
-        f"More seeds: how many to add to each setting until the interval is ± {100 * RESOLUTION:g} points or narrower, "
-        f"which settles a difference of {100 * RESOLUTION:g} points, if the standard deviations stay as they are."
+        "Points: the difference of the mean accuracies, in percentage points. Paired: at the seeds that both settings "
+        "have, by Student's t-test of the differences. Welch: by Welch's t-test, if they share fewer than two seeds. "
+        f"Intervals and p-values are corrected for the number of pairs, {len(pairs):,} (Bonferroni), so that all "
+        f"intervals hold together with a probability of 95 %. More seeds: how many to add to each setting until the "
+        f"interval is ± {settle} or narrower, which settles a difference of {settle}, if the standard deviations stay "
+        "as they are."
     )
     if len(compared) > _PAIRED:
         about += f" Only the pairs with {compared[0].key}, the best setting, are listed; study.json has all of them."
@@ -242,13 +249,14 @@ def _classes(compared: Sequence[Group]) -> Markup:
     names = dict.fromkeys(name for group in finished for name in (group.result or {})["per_class"])
     tables = []
     for heading, column in (("Recall", "recall"), ("F1", "f1")):
-        rows = [(name, *_best_bold([_of_class(group, name, column) for group in finished])) for name in names]
+        rows = [(name, *_best_bold([of_class(group, name, column) for group in finished])) for name in names]
         whole = page.table(("class", *(group.key for group in finished)), rows, label=f"{heading} of each class")
         tables.append(element("div", element("h3", heading), whole))
     return element("div", *tables, class_="pair")
 
 
-def _of_class(group: Group, name: str, column: str) -> float | None:
+def of_class(group: Group, name: str, column: str) -> float | None:
+    """Return the mean of a metric of a class, "recall" or "f1"."""
     found = group.values(lambda run: (run.result or {})["per_class"].get(name, {}).get(column))
     return float(np.mean(found)) if found else None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_flax.report import charts
+from cifar_flax.report import charts, results
 from cifar_flax.report.log import Log
 from cifar_flax.report.results import Result
 from cifar_flax.report.statistics import Difference, Mean, differences, mean_of
@@ -20,13 +20,13 @@ class Run:
     name: str
     folder: Path
     seed: str
+    setting: str = ""  # of a trial of a study
     settings: Mapping[str, str]
     log: Log
     result: Result | None  # content of eval.json, or the evaluation on the validation split; None: not finished
-    status: str = ""  # of a trial: finished | diverged | pruned | unfinished
+    status: str = ""  # finished | unfinished or, of a trial, also diverged | pruned | failed
     seconds: float | None = None  # of training
     operations: int | None = None
-    is_trial: bool = False  # of a study
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,17 @@ def have_seeds(groups: Sequence[Group]) -> bool:
 
 def have_trials(groups: Sequence[Group]) -> bool:
     """Return whether a group has several runs or trials of a study, so that the page lists the runs."""
-    return have_seeds(groups) or any(run.is_trial for group in groups for run in group.runs)
+    return have_seeds(groups) or any(run.setting for group in groups for run in group.runs)
 
 
 def all_differences(groups: Sequence[Group]) -> list[Difference]:
-    """Return the differences of all pairs of groups with a finished run, by their keys."""
-    return differences({group.key: found for group in groups if (found := group.accuracies())})
+    """Return the differences of all pairs of groups with a finished run, by their keys.
+
+    They are those evaluated on the same images as the first one.
+    """
+    first = next((group.result for group in groups if group.result), None)
+    same = [group for group in groups if group.result and first and results.comparable(group.result, first)]
+    return differences({group.key: found for group in same if (found := group.accuracies())})
 
 
 def line(group: Group, split: Callable[[Log], str | None], column: str, style: int) -> charts.Line | None:

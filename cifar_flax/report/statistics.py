@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
+from jaxtyping import Float
 
 from cifar_flax import packages
 
 LEVEL = 0.95  # of all intervals
 RESOLUTION = 0.001  # difference of accuracies, as a fraction, that `Difference.more_seeds` settles
+_NOISE = 1e-9  # standard deviations below it are rounding errors
 MOST_SEEDS = 10**6  # that `Difference.more_seeds` returns
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """The mean of `count` values; the others are None for a single value."""
+    """The mean of `count` values; for a single value, the others are None, for equal ones, the interval."""
 
     count: int
     mean: float
@@ -29,15 +31,19 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The mean of one setting minus that of another. The others are None if one of them has a single value."""
+    """The mean of one setting minus that of another.
+
+    The others are None if there are too few seeds, or if the values do not vary.
+    """
 
     first: str
     second: str
-    mean: float
+    mean: float  # of the differences at shared seeds if they are paired
     low: float | None = None  # of the confidence interval, corrected for the number of comparisons
     high: float | None = None
-    p: float | None = None  # two-sided, corrected likewise; None also if all differences are equal
+    p: float | None = None  # two-sided, corrected likewise
     method: str = ""  # paired | Welch
+    count: int | None = None  # shared seeds, if paired
     more_seeds: int | None = None  # seeds to add to both until the half-width of the interval is at most RESOLUTION
 
 
@@ -47,6 +53,8 @@ def mean_of(values: Sequence[float]) -> Mean:
     if count == 1:
         return Mean(count, mean, None, None, None)
     std = float(np.std(values, ddof=1))
+    if std < _NOISE:
+        return Mean(count, mean, 0.0, None, None)
     half = _quantile(count - 1, 1) * std / math.sqrt(count)
     return Mean(count, mean, std, mean - half, mean + half)
 
@@ -54,9 +62,9 @@ def mean_of(values: Sequence[float]) -> Mean:
 def differences(samples: Mapping[str, Mapping[int, float]]) -> list[Difference]:
     """Return the differences of all pairs of settings; `samples` has seed -> value for each setting.
 
-    A pair with equal seeds is compared by Student's t-test of the differences at each seed, another one by Welch's
-    t-test. Intervals and p-values are corrected by the number of pairs (Bonferroni): with a probability of 95 %, all
-    intervals hold.
+    A pair that shares at least two seeds is compared by Student's t-test of the differences at these seeds, another one
+    by Welch's t-test. Intervals and p-values are corrected by the number of pairs (Bonferroni): with a probability of
+    95 %, all intervals hold.
 
     Source: Welch 1947, "The Generalization of 'Student's' Problem when Several Different Population Variances are
     Involved"; Dunn 1961, "Multiple Comparisons Among Means" (the correction).
@@ -67,22 +75,38 @@ def differences(samples: Mapping[str, Mapping[int, float]]) -> list[Difference]:
 
 def _difference(first: str, second: str, samples: Mapping[str, Mapping[int, float]], comparisons: int) -> Difference:
     ours, theirs = samples[first], samples[second]
-    a, b = (np.array(list(values.values())) for values in (ours, theirs))
-    mean = float(np.mean(a) - np.mean(b))
-    if min(len(a), len(b)) < 2:
-        return Difference(first, second, mean)
-    is_paired = ours.keys() == theirs.keys()
-    if is_paired:
-        variances = [float(np.var([ours[seed] - theirs[seed] for seed in ours], ddof=1))]
-        counts = [len(ours)]
+    shared = [seed for seed in ours if seed in theirs]
+    if len(shared) >= 2:
+        groups = [np.array([ours[seed] - theirs[seed] for seed in shared])]
+        mean = float(np.mean(groups[0]))
     else:
-        variances, counts = [float(np.var(values, ddof=1)) for values in (a, b)], [len(a), len(b)]
+        groups = [np.array(list(values.values())) for values in (ours, theirs)]
+        mean = float(np.mean(groups[0]) - np.mean(groups[1]))
+    counts = [len(group) for group in groups]
+    if min(counts) < 2:
+        return Difference(first, second, mean)
+    variances = [_variance(group) for group in groups]
     error, freedom = _error(variances, counts)
+    if error == 0:
+        return Difference(first, second, mean)
     half = _quantile(freedom, comparisons) * error
-    p = min(1.0, comparisons * _p(abs(mean) / error, freedom)) if error else None
-    more = min(_seeds(variances, comparisons, max(counts)) - max(counts), MOST_SEEDS)
-    method = "paired" if is_paired else "Welch"
-    return Difference(first, second, mean, mean - half, mean + half, p, method, more)
+    return Difference(
+        first,
+        second,
+        mean,
+        low=mean - half,
+        high=mean + half,
+        p=min(1.0, comparisons * _p(abs(mean) / error, freedom)),
+        method="paired" if len(groups) == 1 else "Welch",
+        count=len(shared) if len(groups) == 1 else None,
+        more_seeds=_more_seeds(variances, counts, comparisons),
+    )
+
+
+def _variance(values: Float[np.ndarray, " n"]) -> float:
+    """Return the sample variance, and 0 if only rounding differs."""
+    std = float(np.std(values, ddof=1))
+    return std**2 if std > _NOISE else 0.0
 
 
 def _error(variances: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
@@ -92,22 +116,27 @@ def _error(variances: Sequence[float], counts: Sequence[int]) -> tuple[float, fl
     return math.sqrt(sum(parts)), sum(parts) ** 2 / squares if squares else min(counts) - 1.0
 
 
-def _seeds(variances: Sequence[float], comparisons: int, count: int) -> int:
-    """Return the smallest number of seeds from `count` on whose interval is as narrow as `RESOLUTION`."""
+def _more_seeds(variances: Sequence[float], counts: Sequence[int], comparisons: int) -> int:
+    """Return the smallest number of seeds to add to each setting for an interval as narrow as `RESOLUTION`.
 
-    def is_enough(number: int) -> bool:
-        error, freedom = _error(variances, [number] * len(variances))
+    It is at most `MOST_SEEDS`.
+    """
+
+    def is_enough(more: int) -> bool:
+        error, freedom = _error(variances, [count + more for count in counts])
         return _quantile(freedom, comparisons) * error <= RESOLUTION
 
-    low, high = count - 1, count
+    if is_enough(0):
+        return 0
+    low, high = 0, 1
     while not is_enough(high):
         low, high = high, 2 * high
         if low > MOST_SEEDS:
-            return count + MOST_SEEDS
+            return MOST_SEEDS
     while high - low > 1:  # is_enough(high), and not is_enough(low)
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
-    return high
+    return min(high, MOST_SEEDS)
 
 
 def _quantile(freedom: float, comparisons: int) -> float:

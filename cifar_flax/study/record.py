@@ -1,18 +1,21 @@
 """The files of a study: trial.json in the folder of each trial, and the list of settings in study.json."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cifar_flax import config as configs
 from cifar_flax import files
-from cifar_flax.errors import ConfigError, require
+from cifar_flax.config import Config
+from cifar_flax.errors import ConfigError, first_of, require
+from cifar_flax.paths import local_path
 from cifar_flax.study.space import Setting
 
 RUNS = "runs"  # folder of the trials
 STUDY = "study.json"
 TRIAL = "trial.json"
-FINISHED, DIVERGED, PRUNED = "finished", "diverged", "pruned"
+FINISHED, DIVERGED, PRUNED, FAILED = "finished", "diverged", "pruned", "failed"
 _LOCK = ".study.lock"
 
 
@@ -20,24 +23,24 @@ _LOCK = ".study.lock"
 class Record:
     """The content of trial.json, which is written when a trial has ended."""
 
-    status: str  # finished | diverged | pruned
+    status: str  # finished | diverged | pruned | failed
     reason: str = ""  # of a trial that is not finished
     operations: int = 0  # floating-point operations of the training and of the final evaluation
-    validation: Mapping[str, Any] | None = None  # evaluation on the validation split, as in eval.json
+    validation: Mapping[str, Any] | None = None  # evaluation on the validation split, as in eval.json; None: no split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The settings of a study and the names of their trials, which study.json also lists."""
 
-    split: str  # that settings are compared on: validation, or the evaluation split
-    settings: dict[str, list[str]] = field(default_factory=dict)  # name -> names of the trials
-    values: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> values of the fields that vary
+    on_test: bool  # whether settings are compared on the evaluation split, not on the validation split
+    settings: dict[str, list[str]]  # name -> names of the trials
+    values: dict[str, Mapping[str, Any]]  # name -> values of the fields that vary
 
     @classmethod
-    def of(cls, split: str, settings: Sequence[Setting], seeds: Sequence[int]) -> "Plan":
+    def of(cls, settings: Sequence[Setting], seeds: Sequence[int], *, on_test: bool) -> "Plan":
         return cls(
-            split=split,
+            on_test=on_test,
             settings={one.name: [one.trial(seed).name for seed in seeds] for one in settings},
             values={one.name: one.values for one in settings},
         )
@@ -64,7 +67,7 @@ def read_plan(folder: Path) -> Plan | None:
         content = files.read_json(folder / STUDY)
         settings = {one["name"]: [trial["name"] for trial in one["trials"]] for one in content["settings"]}
         values: dict[str, Mapping[str, Any]] = {one["name"]: dict(one["values"]) for one in content["settings"]}
-        return Plan(split=str(content["split"]), settings=settings, values=values)
+        return Plan(on_test=bool(content["on_test"]), settings=settings, values=values)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -72,30 +75,49 @@ def read_plan(folder: Path) -> Plan | None:
         raise ConfigError(f"PATH={str(folder)!r}: {allowed}") from error
 
 
-def update_plan(folder: Path, plan: Plan) -> Plan:
-    """Add to `plan` the settings of the study in `folder` that have a trial, write it, and return it.
-
-    Processes that share the study take turns.
-    """
+def update_plan(folder: Path, plan: Plan) -> None:
+    """Write `plan` to study.json, with the settings and trials that it lists already."""
     with files.locked(folder / _LOCK, wait=True):
         before = read_plan(folder) or plan
-        names = {
-            name: [trial for trial in trials if (folder / RUNS / trial).exists()]
-            for name, trials in before.settings.items()
-        }
-        settings = {name: trials for name, trials in names.items() if trials} | plan.settings
-        for name, trials in plan.settings.items():
-            settings[name] = list(dict.fromkeys([*names.get(name, []), *trials]))
-        merged = Plan(split=plan.split, settings=settings, values=before.values | plan.values)
+        settings = before.settings | plan.settings
+        for name in settings:
+            known = (*before.settings.get(name, ()), *plan.settings.get(name, ()))
+            settings[name] = list(dict.fromkeys(known))
+        values = before.values | plan.values
         content = [
-            {"name": name, "values": merged.values[name], "trials": [{"name": trial} for trial in trials]}
+            {"name": name, "values": values[name], "trials": [{"name": trial} for trial in trials]}
             for name, trials in settings.items()
         ]
-        files.write_json(folder / STUDY, {"split": plan.split, "settings": content})
-    return merged
+        files.write_json(folder / STUDY, {"on_test": plan.on_test, "settings": content})
 
 
-def require_new(folder: Path) -> None:
-    """Raise `ConfigError` if `folder` holds a run, not a study."""
+def write_results(folder: Path, content: dict[str, Any]) -> None:
+    """Write study.json, with the settings that another process has added since the plan of `content` was read."""
+    with files.locked(folder / _LOCK, wait=True):
+        names = {one["name"] for one in content["settings"]}
+        now = files.read_json(folder / STUDY)["settings"]
+        files.write_json(
+            folder / STUDY, content | {"settings": [*content["settings"], *(o for o in now if o["name"] not in names)]}
+        )
+
+
+def require_usable(folder: Path, config: Config) -> None:
+    """Raise `ConfigError` if `folder` cannot be the folder of a study with the data of `config`."""
     allowed = "holds a run; choose another folder for the study"
     require(not (folder / "config.json").exists(), "--workdir", str(folder), allowed)
+    if config.data.folder:
+        data, here = local_path("data.folder", config.data.folder).resolve(), folder.resolve()
+        allowed = "must not be inside data.folder, whose folders are classes; choose another folder"
+        require(data not in (here, *here.parents), "--workdir", str(folder), allowed)
+
+
+def require_same_config(folder: Path, config: Config) -> None:
+    """Raise `ConfigError` if the trial in `folder` has another config, also in settings that a run may change."""
+    try:
+        saved = configs.shared(configs.from_dict(files.read_json(folder / "config.json")))
+    except (OSError, ValueError, ConfigError):  # no trial yet, or one that cannot resume, which is reported
+        return
+    now = configs.shared(config)
+    changed = [f"{path}: {saved.get(path)!r} there, {now[path]!r} now" for path in now if saved.get(path) != now[path]]
+    allowed = f"was started with another config ({first_of(changed)}); choose another --workdir, or delete this trial"
+    require(not changed, "--workdir", str(folder), allowed)

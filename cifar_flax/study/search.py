@@ -7,6 +7,7 @@ from typing import Any
 
 from cifar_flax import files, packages
 from cifar_flax.errors import ConfigError, one_line
+from cifar_flax.runtime import processes
 from cifar_flax.study.space import Range, Search, Setting, Space
 from cifar_flax.telemetry.metrics_log import Metrics
 
@@ -25,6 +26,10 @@ class Candidate:
         """Report an evaluation, a line of metrics.jsonl; return whether the median of the others is better."""
         self._trial.report(metrics["accuracy"], step=max(round(metrics["epoch"]), 1))
         return bool(self._trial.should_prune())
+
+    @property
+    def trial(self) -> Any:
+        return self._trial
 
     def end(self, accuracy: float | None) -> None:
         """Report the mean accuracy of the seeds to Optuna, or None if the setting was pruned."""
@@ -95,12 +100,12 @@ class Searcher:
     @property
     def progress(self) -> str:
         """Return how many settings have been chosen, such as "3 of 20"."""
-        return f"{len(self._study.get_trials(deepcopy=False))} of {self._search.trials}"
+        return f"{len(self._study.get_trials(deepcopy=False))} of {self._search.settings}"
 
     def is_over(self) -> bool:
         """Return whether all settings have ended."""
         ended = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        return len(ended) >= self._search.trials
+        return len(ended) >= self._search.settings
 
     @contextlib.contextmanager
     def next(self) -> Iterator[Candidate | None]:
@@ -116,8 +121,9 @@ class Searcher:
             if not trial.state.is_finished():
                 with contextlib.suppress(BlockingIOError):  # another process runs it
                     stack.enter_context(files.locked(self._lock(trial.number), wait=False))
-                    return self._candidate(self._optuna.trial.Trial(self._study, trial._trial_id))
-        if len(trials) >= self._search.trials:
+                    if not self._study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+                        return self._candidate(self._optuna.trial.Trial(self._study, trial._trial_id))
+        if len(trials) >= self._search.settings:
             return None
         # The sampler is a function of the seed and of the number of the trial, so that a restart does not repeat it.
         seed = (self._space.seeds[0] * 1_000_003 + len(trials)) % 2**32
@@ -140,7 +146,16 @@ class Searcher:
             name = trial.suggest_categorical("config", list(space.configs))
         values = {path: trial.suggest_categorical(path, list(texts)) for path, texts in space.choices.items()}
         values |= {path: _suggested(trial, path, found) for path, found in space.ranges.items()}
-        return Candidate(self._optuna, trial, space.setting(name, values))
+        try:
+            return Candidate(self._optuna, trial, space.setting(name, values))
+        except ConfigError as error:
+            self.skip(trial, error)
+            return None
+
+    def skip(self, trial: Any, error: ConfigError) -> None:
+        """Report to Optuna that the setting of `trial` is not allowed."""
+        processes.log(f"[{self.progress}] skipped, its values do not fit together: {error}")
+        self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
 
 
 def _suggested(trial: Any, path: str, values: Range) -> str:

@@ -37,7 +37,7 @@ class Range:
 class Search:
     """How to choose settings of a space, in place of all of them."""
 
-    trials: int  # settings to try
+    settings: int  # number of settings to try
     method: str  # tpe | random
 
 
@@ -71,6 +71,7 @@ class Space:
     seeds: Sequence[int]
     build: Callable[[str, Mapping[str, str]], Config]  # (name of a config file, field -> value as text) -> config
     adds_validation: bool = False  # whether `build` adds a validation split to configs without one
+    shared: str = ""  # checksum of the configs without the fields that vary, and of the compared split
 
     def setting(self, config_name: str, values: Mapping[str, str]) -> Setting:
         """Return a setting. Raise `ConfigError` if a value is not allowed."""
@@ -99,28 +100,39 @@ class Space:
         return found
 
     def check(self, search: Search, *, is_large: bool = False) -> list[Setting]:
-        """Return settings that a search begins with: the first value of each field, and each other value once.
+        """Return settings of a search that have each value, and each end of a range, at least once.
 
-        Raise `ConfigError` as `grid` does.
+        Raise `ConfigError` as `grid` does. A value is allowed if it is with some value of another field.
         """
-        require_few(search.trials * len(self.seeds), is_large=is_large)
+        require_few(search.settings * len(self.seeds), is_large=is_large)
         ends = {path: [repr(found.low), repr(found.high)] for path, found in self.ranges.items()}
-        values = {**self.choices, **ends}
+        values = {"": self.configs, **self.choices, **ends}  # "": the config
         first = {path: texts[0] for path, texts in values.items()}
-        found = [self.setting(name, first) for name in self.configs]
-        found += [
-            self.setting(self.configs[0], first | {path: text}) for path, texts in values.items() for text in texts[1:]
-        ]
+        singles = [{path: text} for path, texts in values.items() for text in texts]
+        found = [self._first_allowed([first | one | other for other in ({}, *singles)], one) for one in singles]
         require_comparable([one.config for one in found])
         return found
 
+    def _first_allowed(self, candidates: Sequence[dict[str, str]], fixed: Mapping[str, str]) -> Setting:
+        """Return the first setting that is allowed and has the values `fixed`; raise the first one's error."""
+        first_error = None
+        for values in candidates:
+            try:
+                if values.items() >= fixed.items():
+                    return self.setting(values[""], {path: text for path, text in values.items() if path})
+            except ConfigError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
     def description(self) -> str:
-        """Return the configs, choices and ranges in one line."""
+        """Return the configs, choices and ranges in one line, and a checksum of everything that all settings share."""
         ranges = {
             path: f"{'log:' * found.is_logarithmic}{found.low!r}..{found.high!r}" for path, found in self.ranges.items()
         }
         choices = {path: ",".join(texts) for path, texts in self.choices.items()}
-        return " ".join([*self.configs, *(f"{path}={text}" for path, text in (choices | ranges).items())])
+        varied = [f"{path}={text}" for path, text in (choices | ranges).items()]
+        return " ".join([*self.configs, *varied, f"seed={','.join(map(str, self.seeds))}", f"({self.shared[:8]})"])
 
 
 def require_few(count: int, *, is_large: bool) -> None:
@@ -188,31 +200,33 @@ def values_of(config: Config, path: str, text: str) -> list[str] | Range:
     return values
 
 
-def seeds_of(listed: Sequence[str] | None, count: int | None, first: int) -> list[int]:
+def seeds_of(listed: Sequence[str] | None, count: int | None, first: int) -> Sequence[int]:
     """Return the seeds of each setting: those `listed`, or `count` (default: 5) seeds from `first` on."""
     if listed is not None:
         require(count is None, "--seeds", count, f"must not be used with seed={','.join(listed)}")
         for text in listed:
             require(text.isdecimal(), "seed", text, "must be an integer in [0, 2**32)")
-        seeds = list(map(int, listed))
+        seeds: Sequence[int] = list(map(int, listed))
+        require(len(set(seeds)) == len(seeds), "seed", ",".join(listed), "lists a seed twice")
+        last = max(seeds)
     else:
         count = _SEEDS if count is None else count
         require(count >= 1, "--seeds", count, "must be at least 1")
-        seeds = list(range(first, first + count))
-    require(max(seeds) < 2**32, "seed", max(seeds), "must be in [0, 2**32)")
+        seeds, last = range(first, first + count), first + count - 1
+    require(last < 2**32, "seed", last, "must be in [0, 2**32)")
     return seeds
 
 
-def search_of(trials: int | None, method: str | None, *, has_ranges: bool) -> Search | None:
+def search_of(settings: int | None, method: str | None, *, has_ranges: bool) -> Search | None:
     """Return how to search, or None if the study has all settings of its space."""
-    if trials is None:
-        require(method is None, "--search", method, "needs --trials=N, the number of settings to try")
+    if settings is None:
+        require(method is None, "--search", method, "needs --settings=N, the number of settings to try")
         if has_ranges:
-            raise ConfigError("a range such as log:1e-4..1e-2 needs --trials=N, the number of settings to try")
+            raise ConfigError("a range such as log:1e-4..1e-2 needs --settings=N, the number of settings to try")
         return None
-    require(trials >= 1, "--trials", trials, "must be at least 1")
+    require(settings >= 1, "--settings", settings, "must be at least 1")
     require(method in (None, *METHODS), "--search", method, f"must be {' or '.join(METHODS)}")
-    return Search(trials, method or METHODS[0])
+    return Search(settings, method or METHODS[0])
 
 
 def _range(path: str, text: str, *, is_integer: bool) -> Range:

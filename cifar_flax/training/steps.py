@@ -221,20 +221,6 @@ def train_steps(
     return jax.lax.fori_loop(0, rows if count is None else count, body, (state, columns))
 
 
-def training_program(step: Callable[..., Any], task: Task, **settings: Any) -> Callable[..., Any]:
-    """Return `step` of `task` as a function (state, inputs, learning rates, *split) -> (state, metrics).
-
-    `step` is `train_step` or `train_steps`, `settings` are keyword arguments of it. The learning rates, a table as
-    `Task.rates`, are an argument: runs that differ only in their schedules share a compiled program.
-    """
-
-    def run(state: TrainState, inputs: Any, rates: Any, *split: Any) -> tuple[TrainState, StepMetrics]:
-        return step(dataclasses.replace(task, rates=rates), state, inputs, *split, **settings)
-
-    run.__name__ = step.__name__  # which profiles show
-    return run
-
-
 def _keys(state: TrainState, batch: Batch, epoch: Int32[Array, " batch"]) -> tuple[Key[Array, " batch"], ...]:
     """Return the keys of the batch's examples in `epoch`: for augmentation and for dropout."""
     keys = example_keys(state.seed, epoch, batch.index)

@@ -24,13 +24,27 @@ from cifar_flax.training.evaluator import Evaluator
 from cifar_flax.training.metrics import StepMetrics
 from cifar_flax.training.setup import checked_layout, rates_of, require_resolutions, setup
 from cifar_flax.training.state import TrainState
-from cifar_flax.training.steps import Call
+from cifar_flax.training.steps import Call, Task
 from cifar_flax.training.timetable import Timetable
 
 
 def require_startable(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
     """Raise `UserError` if a run of `config` on `devices` (default: all) would fail whatever its data."""
     checked_layout(config, devices).require_divides("train.batch_size", config.train.batch_size)
+
+
+def training_program(step: Callable[..., Any], task: Task, **settings: Any) -> Callable[..., Any]:
+    """Return `step` of `task` as a function (state, inputs, learning rates, *split) -> (state, metrics).
+
+    `step` is `train_step` or `train_steps` of steps.py, `settings` are keyword arguments of it. The learning rates, a
+    table as `Task.rates`, are an argument: runs that differ only in their schedules share a compiled program.
+    """
+
+    def run(state: TrainState, inputs: Any, rates: Any, *split: Any) -> tuple[TrainState, StepMetrics]:
+        return step(dataclasses.replace(task, rates=rates), state, inputs, *split, **settings)
+
+    run.__name__ = step.__name__  # which profiles show
+    return run
 
 
 class Trainer:
@@ -182,7 +196,7 @@ class Trainer:
         for first, task in steps.phases(self.task, start):
             key = task.frozen, task.side, *settings.values()
             if key not in self.programs:
-                program = steps.training_program(step, task, **settings)
+                program = training_program(step, task, **settings)
                 self.programs[key] = self.layout.compile(program, *arguments, batch_axis=batch_axis, donate=True)
             found.append((first, self.programs[key]))
         return TrainCalls(found, {length: (*shared, *count) for length, count in counts.items()})
