@@ -32,7 +32,7 @@ modes:
   train     train a model, or resume from its newest checkpoint; needs --config (default mode)
   eval      evaluate a trained model again and write eval.json and report.html; needs --workdir
   predict   classify image files and folders of images, listed as PATH; needs --workdir
-  study     train with several seeds and settings, and compare them; needs --config and --workdir
+  study     compare values of settings (--config.FIELD=V1,V2) over seeds; needs --config and --workdir
   compare   write one page that compares the runs, or the study, in the folders listed as PATH
   export    write the model as safetensors and StableHLO for other programs; needs --workdir and --output
   doctor    check whether a run can start on this machine
@@ -40,9 +40,8 @@ modes:
 _EXAMPLES = """
 examples:
   %(prog)s --config default --config.train.epochs=30 --workdir=runs/longer
-  %(prog)s --mode=eval --workdir=runs/longer
   %(prog)s --mode=predict --workdir=runs/longer holiday/ cat.jpg
-  %(prog)s --mode=study --config default --config.optim.learning_rate=5e-4,1e-3 --seeds=5 --workdir=studies/rates
+  %(prog)s --mode=study --config default --config.optim.learning_rate=5e-4,1e-3 --workdir=studies/rates
 """
 
 
@@ -209,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/<name of the config>)")
     run.add_argument("--online", action="store_true", help="doctor: also test the connection for the download of data")
-    study = parser.add_argument_group("study", "--config may be repeated; --config.FIELD=V1,V2 compares values")
+    study = parser.add_argument_group("study")
     study.add_argument(
         "--seeds", metavar="N", type=int, help="runs of each setting, with seeds from config.seed on (5)"
     )
