@@ -74,7 +74,7 @@ def programs(config: Config, devices: Sequence[jax.Device], options: dict[str, A
     size, timetable = config.train.batch_size, Timetable(config, DATASET.num_examples, task, pipeline)
     lengths = timetable.lengths()
     step, inputs, batch_axis, settings = steps.train_step, empty_batch(size, shape), 0, {}
-    shared = jax.ShapeDtypeStruct(task.rates.shape, "float32"), *split(DATASET.num_examples)
+    shared = jax.ShapeDtypeStruct(task.learning_rates.shape, "float32"), *split(DATASET.num_examples)
     if resident:
         step, inputs, batch_axis = steps.train_steps, empty_indices(timetable.steps_per_call, size), 1
         if len(lengths) == 1:

@@ -38,7 +38,7 @@ def test_training_steps_equal_keras():
     task = steps.Task(
         graphdef=model.graphdef,
         optim=config,
-        rates=rates,
+        steps_per_epoch=10,
         param_groups=model.param_groups,
         image_shape=(32, 32, 3),
         mean=(0.0,) * 3,

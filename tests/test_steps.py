@@ -120,7 +120,7 @@ def test_step_metrics_equal_their_definitions(prepared):
     assert float(values["loss"]) == pytest.approx(expected, rel=1e-5)
     expected = float(np.mean(log_probability.argmax(axis=1) == batch.label))
     assert float(values["accuracy"]) == pytest.approx(expected, abs=1.01 / 64)  # rounding may change one prediction
-    assert float(values["learning_rate"]) == pytest.approx(float(task.rates[0, 3]))
+    assert float(values["learning_rate"]) == pytest.approx(float(task.learning_rates[0, 3]))
 
 
 def without_dropout():

@@ -195,7 +195,7 @@ class TrainingLoop:
             if evaluation is None:
                 return
             metrics = scalars(evaluation.summary) | {
-                "learning_rate": float(trainer.task.rates[0, self._step]),
+                "learning_rate": float(trainer.task.learning_rates[0, self._step]),
                 "images_per_second": evaluation.images_per_second,
                 "input_wait_fraction": evaluation.input_wait_fraction,
             }

@@ -91,6 +91,7 @@ class OptimConfig:
 
 GROUPS = ("dense", "biases", "whitening")
 _RATES = ("convolutions", *GROUPS)  # rows of the table of learning rates
+NO_RATES = np.zeros((len(_RATES), 1), np.float32)  # for an optimizer that only initializes its state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,8 +212,9 @@ def learning_rates(config: OptimConfig, total_steps: int, steps_per_epoch: float
     schedules = [make_schedule(config, total_steps, steps_per_epoch)]
     for name, own in _group_configs(config).items():
         schedules.append(_group_schedule(getattr(config, name), own, total_steps, steps_per_epoch))
-    counts = jnp.arange(total_steps + 1)
-    return np.stack([np.asarray(jax.vmap(schedule)(counts), np.float32) for schedule in schedules])
+    with jax.ensure_compile_time_eval():
+        counts = jnp.arange(total_steps + 1)
+        return np.stack([np.asarray(jax.vmap(schedule)(counts), np.float32) for schedule in schedules])
 
 
 def _group_configs(config: OptimConfig) -> dict[str, OptimConfig]:

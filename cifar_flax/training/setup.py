@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, UInt8
 
 from cifar_flax import config as configs
 from cifar_flax.config import Config
@@ -75,18 +75,6 @@ def require_resolutions(config: Config, image_shape: tuple[int, int, int], num_c
         require(fits, "train.resolutions", pairs, f"{allowed}. Use resnet18, or airbench with model.global_pool.")
 
 
-def _lengths(config: Config, num_examples: int) -> tuple[int, float]:
-    """Return the steps of a run on `num_examples` training examples, and the steps of an epoch."""
-    settings = config.train.batch_size, config.data.drop_last
-    steps_per_epoch = order.epoch_images(num_examples, *settings) / config.train.batch_size
-    return order.total_steps(config.train.epochs, num_examples, *settings), steps_per_epoch
-
-
-def rates_of(config: Config, num_examples: int) -> Float[np.ndarray, "groups steps"]:
-    """Return the learning rates of a run on `num_examples` training examples, as `optimizers.learning_rates` does."""
-    return optimizers.learning_rates(config.optim, *_lengths(config, num_examples))
-
-
 def setup(
     config: Config, info: DatasetInfo, devices: Sequence[jax.Device] | None = None, *, platform: str | None = None
 ) -> tuple[Task, Init]:
@@ -106,7 +94,8 @@ def setup(
     config.augment.validate_for(info.image_shape)
     epochs, every = config.train.epochs, config.optim.accumulate_steps
     require(epochs * size <= _MAX_EXAMPLES, "train.epochs", epochs, f"must be at most {_MAX_EXAMPLES / size:.0f}")
-    steps, steps_per_epoch = _lengths(config, size)
+    steps = order.total_steps(epochs, size, batch_size, config.data.drop_last)
+    steps_per_epoch = order.epoch_images(size, batch_size, config.data.drop_last) / batch_size
     require(every <= steps, "optim.accumulate_steps", every, f"must be at most the {steps} steps of the run")
     traced = config.profile.steps
     require(traced[1] <= steps, "profile.steps", traced, f"must end within the {steps} steps of the run")
@@ -122,10 +111,12 @@ def setup(
         for name, step in (optimizers.frozen_steps(config.optim, steps_per_epoch) | {FROZEN: 0}).items()
         if step < steps and name in jax.tree.leaves(groups)
     }
+    # The initial optimizer state does not depend on the learning rates, which evaluation and prediction do not compute.
+    optimizers.make_schedule(config.optim, steps, steps_per_epoch)  # only to check it
+    optimizer = optimizers.make_optimizer(config.optim, optimizers.NO_RATES, groups)
     task = Task(
         graphdef=model.graphdef,
         optim=config.optim,
-        rates=rates_of(config, size),
         image_shape=info.image_shape,
         mean=info.mean,
         std=info.std,
@@ -135,6 +126,7 @@ def setup(
         class_weights=_class_weights(info.class_counts) if config.train.class_weights == "balanced" else (),
         averaging=config.averaging,
         total_steps=steps,
+        steps_per_epoch=steps_per_epoch,
         layout=layout,
         sync_batchnorm=sync_batchnorm,
         loss_scale=_FLOAT16_LOSS_SCALE if config.model.dtype == "float16" else 1.0,
@@ -150,6 +142,6 @@ def setup(
     @functools.partial(jax.jit, out_shardings=layout.replicated, compiler_options=options)
     def init(seed: Array, sample: Array | None) -> TrainState:
         normalized = None if sample is None else normalize(sample, info.mean, info.std)
-        return state.init(model, task.optimizer, config.averaging, seed, normalized)
+        return state.init(model, optimizer, config.averaging, seed, normalized)
 
     return task, lambda seed, sample: init(np.uint32(seed), sample)

@@ -49,7 +49,6 @@ class Task:
 
     graphdef: nnx.GraphDef
     optim: OptimConfig
-    rates: Float[Any, "groups steps"]  # learning rates, see `optimizers.learning_rates`; an argument of the programs
     image_shape: tuple[int, int, int]  # height, width, channels
     mean: tuple[float, ...]  # per channel, in units of the stored bytes
     std: tuple[float, ...]
@@ -58,6 +57,7 @@ class Task:
     label_smoothing: float
     averaging: AveragingConfig
     total_steps: int
+    steps_per_epoch: float
     layout: Layout
     sync_batchnorm: bool  # whether BatchNorm statistics are over the batch of all devices
     param_groups: PyTree[str]  # the optimizer group of each parameter
@@ -68,10 +68,18 @@ class Task:
     sides: tuple[tuple[int, int], ...] = ()  # (finished steps, side of the images in pixels from there on)
     frozen: frozenset[str] = frozenset()  # groups that have no gradient; `phases` sets them
     side: int | None = None  # side that the images are resized to; `phases` sets it
+    rates: Float[Any, "groups steps"] | None = None  # if it is not the table that `optim` describes, such as traced
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        return optimizers.make_optimizer(self.optim, self.rates, self.param_groups)
+        return optimizers.make_optimizer(self.optim, self.learning_rates, self.param_groups)
+
+    @property
+    def learning_rates(self) -> Float[Any, "groups steps"]:
+        """Return the table of `optimizers.learning_rates`, which the compiled programs take as an argument."""
+        if self.rates is not None:
+            return self.rates
+        return optimizers.learning_rates(self.optim, self.total_steps, self.steps_per_epoch)
 
     @property
     def phase_starts(self) -> set[int]:
@@ -169,7 +177,7 @@ def train_step(task: Task, state: TrainState, batch: Batch) -> tuple[TrainState,
     return new_state, {
         "loss": loss,
         "accuracy": accuracy,
-        "learning_rate": optimizers.rate_at(task.rates, state.step),
+        "learning_rate": optimizers.rate_at(task.learning_rates, state.step),
         "finite": finite,
     }
 

@@ -22,7 +22,7 @@ from cifar_flax.runtime import processes
 from cifar_flax.training import evaluator, steps
 from cifar_flax.training.evaluator import Evaluator
 from cifar_flax.training.metrics import StepMetrics
-from cifar_flax.training.setup import checked_layout, rates_of, require_resolutions, setup
+from cifar_flax.training.setup import checked_layout, require_resolutions, setup
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Call, Task
 from cifar_flax.training.timetable import Timetable
@@ -37,7 +37,7 @@ def training_program(step: Callable[..., Any], task: Task, **settings: Any) -> C
     """Return `step` of `task` as a function (state, inputs, learning rates, *split) -> (state, metrics).
 
     `step` is `train_step` or `train_steps` of steps.py, `settings` are keyword arguments of it. The learning rates, a
-    table as `Task.rates`, are an argument: runs that differ only in their schedules share a compiled program.
+    table as `Task.learning_rates`, are an argument: runs that differ only in their schedules share a compiled program.
     """
 
     def run(state: TrainState, inputs: Any, rates: Any, *split: Any) -> tuple[TrainState, StepMetrics]:
@@ -81,7 +81,8 @@ class Trainer:
             allowed = "must leave at least one training image of each class"
             require(min(self.info.class_counts) > 0, "data.validation_fraction", fraction, allowed)
         require_resolutions(config, self.info.image_shape, len(self.info.class_names))
-        self.task, init = setup(config, self.info, devices)
+        task, init = setup(config, self.info, devices)
+        self.task = dataclasses.replace(task, rates=task.learning_rates)  # computed once
         self.layout = self.task.layout
         self.pipeline = pipelines.resolve(
             config.data.wanted_pipeline, self.layout, self.arrays.nbytes + eval_arrays.nbytes
@@ -122,7 +123,8 @@ class Trainer:
         """
         other = copy.copy(self)
         other.config = config
-        other.task = dataclasses.replace(self.task, optim=config.optim, rates=rates_of(config, self.info.num_examples))
+        task = dataclasses.replace(self.task, optim=config.optim, rates=None)
+        other.task = dataclasses.replace(task, rates=task.learning_rates)
         other.__dict__.pop("initial_state", None)
         return other
 
@@ -181,7 +183,7 @@ class Trainer:
         step: Callable[..., Any] = steps.train_step
         inputs: Any = empty_batch(local_size, self.info.image_shape)
         settings: dict[str, Any] = {}
-        shared: tuple[Any, ...] = (self.layout.replicate(self.task.rates),)
+        shared: tuple[Any, ...] = (self.layout.replicate(self.task.learning_rates),)
         counts: dict[int, tuple[Any, ...]] = dict.fromkeys(lengths, ())
         batch_axis = 0
         if self.pipeline == "resident":
