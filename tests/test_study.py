@@ -7,6 +7,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import jax
 import made_up
 import numpy as np
 import pages
@@ -23,6 +24,7 @@ from cifar_flax.modes.train import train
 from cifar_flax.report import statistics
 from cifar_flax.restore import saved_config
 from cifar_flax.runtime.devices import Layout
+from cifar_flax.training import loop
 from cifar_flax.training.operations import Part
 
 CONFIG = "from conftest import make_tiny_config as get_config\n"
@@ -259,6 +261,21 @@ def test_diverged_trials_are_reported_and_not_run_again(tmp_path, capsys, monkey
     assert "Lower optim.learning_rate" in printed
     monkeypatch.setattr("cifar_flax.training.loop.run", lambda *args: pytest.fail("a trial ran again"))
     run(tmp_path / "study", *options, "--config.optim.learning_rate=0.01,1e30")
+
+
+def test_a_setting_that_does_not_fit_into_memory_does_not_end_the_study(tmp_path, monkeypatch, capsys):
+    run_loop = loop.run
+
+    def limited(trainer, *args):
+        if trainer.config.model.hidden > 16:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return run_loop(trainer, *args)
+
+    monkeypatch.setattr(loop, "run", limited)
+    found = run(tmp_path / "study", "--config.model.hidden=32,16", "--seeds=1", "--config.train.epochs=1")
+    statuses = {setting["name"]: setting["trials"][0]["status"] for setting in found["settings"]}
+    assert statuses == {"tiny_hidden=32": "failed", "tiny_hidden=16": "finished"}
+    assert "tiny_hidden=32_seed0: failed out of memory (JaxRuntimeError: RESOURCE_EXHAUSTED" in capsys.readouterr().out
 
 
 @pytest.mark.slow
