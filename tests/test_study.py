@@ -235,9 +235,10 @@ def test_a_study_without_runs_is_reported_in_one_line(finished, tmp_path):
         compare([tmp_path / "study"], None)
 
 
-def test_the_test_split_is_compared_on_request(tmp_path):
+def test_the_test_split_is_compared_on_request(tmp_path, capsys):
     found = run(tmp_path / "study", "--seeds=2", "--on-test", "--config.train.epochs=1")
     assert found["on_test"] is True
+    assert "% on the test split" in capsys.readouterr().out
     assert found["settings"][0]["accuracy"]["split"] == "test"
     trials = found["settings"][0]["trials"]
     for trial in trials:

@@ -161,13 +161,13 @@ class Runner:
                 if candidate is None:
                     time.sleep(_POLL)
                     continue
-                record.update_plan(self._folder, Plan.of([candidate.setting], seeds, on_test=self._on_test))
                 try:
-                    accuracy = self._accuracy(candidate, searcher, seeds)
-                except ConfigError as error:  # the values do not fit the data, or each other
+                    self.prepare(candidate.setting)
+                except ConfigError as error:  # the values do not fit the data
                     searcher.skip(candidate.trial, error)
-                else:
-                    candidate.end(accuracy)
+                    continue
+                record.update_plan(self._folder, Plan.of([candidate.setting], seeds, on_test=self._on_test))
+                candidate.end(self._accuracy(candidate, searcher, seeds))
 
     def _accuracy(self, candidate: "Candidate", searcher: "Searcher", seeds: Sequence[int]) -> float | None:
         """Return the mean accuracy of a setting, 0 for seeds that diverge, or None if its first seed is pruned."""
@@ -180,16 +180,20 @@ class Runner:
             self._show(f"[{searcher.progress}]", trial, found, 0)
             if found.status in (record.PRUNED, record.FAILED):
                 return None
-            result: results.Result | None = found.validation
-            if self._on_test:
-                result = results.read_result(self._folder / RUNS / trial.name)
-            is_finished = result is not None and found.status == record.FINISHED
-            accuracies.append(float(result["accuracy"]) if result and is_finished else 0.0)
+            result = self._result(trial, found)
+            accuracies.append(float(result["accuracy"]) if result else 0.0)
         return statistics.fmean(accuracies)
 
+    def _result(self, trial: Trial, found: Record) -> results.Result | None:
+        """Return the evaluation of a trial on the compared split, or None if it has not finished."""
+        if found.status != record.FINISHED:
+            return None
+        return results.read_result(self._folder / RUNS / trial.name) if self._on_test else found.validation
+
     def _show(self, number: str, trial: Trial, found: Record, left: int) -> None:
-        accuracy = f"{found.validation['accuracy']:.2%} on the validation split" if found.validation else ""
-        outcome = accuracy or " ".join((found.status, found.reason)).strip()
+        outcome = " ".join((found.status, found.reason)).strip()
+        if result := self._result(trial, found):
+            outcome = f"{result['accuracy']:.2%} on the {result['split']} split"
         seconds = statistics.median(self._seconds or [0.0])
         time_left = f", about {_duration(left * seconds)} left" if left and self._seconds else ""
         processes.log(f"{number} {trial.name}: {outcome}{time_left}")
@@ -233,6 +237,7 @@ class Runner:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             status, reason = record.FAILED, f"out of memory ({one_line(error)})"
+            self._shared = None  # frees memory
         log = read_log(folder / "metrics.jsonl")
         steps = 0 if log.train is None else int(log.train.step[-1])
         operations = shared.operations(steps, is_evaluated=status == record.FINISHED)

@@ -20,23 +20,19 @@ class Candidate:
     """A setting that Optuna has chosen; this process holds its lock."""
 
     def __init__(self, optuna: Any, trial: Any, setting: Setting):
-        self._optuna, self._trial, self.setting = optuna, trial, setting
+        self._optuna, self.trial, self.setting = optuna, trial, setting
 
     def has_to_stop(self, metrics: Metrics) -> bool:
         """Report an evaluation, a line of metrics.jsonl; return whether the median of the others is better."""
-        self._trial.report(metrics["accuracy"], step=max(round(metrics["epoch"]), 1))
-        return bool(self._trial.should_prune())
-
-    @property
-    def trial(self) -> Any:
-        return self._trial
+        self.trial.report(metrics["accuracy"], step=max(round(metrics["epoch"]), 1))
+        return bool(self.trial.should_prune())
 
     def end(self, accuracy: float | None) -> None:
         """Report the mean accuracy of the seeds to Optuna, or None if the setting was pruned."""
         if accuracy is None:
-            self._trial.study.tell(self._trial, state=self._optuna.trial.TrialState.PRUNED)
+            self.trial.study.tell(self.trial, state=self._optuna.trial.TrialState.PRUNED)
         else:
-            self._trial.study.tell(self._trial, accuracy)
+            self.trial.study.tell(self.trial, accuracy)
 
 
 class Searcher:
