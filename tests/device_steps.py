@@ -1,5 +1,6 @@
 """Inputs and compiled steps of test_accelerator.py: small networks on random images of CIFAR-10's shape."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from cifar_flax.config import Config, DataConfig, TrainConfig
 from cifar_flax.data import cache, sources
@@ -109,11 +111,20 @@ def bits_of(name, devices, **parallel):
     return task, functools.partial(random_bits, task), state, batch_of(1)
 
 
+@contextlib.contextmanager
+def gradients_kept():
+    """Replace the optimizer of all tasks by one that keeps the gradient as its state; yield it."""
+    optimizer = optax.trace(decay=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps.Task, "optimizer", property(lambda task: optimizer))
+        yield optimizer
+
+
 def loss_and_gradient(task, state, precision):
     """Return the loss of a training step and its gradient, as one vector."""
-    task = dataclasses.replace(task, optimizer=optax.trace(decay=0.0))  # keeps the gradient in its state
-    state = state._replace(opt_state=task.optimizer.init(state.params))
-    state, values = call(task, functools.partial(steps.train_step, task), state, batch_of(0), precision)
+    with gradients_kept() as optimizer:
+        state = state._replace(opt_state=optimizer.init(state.params))
+        state, values = call(task, functools.partial(steps.train_step, task), state, batch_of(0), precision)
     return float(values["loss"]), np.concatenate([x.ravel() for x in jax.tree.leaves(state.opt_state)])
 
 

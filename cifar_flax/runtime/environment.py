@@ -21,8 +21,13 @@ def processor() -> str:
 
 def usable_cores() -> int:
     """Return the number of CPU cores that this process may use."""
+    return len(core_numbers())
+
+
+def core_numbers() -> list[int]:
+    """Return the numbers of the CPU cores that this process may use."""
     # os.cpu_count() also counts the cores that `taskset`, a scheduler or a container withholds.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def machine() -> str:

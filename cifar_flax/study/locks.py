@@ -11,7 +11,7 @@ import jax
 
 from cifar_flax import files
 from cifar_flax.errors import UserError
-from cifar_flax.runtime import processes
+from cifar_flax.runtime import environment, processes
 
 
 @contextlib.contextmanager
@@ -56,8 +56,7 @@ def _paths(folder: Path) -> dict[str, Path]:
 def _units() -> list[str]:
     """Return names of the cores or accelerators of this process that are unique on this machine."""
     if jax.default_backend() == "cpu":
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        return [f"core{core}" for core in sorted(cores)]
+        return [f"core{core}" for core in environment.core_numbers()]
     # Slurm numbers the GPUs of a job from 0, so its own list of them comes first.
     lists = (os.environ.get(name, "") for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"))
     visible = next((text.split(",") for text in lists if text), [])
