@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
 from cifar_flax.runtime.devices import ParallelConfig
 from cifar_flax.runtime.trees import named_leaves
-from cifar_flax.training import averaging
 from cifar_flax.training.setup import setup
 from cifar_flax.training.state import TrainState
 from cifar_flax.training.steps import Task
@@ -107,12 +107,14 @@ def _read(checkpoints: Checkpoints, config: Config, where: str, known: tuple[Tas
 _FIELD = "train.init_from"
 
 
-def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) -> TrainState:
+def init_from(
+    config: Config, info: DatasetInfo, reset: Callable[[PyTree], tuple[PyTree, PyTree]], state: TrainState
+) -> TrainState:
     """Return the initial state `state` with the matching weights of the run `config.train.init_from`.
 
     Weights match if their names, such as "hidden.kernel", and their shapes are equal. Weights that do not match (such
     as a head for another number of classes) keep their fresh initialization and are logged. The optimizer state and the
-    average of the weights are initialized afresh.
+    average of the weights are initialized afresh, by `reset`: (params, batch_stats) -> (opt_state, average).
 
     Raise `ConfigError` if a weight outside the head does not match and is frozen. Raise `UserError` if that run has no
     checkpoint or if none of its parameters matches.
@@ -147,8 +149,5 @@ def init_from(config: Config, info: DatasetInfo, task: Task, state: TrainState) 
         processes.log(f"  does not match: {line}", is_routine=True)
     leaves = [theirs[name] if name in fits else array for name, array in ours.items()]
     params, batch_stats = jax.tree.unflatten(jax.tree.structure(own), leaves)
-    opt_state, average = jax.jit(
-        lambda weights: (task.optimizer.init(weights[0]), averaging.init(config.averaging, weights)),
-        out_shardings=task.layout.replicated,
-    )((params, batch_stats))
+    opt_state, average = reset((params, batch_stats))
     return state._replace(params=params, batch_stats=batch_stats, opt_state=opt_state, average=average)

@@ -246,7 +246,7 @@ class Runner:
     def _trainer(self, shared: "_Shared", config: Config, folder: Path) -> Trainer:
         trainer = shared.trainer.again(config)
         if config.train.init_from and not saved_steps(folder / CHECKPOINTS):
-            trainer.initial_state = restore.init_from(config, trainer.info, trainer.task, trainer.initial_state)
+            trainer.initial_state = restore.init_from(config, trainer.info, trainer.reset, trainer.initial_state)
         return trainer
 
 

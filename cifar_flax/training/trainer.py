@@ -19,7 +19,7 @@ from cifar_flax.data.config import PUBLIC
 from cifar_flax.data.info import DatasetInfo
 from cifar_flax.errors import UserError, require
 from cifar_flax.runtime import processes
-from cifar_flax.training import evaluator, steps
+from cifar_flax.training import averaging, evaluator, steps
 from cifar_flax.training.evaluator import Evaluator
 from cifar_flax.training.metrics import StepMetrics
 from cifar_flax.training.setup import checked_layout, require_resolutions, setup
@@ -101,6 +101,11 @@ class Trainer:
         if self.pipeline == "resident":
             self.arrays, eval_arrays = (resident.put(arrays, self.layout) for arrays in (self.arrays, eval_arrays))
         self.eval_arrays = eval_arrays
+        # Compiled once for all seeds: (params, batch_stats) -> (opt_state, average)
+        self.reset = jax.jit(
+            lambda weights: (task.optimizer.init(weights[0]), averaging.init(config.averaging, weights)),
+            out_shardings=task.layout.replicated,
+        )
         self.programs: dict[Any, jax.stages.Compiled] = {}  # the compiled calls, by phase
         self.total_steps = self.task.total_steps
         self.timetable = Timetable(config, len(self.examples), self.task, self.pipeline)
