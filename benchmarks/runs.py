@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-import scipy.stats
 from jax.extend import backend
 
 from benchmarks.hardware import PEAKS, machine, measure_speed
 from cifar_flax import config as configs
 from cifar_flax.config import Config
+from cifar_flax.report.statistics import differences
+from cifar_flax.report.statistics import mean_of as mean_of_seeds
 from cifar_flax.training.operations import pflop
 
 TIMED = "initial weights and whitening, shuffling, training with augmentation, final evaluation"
@@ -91,14 +91,10 @@ def comparison(pairs: list[tuple[Measurement, Measurement]]) -> Measurement:
 def mean_of(values: list[float]) -> Measurement:
     """Return the mean, the sample standard deviation (`std`) and the half-width of the mean's 95 % confidence interval.
 
-    The interval is Student's t. For a single value, `std` and `interval` are None.
+    The interval is Student's t. For a single value, `std` and `interval` are None; for equal values, `interval`.
     """
-    count, mean = len(values), statistics.fmean(values)
-    if count == 1:
-        return {"mean": mean, "std": None, "interval": None}
-    std = statistics.stdev(values)
-    interval = float(scipy.stats.t.ppf(0.975, count - 1)) * std / count**0.5
-    return {"mean": mean, "std": std, "interval": interval}
+    found = mean_of_seeds(values)
+    return {"mean": found.mean, "std": found.std, "interval": None if found.high is None else found.high - found.mean}
 
 
 def _summary(runs: Sequence[Measurement]) -> Measurement:
@@ -108,10 +104,10 @@ def _summary(runs: Sequence[Measurement]) -> Measurement:
 
 def _difference(ours: list[float], theirs: list[float]) -> Measurement:
     """Return the difference of the means with its 95 % confidence interval (Welch's t)."""
-    low = high = None
-    if min(len(ours), len(theirs)) > 1 and np.ptp(ours) + np.ptp(theirs) > 0:
-        low, high = map(float, scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95))
-    return {"mean": statistics.fmean(ours) - statistics.fmean(theirs), "low": low, "high": high}
+    # Equal seeds of two programs have nothing in common, so that no seed is shared.
+    samples = {"ours": dict(enumerate(ours)), "theirs": {-1 - i: value for i, value in enumerate(theirs)}}
+    (found,) = differences(samples)
+    return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
 def shown(run: Measurement) -> str:
@@ -169,7 +165,7 @@ def _lines(summary: Measurement) -> list[str]:
             continue
         mean, std, interval = (summary[name][key] for key in ("mean", "std", "interval"))
         line = f"  {name.removeprefix('train_'):11}  {mean * scale:.3f} {unit}"
-        if std is not None:
+        if interval is not None:
             line += f" ± {interval * scale:.3f} (95 % interval), standard deviation {std * scale:.3f}"
         lines.append(line + what)
     return lines

@@ -1,3 +1,4 @@
+import json
 import math
 import re
 
@@ -175,3 +176,34 @@ def test_invalid_paths_are_refused(tmp_path, folders, monkeypatch):
             compare(paths, tmp_path / "page.html")
     with pytest.raises(ConfigError, match=r"^--output=.*folder"):
         compare(folders, tmp_path / "empty")
+
+
+def test_runs_on_other_data_are_neither_averaged_nor_compared_by_p_values(tmp_path, capsys):
+    results = [made_up.evaluation(seed=seed)[0] for seed in range(4)]
+    runs = []
+    for seed, (folder, result) in enumerate(zip(("cats", "cats", "cars", "cars"), results, strict=True)):
+        config = {"seed": seed % 2, "data": {"folder": folder}}
+        runs.append(made_up.run(tmp_path / f"{folder}{seed}", result | {"dataset": folder}, config=config))
+    compare(runs, tmp_path / "page.html")
+    page = pages.read(tmp_path / "page.html")
+    assert [row[1] for row in pages.table(page, "Metrics of the runs")[1:]] == ["2", "2"]
+    assert "only one setting with a finished run" in page.one("section", id="differences").text
+    assert "Not evaluated on the same images as A: B." in capsys.readouterr().out
+    compare([runs[0], runs[2]], tmp_path / "page.html")  # equal settings but for the data and the seed
+    assert page.one("h1").text == "Comparison of 2 settings, 4 runs"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("study.json", "[1]"), ("study.json", "{"), ("trial.json", "{"), ("trial.json", '{"a": 1}')]
+)
+def test_damaged_files_are_reported(tmp_path, name, content):
+    folder = tmp_path / "study"
+    trial = folder / "runs" / "tiny_seed0"
+    trial.mkdir(parents=True)
+    (trial / "config.json").write_text('{"seed": 0}')
+    (folder / "study.json").write_text(
+        json.dumps({"on_test": False, "settings": [{"name": "tiny", "values": {}, "trials": [{"name": "tiny_seed0"}]}]})
+    )
+    (folder / name if name == "study.json" else trial / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"^PATH='.*': its {re.escape(name)} is damaged; remove"):
+        compare([folder], None)

@@ -16,7 +16,7 @@ from test_study import command, run
 
 from cifar_flax.config import from_dict
 from cifar_flax.errors import UserError
-from cifar_flax.files import lock_holder
+from cifar_flax.files import lock_holder, locked
 from cifar_flax.modes.compare import compare
 from cifar_flax.study import locks
 
@@ -114,6 +114,23 @@ def test_cores_of_a_study_are_used_by_one_process(tmp_path, capsys):
             run(tmp_path, "--seeds=2")
         assert not (tmp_path / "runs").exists()
         assert "digits" not in capsys.readouterr().out  # no data was loaded
+
+
+def test_a_process_without_enough_memory_is_refused(tmp_path, monkeypatch):
+    """Another process of the study, on other cores, has needed more memory than is available."""
+    folder, meminfo = tmp_path / ".processes", tmp_path / "meminfo"
+    folder.mkdir()
+    monkeypatch.setattr(locks, "_MEMORY", meminfo)
+    with locked(folder / f"{locks._host()}.core9999", wait=False):
+        meminfo.write_text("MemTotal:  9000000 kB\nMemAvailable:    1000 kB\n")
+        with pytest.raises(
+            UserError, match=r"needs \d+\.\d GB, but 0\.0 GB are available .*; start it on another machine"
+        ):
+            locks.require_free(folder)
+        meminfo.write_text("MemAvailable: 900000000 kB\n")
+        locks.require_free(folder)
+    meminfo.write_text("MemAvailable: 1000 kB\n")
+    locks.require_free(folder)  # no other process
 
 
 @pytest.mark.parametrize(

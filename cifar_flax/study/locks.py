@@ -1,4 +1,4 @@
-"""The cores or accelerators that a process of a study trains on: no other process of this study may use them."""
+"""The cores, accelerators and memory of the processes that share a study on one machine."""
 
 import contextlib
 import os
@@ -12,6 +12,8 @@ import jax
 from cifar_flax import files
 from cifar_flax.errors import UserError
 from cifar_flax.runtime import environment, processes
+
+_MEMORY = Path("/proc/meminfo")
 
 
 @contextlib.contextmanager
@@ -34,10 +36,33 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def require_free(folder: Path) -> None:
-    """Raise `UserError` as `claimed` does; write nothing."""
+    """Raise `UserError` as `claimed` does, or if the memory does not suffice for another process; write nothing.
+
+    A process is expected to need as much memory as each of the others has needed so far.
+    """
     for unit, path in _paths(folder).items():
         if files.lock_holder(path):
             raise _in_use(unit, path)
+    holders = {files.lock_holder(path) for path in folder.glob(f"{_host()}.*")} - {None}
+    needed = max((_peak_memory(str(holder)) for holder in holders), default=0)
+    available = _kilobytes(_MEMORY, "MemAvailable")
+    if needed and available is not None and available < needed:
+        sizes = f"{needed / 1e6:,.1f} GB, but {available / 1e6:,.1f} GB are available on this machine"
+        raise UserError(f"another process of this study needs {sizes}; start it on another machine")
+
+
+def _peak_memory(holder: str) -> int:
+    """Return the peak memory in kB of a process such as "process 12 on host", and 0 if it is unknown."""
+    match = re.match(r"process (\d+) ", holder)
+    return (match and _kilobytes(Path(f"/proc/{match[1]}/status"), "VmHWM")) or 0
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    """Return a number from a file of Linux such as /proc/meminfo, or None if it is not there."""
+    with contextlib.suppress(OSError):
+        match = re.search(rf"^{name}: *(\d+) kB", path.read_text("utf-8"), re.MULTILINE)
+        return int(match[1]) if match else None
+    return None
 
 
 def _in_use(unit: str, path: Path) -> UserError:
@@ -49,8 +74,11 @@ def _in_use(unit: str, path: Path) -> UserError:
 
 def _paths(folder: Path) -> dict[str, Path]:
     """Return core or accelerator -> lock file."""
-    host = re.sub(r"[^\w.-]", "-", socket.gethostname())
-    return {unit: folder / f"{host}.{unit}" for unit in _units()}
+    return {unit: folder / f"{_host()}.{unit}" for unit in _units()}
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.-]", "-", socket.gethostname())
 
 
 def _units() -> list[str]:

@@ -109,7 +109,7 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         state: TrainState,
         metadata: Metadata,
-        has_to_stop: Callable[[Metrics], bool] = lambda metrics: False,
+        has_to_stop: Callable[[Metrics], bool],
     ):
         self._has_to_stop, self._is_stopped = has_to_stop, False
         self._trainer, self._config, self._folder = trainer, trainer.config, folder
