@@ -60,7 +60,7 @@ def _peak_memory(holder: str) -> int:
 def _kilobytes(path: Path, name: str) -> int | None:
     """Return a number from a file of Linux such as /proc/meminfo, or None if it is not there."""
     with contextlib.suppress(OSError):
-        match = re.search(rf"^{name}: *(\d+) kB", path.read_text("utf-8"), re.MULTILINE)
+        match = re.search(rf"^{name}:\s*(\d+) kB", path.read_text("utf-8"), re.MULTILINE)
         return int(match[1]) if match else None
     return None
 
