@@ -182,7 +182,7 @@ def test_runs_on_other_data_are_neither_averaged_nor_compared_by_p_values(tmp_pa
     results = [made_up.evaluation(seed=seed)[0] for seed in range(4)]
     runs = []
     for seed, (folder, result) in enumerate(zip(("cats", "cats", "cars", "cars"), results, strict=True)):
-        config = {"seed": seed % 2, "data": {"folder": folder}}
+        config = {"seed": seed, "data": {"folder": folder}}
         runs.append(made_up.run(tmp_path / f"{folder}{seed}", result | {"dataset": folder}, config=config))
     compare(runs, tmp_path / "page.html")
     page = pages.read(tmp_path / "page.html")
