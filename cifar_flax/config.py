@@ -161,7 +161,7 @@ _ARGUMENTS = {
 def program_settings(config: Config) -> tuple[tuple[str, Any], ...]:
     """Return path and value of the settings that the compiled programs depend on.
 
-    Runs for which they are equal can share programs: see `Trainer.again`.
+    Runs for which they are equal can share programs: see `Trainer.for_config`.
     """
     return tuple((path, value) for path, value, _ in _fields(config) if path not in _ARGUMENTS)
 

@@ -108,13 +108,17 @@ _FIELD = "train.init_from"
 
 
 def init_from(
-    config: Config, info: DatasetInfo, reset: Callable[[PyTree], tuple[PyTree, PyTree]], state: TrainState
+    config: Config,
+    info: DatasetInfo,
+    initialize_optimizer: Callable[[PyTree], tuple[PyTree, PyTree]],
+    state: TrainState,
 ) -> TrainState:
     """Return the initial state `state` with the matching weights of the run `config.train.init_from`.
 
     Weights match if their names, such as "hidden.kernel", and their shapes are equal. Weights that do not match (such
     as a head for another number of classes) keep their fresh initialization and are logged. The optimizer state and the
-    average of the weights are initialized afresh, by `reset`: (params, batch_stats) -> (opt_state, average).
+    average of the weights are initialized afresh, by `initialize_optimizer`, a function (params, batch_stats) ->
+    (opt_state, average).
 
     Raise `ConfigError` if a weight outside the head does not match and is frozen. Raise `UserError` if that run has no
     checkpoint or if none of its parameters matches.
@@ -149,5 +153,5 @@ def init_from(
         processes.log(f"  does not match: {line}", is_routine=True)
     leaves = [theirs[name] if name in fits else array for name, array in ours.items()]
     params, batch_stats = jax.tree.unflatten(jax.tree.structure(own), leaves)
-    opt_state, average = reset((params, batch_stats))
+    opt_state, average = initialize_optimizer((params, batch_stats))
     return state._replace(params=params, batch_stats=batch_stats, opt_state=opt_state, average=average)

@@ -30,7 +30,7 @@ def config_from(run, **changes):
 def prepare(config):
     """Return the task of the run's only program, the initial state and a batch."""
     trainer = Trainer(config)
-    state = restore.init_from(config, trainer.info, trainer.reset, trainer.initial_state)
+    state = restore.init_from(config, trainer.info, trainer.initialize_optimizer, trainer.initial_state)
     ((first, task),) = steps.phases(trainer.task)
     assert first == 0
     index = np.arange(64, dtype=np.int32)

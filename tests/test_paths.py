@@ -70,7 +70,7 @@ def test_paths_of_settings_variables_and_calls_are_expanded(straight, home, tiny
     assert cifar_flax.load("~/run").image_shape == (32, 32, 3)
     tiny_config.train.init_from = "~/run"
     trainer = Trainer(tiny_config)
-    restore.init_from(tiny_config, trainer.info, trainer.reset, trainer.initial_state)
+    restore.init_from(tiny_config, trainer.info, trainer.initialize_optimizer, trainer.initial_state)
     assert sources.cache_dir(DataConfig(cache_dir="~/c")) == home / "c"
     with pytest.raises(ConfigError, match=f"data.archive='{home}/a'"):
         sources.load(DataConfig(archive="~/a"), "train")

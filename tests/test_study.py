@@ -18,7 +18,7 @@ from cifar_flax.data import datasets, sources
 from cifar_flax.errors import ConfigError
 from cifar_flax.modes.compare import compare
 from cifar_flax.modes.evaluate import evaluate
-from cifar_flax.modes.study import _Shared, study
+from cifar_flax.modes.study import _SharedPrograms, study
 from cifar_flax.modes.train import train
 from cifar_flax.report import comparison, statistics
 from cifar_flax.restore import saved_config
@@ -223,9 +223,9 @@ def test_an_evaluation_split_named_validation(tmp_path, monkeypatch):
 def test_operations_are_those_of_the_steps_that_were_trained():
     rows = [("initialization", 5, "images", 7), ("first phase", 10, "steps", 100), ("second phase", 20, "steps", 400)]
     shared = SimpleNamespace(_parts=[Part(*row) for row in (*rows, ("final evaluation", 9, "images", 50))])
-    assert _Shared.operations(shared, 30, is_evaluated=True) == 7 + 100 + 400 + 50
-    assert _Shared.operations(shared, 15, is_evaluated=True) == 7 + 100 + 100 + 50
-    assert _Shared.operations(shared, 4, is_evaluated=False) == 7 + 40
+    assert _SharedPrograms.operations(shared, 30, is_evaluated=True) == 7 + 100 + 400 + 50
+    assert _SharedPrograms.operations(shared, 15, is_evaluated=True) == 7 + 100 + 100 + 50
+    assert _SharedPrograms.operations(shared, 4, is_evaluated=False) == 7 + 40
 
 
 def test_a_study_without_runs_is_reported_in_one_line(finished, tmp_path):

@@ -20,7 +20,9 @@ from cifar_flax.training.trainer import Trainer
 
 def initialized(config):
     trainer = Trainer(config)
-    return trainer.initial_state, restore.init_from(config, trainer.info, trainer.reset, trainer.initial_state)
+    return trainer.initial_state, restore.init_from(
+        config, trainer.info, trainer.initialize_optimizer, trainer.initial_state
+    )
 
 
 def config_from(run, **changes):
@@ -50,7 +52,7 @@ def test_another_number_of_classes_keeps_a_fresh_head(straight, monkeypatch, cap
     info = dataclasses.replace(trainer.info, class_names=trainer.info.class_names[:7])
     _, init = setup(config, info)
     fresh = init(config.seed, None)
-    first = restore.init_from(config, info, trainer.reset, fresh)
+    first = restore.init_from(config, info, trainer.initialize_optimizer, fresh)
     assert_equal(first.params["head"], fresh.params["head"])
     assert first.params["head"]["kernel"].shape == (16, 7)
     for name in ("conv", "hidden"):
@@ -64,7 +66,7 @@ def test_other_class_names_are_reported(straight, capsys):
     config = config_from(straight[0])
     trainer = Trainer(config)
     info = dataclasses.replace(trainer.info, class_names=tuple("abcdefghij"))
-    restore.init_from(config, info, trainer.reset, trainer.initial_state)
+    restore.init_from(config, info, trainer.initialize_optimizer, trainer.initial_state)
     assert "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
 
 

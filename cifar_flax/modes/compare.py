@@ -19,7 +19,7 @@ from cifar_flax.runtime.streams import printable, show
 from cifar_flax.study import contents
 from cifar_flax.study.record import FINISHED, RUNS, STUDY, Plan, read_plan, read_record, write_results
 
-# Places of equal data. Runs with another data.folder or data.archive have other data.
+# These settings only locate the data. Runs with another data.folder or data.archive have other data.
 _PLACES = ("data.data_dir", "data.cache_dir", "data.source", "data.cache")
 _PRINTED = 10  # most pairs of settings that the terminal shows
 

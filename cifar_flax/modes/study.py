@@ -106,20 +106,20 @@ class Runner:
     def __init__(self, folder: Path, *, on_test: bool):
         self._folder, self._on_test = folder, on_test
         self._loaded: list[tuple[DataConfig, Sequence[Arrays]]] = []
-        self._shared: _Shared | None = None
+        self._shared: _SharedPrograms | None = None
         self._seconds: list[float] = []  # that the trials of this process took
         self._has_run = False  # whether a trial has printed what all of them would print
         self._ended: dict[str, Record] = {}  # trial -> record, which does not change any more
 
-    def prepare(self, setting: Setting | Trial) -> "_Shared":
+    def prepare(self, setting: Setting | Trial) -> "_SharedPrograms":
         """Load the data and build the network of a setting. Raise `UserError` if it cannot be trained."""
         config = setting.config
         programs = configs.program_settings(config)
         try:
             if self._shared is None or self._shared.programs != programs:
                 self._shared = None  # first, since its arrays and programs take memory
-                self._shared = _Shared(config, self._load(config.data))
-            self._shared.trainer.again(config)
+                self._shared = _SharedPrograms(config, self._load(config.data))
+            self._shared.trainer.for_config(config)
         except ConfigError as error:
             raise ConfigError(f"{setting.name}: {error}") from error
         return self._shared
@@ -243,14 +243,16 @@ class Runner:
         operations = shared.operations(steps, is_evaluated=status == record.FINISHED)
         return Record(status=status, reason=reason, operations=operations, validation=validation)
 
-    def _trainer(self, shared: "_Shared", config: Config, folder: Path) -> Trainer:
-        trainer = shared.trainer.again(config)
+    def _trainer(self, shared: "_SharedPrograms", config: Config, folder: Path) -> Trainer:
+        trainer = shared.trainer.for_config(config)
         if config.train.init_from and not saved_steps(folder / CHECKPOINTS):
-            trainer.initial_state = restore.init_from(config, trainer.info, trainer.reset, trainer.initial_state)
+            trainer.initial_state = restore.init_from(
+                config, trainer.info, trainer.initialize_optimizer, trainer.initial_state
+            )
         return trainer
 
 
-class _Shared:
+class _SharedPrograms:
     """The data, programs and evaluators of trials with equal `config.program_settings`."""
 
     def __init__(self, config: Config, splits: Sequence[Arrays]):

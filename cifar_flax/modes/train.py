@@ -24,7 +24,9 @@ def train(config: Config, folder: Path, *, summary: bool = False) -> None:
         workdir.require_usable(folder, config)  # before the data is decoded
     trainer = Trainer(config)
     if config.train.init_from and not saved_steps(folder / CHECKPOINTS):
-        trainer.initial_state = restore.init_from(config, trainer.info, trainer.reset, trainer.initial_state)
+        trainer.initial_state = restore.init_from(
+            config, trainer.info, trainer.initialize_optimizer, trainer.initial_state
+        )
     with workdir.opened(folder, config):
         if summary:
             processes.log(summarize(config.model, trainer.info.image_shape, len(trainer.info.class_names)))

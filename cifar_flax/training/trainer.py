@@ -102,7 +102,7 @@ class Trainer:
             self.arrays, eval_arrays = (resident.put(arrays, self.layout) for arrays in (self.arrays, eval_arrays))
         self.eval_arrays = eval_arrays
         # Compiled once for all seeds: (params, batch_stats) -> (opt_state, average)
-        self.reset = jax.jit(
+        self.initialize_optimizer = jax.jit(
             lambda weights: (task.optimizer.init(weights[0]), averaging.init(config.averaging, weights)),
             out_shardings=task.layout.replicated,
         )
@@ -121,7 +121,7 @@ class Trainer:
     def initial_state(self) -> TrainState:
         return self.init(self.config.seed)
 
-    def again(self, config: Config) -> "Trainer":
+    def for_config(self, config: Config) -> "Trainer":
         """Return the trainer for `config`, whose `config.program_settings` are equal; it shares data and programs.
 
         Raise `ConfigError` if its schedule does not fit the run.
