@@ -96,9 +96,9 @@ def run(folder, devices, *arguments):
     return [out for out, _ in printed]
 
 
-def reference(folder, devices, *arguments, config="config.py"):
+def reference(folder, devices, *arguments):
     """Train in one process with `devices` devices, in the workdir `one`."""
-    process = start(folder, "--config", config, "--workdir=one", *arguments, devices=devices)
+    process = start(folder, *arguments, "--workdir=one", devices=devices)
     ((_, err),) = end([process])
     assert process.returncode == 0, err
 

@@ -85,7 +85,7 @@ def test_slurm(checkout):
     for number in range(nodes * per_node):
         line = f"[process {number} of {nodes * per_node}, {socket.gethostname()}] 1 of {nodes * per_node} devices"
         assert line in out, err
-    reference(checkout, nodes * per_node, config="configs/resnet18.py")
+    reference(checkout, nodes * per_node, "--config", "configs/resnet18.py")
     assert_same_run(checkout, "one", "runs/resnet18")
 
 

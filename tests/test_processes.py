@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 
 def test_two_processes_train_like_one(folder):
-    reference(folder, devices=2)
+    reference(folder, 2, "--config", "config.py")
     first, second = run(folder, [1, 1], "--config", "config.py", "--workdir=two")
     assert_same_run(folder, "one", "two")
     host = re.escape(socket.gethostname())
