@@ -131,7 +131,7 @@ def test_best_checkpoints_survive_a_stop_during_their_evaluation(tiny_config, tm
 )
 def test_one_signal_stops_all_processes_at_the_same_step(folder, loops):
     """Send SIGTERM to only one of two processes."""
-    arguments = (*ARGUMENTS, "--config.train.epochs=40", *loops)
+    arguments = (*ARGUMENTS, "--config.train.epochs=20", *loops)
     processes = start_all(folder, [1, 1], *arguments, "--workdir=two")
     wait_for_checkpoint(folder / "two", processes)
     processes[1].send_signal(signal.SIGTERM)
