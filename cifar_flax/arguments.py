@@ -73,7 +73,7 @@ MODES = {
 
 _NEEDED_OPTIONS = {
     "--config": "a config file: --config FILE",
-    "--workdir": "the folder of a run: --workdir=DIR",
+    "--workdir": "the folder of a {}: --workdir=DIR",
     "--output": "a folder to write to: --output=DIR",
 }
 _NEEDED_PATHS = {"predict": "image files or folders", "compare": "the folders of two or more runs, or of a study"}
@@ -112,13 +112,16 @@ def parse(argv: Sequence[str]) -> Command:
         instead = saved if option == "--config" else ""
         value = " ".join(value) if isinstance(value, list) else value
         is_given = not (value is None or value is False or value == "")
-        require(not is_given or option in mode.takes, option, value, f"not used in {name}{instead}")
+        if is_given and option not in mode.takes:
+            shown = option if value is True else f"{option}={value!r}"
+            raise ConfigError(f"{shown}: not used in {name}{instead}")
     for argument in rest:
         if re.match(r"--?[a-zA-Z]", argument) and not re.match(_OVERRIDE, argument):
             raise ConfigError(f"unknown argument {argument!r} (see --help)")
     for option in mode.needs:
         if not options[option]:
-            raise ConfigError(f"{name} needs {_NEEDED_OPTIONS[option]} (see --help)")
+            needed = _NEEDED_OPTIONS[option].format("study" if name == "study" else "run")
+            raise ConfigError(f"{name} needs {needed} (see --help)")
     given, space, search = arguments.config, None, None
     require(len(given) <= 1 or name == "study", "--config", " ".join(given), f"only one is used in {name}")
     workdir = local_path("--workdir", arguments.workdir or f"runs/{Path(given[0] if given else name).stem}")
@@ -178,7 +181,10 @@ def _study(arguments: argparse.Namespace, rest: list[str]) -> tuple[Space, Searc
         return config
 
     seeds = seeds_of(choices.pop("seed", None), arguments.seeds, next(iter(shared.values())).seed)
-    search = search_of(arguments.settings, arguments.search, has_ranges=bool(ranges))
+    varies = bool(choices) or len(shared) > 1
+    search = search_of(arguments.settings, arguments.search, has_ranges=bool(ranges), varies=varies)
+    if search is not None and arguments.on_test:
+        raise ConfigError("--on-test: not used in a search, which must not choose settings by the test split")
     space = Space(
         configs=tuple(shared), choices=choices, ranges=ranges, seeds=seeds, build=build,
         adds_validation=any(config.data.validation_fraction == 0 for config in shared.values()),
@@ -206,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="train, study, doctor: config file, or name of a shipped config; --config.FIELD=VALUE sets a field",
     )
-    run.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/<name of the config>)")
+    run.add_argument("--workdir", metavar="DIR", help="folder of the run (default: runs/<name of the config>) or study")
     run.add_argument("--online", action="store_true", help="doctor: also test the connection for the download of data")
     study = parser.add_argument_group("study")
     study.add_argument(

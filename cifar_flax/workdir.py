@@ -11,6 +11,7 @@ from cifar_flax.config import Config
 from cifar_flax.errors import ConfigError, UserError, first_of
 from cifar_flax.paths import local_path
 from cifar_flax.runtime import processes
+from cifar_flax.study.record import STUDY
 
 CONFIG = "config.json"
 _LOCK = ".lock"
@@ -55,6 +56,8 @@ def require_usable(workdir: Path, config: Config, *, may_be_in_use: bool = False
     field = f"--workdir={str(workdir)!r}"
     if config.data.folder and workdir.resolve() == local_path("data.folder", config.data.folder).resolve():
         raise ConfigError(f"{field}: must not be data.folder, whose folders are classes; choose another folder")
+    if (workdir / STUDY).exists():
+        raise ConfigError(f"{field}: holds a study; choose another folder for the run")
     if not may_be_in_use:
         _require_free(workdir, field)
     _require_same(workdir, config, field)

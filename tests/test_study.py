@@ -180,16 +180,12 @@ def test_a_changed_setting_needs_another_folder(finished, tmp_path):
             run(folder, RATES, "--seeds=3", f"--config.{change}")
     with pytest.raises(ConfigError, match=r"--workdir=.*holds a run; choose another folder"):
         run(folder / "runs" / name)
-
-
-def test_the_folder_must_not_be_inside_the_data(tmp_path):
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(ConfigError, match=r"--workdir=.*must not be inside data\.folder"):
-        run(tmp_path / "photos" / "study", f"--config.data.folder={tmp_path / 'photos'}", "--config.data.name=folder")
+    with pytest.raises(ConfigError, match=r"--workdir=.*holds a study; choose another folder for the run"):
+        train(make_tiny_config(), folder)
 
 
 def test_the_split_of_a_study_stays_what_it_is(tmp_path):
-    """Compare a study on the test split once; the next comparison is on the validation split again."""
+    """Compare a study on the test split once, into other files; its own stay on the validation split."""
     folder, options = (
         tmp_path / "study",
         ("--seeds=1", "--config.train.epochs=1", "--config.data.validation_fraction=0.1"),
@@ -198,10 +194,15 @@ def test_the_split_of_a_study_stays_what_it_is(tmp_path):
     assert on_test["settings"][0]["accuracy"]["split"] == "test"
     found = run(folder, *options)  # the same runs
     assert found["settings"][0]["accuracy"]["split"] == "validation"
+    before = (folder / "study.json").read_bytes()
     compare([folder], None, on_test=True)
-    assert json.loads((folder / "study.json").read_text())["settings"][0]["accuracy"]["split"] == "test"
+    assert (folder / "study.json").read_bytes() == before
+    other = json.loads((folder / "study_on_test.json").read_text())
+    assert (other["on_test"], other["settings"][0]["accuracy"]["split"]) == (True, "test")
+    assert "test split" in pages.read(folder / "study_on_test.html").one("p", class_="lead").text
     compare([folder], None)
     assert json.loads((folder / "study.json").read_text())["settings"] == found["settings"]
+    assert "validation split" in pages.read(folder / "study.html").one("p", class_="lead").text
 
 
 def test_an_evaluation_split_named_validation(tmp_path, monkeypatch):

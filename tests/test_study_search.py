@@ -188,7 +188,9 @@ def test_another_search_needs_another_folder(tmp_path, without_training):
         with pytest.raises(ConfigError, match=r"--workdir=.*: holds a search of other values"):
             search(tmp_path / "study", "--settings=2", changed)
     (tmp_path / "study" / "optuna.db").write_bytes(b"no database" * 100)
-    with pytest.raises(ConfigError, match=r"--workdir=.*: its optuna\.db cannot be used"):
+    with pytest.raises(
+        ConfigError, match=r"--workdir=.*: its optuna\.db cannot be used \(.*not a database\); remove it to"
+    ):
         search(tmp_path / "study", "--settings=1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Optuna does not close a database that it cannot read

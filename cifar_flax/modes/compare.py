@@ -17,7 +17,7 @@ from cifar_flax.report.page import element, join
 from cifar_flax.report.statistics import Difference
 from cifar_flax.runtime.streams import printable, show
 from cifar_flax.study import contents
-from cifar_flax.study.record import FINISHED, RUNS, STUDY, Plan, read_plan, read_record, write_results
+from cifar_flax.study.record import FINISHED, ON_TEST, RUNS, STUDY, Plan, read_plan, read_record, write_results
 
 # These settings only locate the data. Runs with another data.folder or data.archive have other data.
 _PLACES = ("data.data_dir", "data.cache_dir", "data.source", "data.cache")
@@ -28,15 +28,18 @@ def compare(workdirs: Sequence[Path], output: Path | None, *, on_test: bool = Fa
     """Write an HTML page that compares the runs and studies in `workdirs`, and print their accuracies.
 
     Runs that differ only in the seed are averaged. A study is compared on the split of its study.json, or with
-    `on_test` on the evaluation split. The page is `output`, by default study.html in the folder of a single study,
-    otherwise comparison.html.
+    `on_test` on the evaluation split. The page is `output`, by default study.html in the folder of a single study
+    (study_on_test.html if its study.json has another split), otherwise comparison.html.
 
     Raise `ConfigError` if there are fewer than two folders and no study, if one holds no run or is listed twice, or if
     `output` is not an HTML file; raise `OSError` if `output` cannot be written.
     """
     plans = {workdir: plan for workdir in workdirs if (plan := read_plan(workdir)) is not None}
+    plan = plans.get(workdirs[0]) if len(workdirs) == 1 else None
+    is_other_split = plan is not None and on_test and not plan.on_test
+    content = (workdirs[0] / (ON_TEST if is_other_split else STUDY)) if plan is not None else None
     if output is None:
-        output = workdirs[0] / "study.html" if len(workdirs) == 1 and plans else Path("comparison.html")
+        output = content.with_suffix(".html") if content is not None else Path("comparison.html")
     require(not output.is_dir(), "--output", str(output), "is a folder; name a file")
     require(output.suffix in (".html", ".htm"), "--output", str(output), "must end with .html")
     listed = " ".join(map(str, workdirs))
@@ -57,9 +60,12 @@ def compare(workdirs: Sequence[Path], output: Path | None, *, on_test: bool = Fa
     head = join([element("h1", title), element("p", _lead(compared, uses_validation, bool(plans)), class_="lead")])
     page.write(output, title, head, comparison.sections(compared, pairs, output))
     written = [str(output)]
-    if len(workdirs) == 1:
-        write_results(workdirs[0], contents.study(compared, pairs, plans[workdirs[0]]))
-        written.append(str(workdirs[0] / STUDY))
+    if plan is not None and content is not None:
+        if is_other_split:
+            files.write_json(content, contents.study(compared, pairs, dataclasses.replace(plan, on_test=True)))
+        else:
+            write_results(workdirs[0], contents.study(compared, pairs, plan))
+        written.append(str(content))
     show("\n".join([*_lines(compared, pairs), "", f"written: {printable(', '.join(written))}"]))
 
 
@@ -195,6 +201,8 @@ def _lines(compared: Sequence[Group], pairs: Sequence[Difference]) -> list[str]:
         lines += ["", *_table(header, [("", *comparison.difference_cells(pair)) for pair in shown])]
         if len(pairs) > 1:
             lines.append(f"  intervals and p-values are corrected for {len(pairs):,} comparisons (Bonferroni)")
+        if len(pairs) > len(shown):
+            lines.append(f"  {len(shown)} of {len(pairs):,} pairs are listed; {STUDY} has all")
     return lines
 
 

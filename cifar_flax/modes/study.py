@@ -66,6 +66,7 @@ def study(space: Space, search: Search | None, folder: Path, *, on_test: bool = 
         workdir.require_usable(folder / RUNS / trial.name, trial.config, may_be_in_use=True)
         record.require_same_config(folder / RUNS / trial.name, trial.config)
     locks.require_free(folder / _PROCESSES)
+    record.make_folder(folder)
     runner = Runner(folder, on_test=on_test)
     for setting in ordered:
         runner.prepare(setting)
@@ -76,7 +77,8 @@ def study(space: Space, search: Search | None, folder: Path, *, on_test: bool = 
         number = search.settings if search else len(settings)
         count = f"{number:,} settings" if number > 1 else "1 setting"
         split = settings[0].config.data.eval_split if on_test else VALIDATION
-        processes.log(f"{folder}: {count} x {len(space.seeds)} seeds, compared on the {split} split")
+        seeds = f"{len(space.seeds):,} seeds" if len(space.seeds) > 1 else "1 seed"
+        processes.log(f"{folder}: {count} x {seeds}, compared on the {split} split")
         if search is None:
             record.update_plan(folder, Plan.of(settings, space.seeds, on_test=on_test))
             runner.run(trials)
@@ -167,7 +169,11 @@ class Runner:
                     searcher.skip(candidate.trial, error)
                     continue
                 record.update_plan(self._folder, Plan.of([candidate.setting], seeds, on_test=self._on_test))
-                candidate.end(self._accuracy(candidate, searcher, seeds))
+                try:
+                    candidate.end(self._accuracy(candidate, searcher, seeds))
+                except signals.Stopped:
+                    processes.log(f"{searcher.ended} settings have ended; run the same command to resume")
+                    raise
 
     def _accuracy(self, candidate: "Candidate", searcher: "Searcher", seeds: Sequence[int]) -> float | None:
         """Return the mean accuracy of a setting, 0 for seeds that diverge, or None if its first seed is pruned."""
@@ -194,8 +200,8 @@ class Runner:
         outcome = " ".join((found.status, found.reason)).strip()
         if result := self._result(trial, found):
             outcome = f"{result['accuracy']:.2%} on the {result['split']} split"
-        seconds = statistics.median(self._seconds or [0.0])
-        time_left = f", about {_duration(left * seconds)} left" if left and self._seconds else ""
+        typical = self._seconds[1:]  # the first trial includes the compilation
+        time_left = f", about {_duration(left * statistics.median(typical))} left" if left and typical else ""
         processes.log(f"{number} {trial.name}: {outcome}{time_left}")
 
     def record(self, trial: Trial) -> Record | None:

@@ -1,5 +1,6 @@
 """The files of a study: trial.json in the folder of each trial, and the list of settings in study.json."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,14 +9,15 @@ from typing import Any
 from cifar_flax import config as configs
 from cifar_flax import files
 from cifar_flax.config import Config
-from cifar_flax.errors import ConfigError, first_of, require
+from cifar_flax.errors import ConfigError, UserError, first_of, require
 from cifar_flax.paths import local_path
 from cifar_flax.study.space import Setting
 
 RUNS = "runs"  # folder of the trials
 STUDY = "study.json"
+ON_TEST = "study_on_test.json"  # a later comparison on the evaluation split
 TRIAL = "trial.json"
-FINISHED, DIVERGED, PRUNED, FAILED = "finished", "diverged", "pruned", "failed"
+_STATUSES = FINISHED, DIVERGED, PRUNED, FAILED = "finished", "diverged", "pruned", "failed"
 _LOCK = ".study.lock"
 
 
@@ -49,7 +51,11 @@ class Plan:
 def read_record(folder: Path) -> Record | None:
     """Return the record of the trial in `folder`, or None if it has not ended. Raise `ConfigError` if it is damaged."""
     try:
-        return Record(**files.read_json(folder / TRIAL))
+        record = Record(**files.read_json(folder / TRIAL))
+        fits = record.status in _STATUSES and isinstance(record.reason, str) and isinstance(record.operations, int)
+        if not fits or not isinstance(record.validation, Mapping | None):
+            raise ValueError(record)
+        return record
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
@@ -67,6 +73,9 @@ def read_plan(folder: Path) -> Plan | None:
         content = files.read_json(folder / STUDY)
         settings = {one["name"]: [trial["name"] for trial in one["trials"]] for one in content["settings"]}
         values: dict[str, Mapping[str, Any]] = {one["name"]: dict(one["values"]) for one in content["settings"]}
+        for name in itertools.chain(settings, *settings.values()):
+            if Path(name).name != name:
+                raise ValueError(name)
         return Plan(on_test=bool(content["on_test"]), settings=settings, values=values)
     except FileNotFoundError:
         return None
@@ -109,6 +118,15 @@ def require_usable(folder: Path, config: Config) -> None:
         data, here = local_path("data.folder", config.data.folder).resolve(), folder.resolve()
         allowed = "must not be inside data.folder, whose folders are classes; choose another folder"
         require(data not in (here, *here.parents), "--workdir", str(folder), allowed)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` if it does not exist. Raise `UserError` if it cannot be created."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"--workdir={str(folder)!r}"
+        raise UserError(f"{where}: cannot be used as the folder of a study: {error.strerror}") from error
 
 
 def require_same_config(folder: Path, config: Config) -> None:

@@ -1,6 +1,7 @@
 """Search the settings of a study with Optuna, which is optional. Only this module imports it."""
 
 import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ class Searcher:
             )
             before = self._study.user_attrs.get("space")
         except Exception as error:  # any error of the database
-            raise ConfigError(f"{where}: its {_DATABASE} cannot be used ({one_line(error)})") from error
+            cause = getattr(error, "orig", None) or error  # SQLAlchemy's errors have the original one
+            is_damaged = type(cause) is sqlite3.DatabaseError  # not a subclass, which may mean a lock or a full disk
+            remedy = "; remove it to restart the search: finished trials are kept" if is_damaged else ""
+            raise ConfigError(f"{where}: its {_DATABASE} cannot be used ({one_line(cause)}){remedy}") from error
         now = self._space.description()
         if before not in (None, now):
             raise ConfigError(f"{where}: holds a search of other values ({before}); choose another folder")
@@ -98,10 +102,17 @@ class Searcher:
         """Return how many settings have been chosen, such as "3 of 20"."""
         return f"{len(self._study.get_trials(deepcopy=False))} of {self._search.settings}"
 
+    @property
+    def ended(self) -> str:
+        """Return how many settings have ended, such as "2 of 20"."""
+        return f"{self._count_ended()} of {self._search.settings}"
+
+    def _count_ended(self) -> int:
+        return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
+
     def is_over(self) -> bool:
         """Return whether all settings have ended."""
-        ended = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        return len(ended) >= self._search.settings
+        return self._count_ended() >= self._search.settings
 
     @contextlib.contextmanager
     def next(self) -> Iterator[Candidate | None]:

@@ -148,7 +148,7 @@ def require_comparable(configs: Sequence[Config]) -> None:
     for config in configs:
         for name in (*_DATA, "validation_fraction"):
             value, other = getattr(config.data, name), getattr(first, name)
-            allowed = f"must be equal in all settings of a study, but another one has {other!r}"
+            allowed = f"must be equal in all settings of a study, but another setting has {other!r}"
             require(value == other, f"data.{name}", value, allowed)
 
 
@@ -169,8 +169,10 @@ def vary(
     choices: dict[str, list[str]] = {}
     ranges: dict[str, Range] = {}
     varied = set()
+    seen: set[str] = set()
     for argument, (path, text) in texts.items():
-        require(path not in (choices | ranges), path, text, "is given twice")
+        require(path not in seen, path, text, "is given twice; list its values in one argument")
+        seen.add(path)
         values = values_of(config, path, text) if "=" in argument else [text]
         if isinstance(values, Range):
             require(path != "seed", path, text, "must not be a range; use --seeds=N, or list values")
@@ -217,14 +219,16 @@ def seeds_of(listed: Sequence[str] | None, count: int | None, first: int) -> Seq
     return seeds
 
 
-def search_of(settings: int | None, method: str | None, *, has_ranges: bool) -> Search | None:
-    """Return how to search, or None if the study has all settings of its space."""
+def search_of(settings: int | None, method: str | None, *, has_ranges: bool, varies: bool) -> Search | None:
+    """Return how to search, or None if the study has all settings of its space. Raise `ConfigError` if it cannot."""
     if settings is None:
         require(method is None, "--search", method, "needs --settings=N, the number of settings to try")
         if has_ranges:
             raise ConfigError("a range such as log:1e-4..1e-2 needs --settings=N, the number of settings to try")
         return None
     require(settings >= 1, "--settings", settings, "must be at least 1")
+    allowed = "nothing varies: add a range such as --config.optim.learning_rate=log:1e-4..1e-2, or several values"
+    require(has_ranges or varies, "--settings", settings, allowed)
     require(method in (None, *METHODS), "--search", method, f"must be {' or '.join(METHODS)}")
     return Search(settings, method or METHODS[0])
 
@@ -233,7 +237,7 @@ def _range(path: str, text: str, *, is_integer: bool) -> Range:
     logarithmic = text.startswith("log:")
     try:
         low, high = map(int if is_integer else float, text.removeprefix("log:").split(".."))
-        fits = math.isfinite(high - low)
+        fits = math.isfinite(high - low) and "..." not in text  # "1e-4...1e-2" could mean up to 1e-2 or .1e-2
     except (ValueError, OverflowError):
         fits = False
     example = "log:8..64" if is_integer else "log:1e-4..1e-2"
@@ -244,6 +248,8 @@ def _range(path: str, text: str, *, is_integer: bool) -> Range:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "-".join(map(_text, value))
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
