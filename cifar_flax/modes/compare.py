@@ -202,7 +202,7 @@ def _lines(compared: Sequence[Group], pairs: Sequence[Difference]) -> list[str]:
         if len(pairs) > 1:
             lines.append(f"  intervals and p-values are corrected for {len(pairs):,} comparisons (Bonferroni)")
         if len(pairs) > len(shown):
-            lines.append(f"  {len(shown)} of {len(pairs):,} pairs are listed; {STUDY} has all")
+            lines.append(f"  {len(shown)} of {len(pairs):,} pairs are listed")
     return lines
 
 
