@@ -193,8 +193,31 @@ def test_runs_on_other_data_are_neither_averaged_nor_compared_by_p_values(tmp_pa
     assert page.one("h1").text == "Comparison of 2 settings, 4 runs"
 
 
+@pytest.mark.parametrize(("settings", "shown"), [(5, None), (6, "10 of 15 pairs are listed")])
+def test_the_terminal_lists_ten_pairs(tmp_path, capsys, settings, shown):
+    runs = []
+    for number in range(2 * settings):
+        config = {"seed": number // settings, "optim": {"momentum": number % settings}}
+        runs.append(made_up.run(tmp_path / f"run{number}", made_up.evaluation(seed=number)[0], config=config))
+    compare(runs, tmp_path / "page.html")
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^ +[A-F] - [A-F] ", printed, re.MULTILINE)) == 10
+    assert (shown in printed) if shown else ("pairs are listed" not in printed)
+
+
 @pytest.mark.parametrize(
-    ("name", "content"), [("study.json", "[1]"), ("study.json", "{"), ("trial.json", "{"), ("trial.json", '{"a": 1}')]
+    ("name", "content"),
+    [
+        ("study.json", "[1]"),
+        ("study.json", "{"),
+        ("study.json", '{"on_test": false, "settings": [{"name": 5, "values": {}, "trials": []}]}'),
+        ("study.json", '{"on_test": false, "settings": [{"name": "a", "values": {}, "trials": [{"name": "../b"}]}]}'),
+        ("trial.json", "{"),
+        ("trial.json", '{"a": 1}'),
+        ("trial.json", '{"status": "done"}'),
+        ("trial.json", '{"status": "finished", "operations": "many"}'),
+        ("trial.json", '{"status": "finished", "validation": 5}'),
+    ],
 )
 def test_damaged_files_are_reported(tmp_path, name, content):
     folder = tmp_path / "study"

@@ -1,11 +1,10 @@
-"""The folder of a study: places that cannot be one, and damaged files in it."""
+"""The folder of a study: places that cannot be one."""
 
 import pytest
 from test_study import run
 
 from cifar_flax.data import sources
 from cifar_flax.errors import ConfigError, UserError
-from cifar_flax.study.record import read_plan, read_record
 
 
 def test_the_folder_must_not_be_inside_the_data(tmp_path):
@@ -19,24 +18,3 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_data_is_loaded(tmp_p
     (tmp_path / "study").touch()
     with pytest.raises(UserError, match=r"--workdir=.*cannot be used as the folder of a study: File exists"):
         run(tmp_path / "study")
-
-
-DAMAGED = {
-    "trial.json": (
-        '{"status": 5}',
-        '{"status": "done"}',
-        '{"status": "finished", "operations": "many"}',
-        '{"status": "finished", "validation": 5}',
-    ),
-    "study.json": (
-        '{"on_test": false, "settings": [{"name": 5, "values": {}, "trials": []}]}',
-        '{"on_test": false, "settings": [{"name": "a", "values": {}, "trials": [{"name": "../../other"}]}]}',
-    ),
-}
-
-
-@pytest.mark.parametrize(("name", "content"), [(name, content) for name in DAMAGED for content in DAMAGED[name]])
-def test_damaged_files_are_reported_in_one_line(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=rf"^PATH='.*': its {name} is damaged; remove "):
-        (read_record if name == "trial.json" else read_plan)(tmp_path)
