@@ -5,6 +5,7 @@ import contextlib
 import gc
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from test_study import RATES, command, run
@@ -82,7 +83,7 @@ def test_a_search_is_a_function_of_its_seed(tmp_path, without_training):
     assert first == second != third
 
 
-def test_a_search_resumes_the_setting_that_was_stopped(tmp_path, without_training, monkeypatch):
+def test_a_search_resumes_the_setting_that_was_stopped(tmp_path, without_training, monkeypatch, capsys):
     whole, folder = tmp_path / "whole", tmp_path / "study"
     search(whole, "--settings=5")
     train, count = mode.Runner._train, [0]
@@ -97,12 +98,23 @@ def test_a_search_resumes_the_setting_that_was_stopped(tmp_path, without_trainin
     with pytest.raises(Stopped):
         search(folder, "--settings=5")
     assert [trial.state.name for trial in trials(folder)] == ["COMPLETE", "COMPLETE", "RUNNING"]
+    assert "2 of 5 settings have ended; run the same command to resume" in capsys.readouterr().out
     without_training.clear()
     search(folder, "--settings=5")
     assert len(without_training) == 5  # one seed of the third setting, two of each of the other two
     assert [(t.params, t.value) for t in trials(folder)] == [(t.params, t.value) for t in trials(whole)]
     search(folder, "--settings=7")  # more settings
     assert len(trials(folder)) == 7
+
+
+def test_the_first_trial_does_not_count_in_the_time_left(tmp_path, without_training, monkeypatch, capsys):
+    """It includes the compilation."""
+    clock = iter([0.0, 100.0, 100.0, 102.0, 102.0, 104.0, 104.0, 106.0])
+    monkeypatch.setattr(mode, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    parsed = arguments.parse(command(tmp_path / "study", "--seeds=4"))
+    mode.study(parsed.space, None, parsed.workdir)
+    shown = [line.partition(" split")[2] for line in capsys.readouterr().out.splitlines() if " of 4] " in line]
+    assert shown == ["", ", about 4 s left", ", about 2 s left", ""]
 
 
 def test_settings_below_the_median_are_pruned(tmp_path, without_training, accuracy, capsys):
